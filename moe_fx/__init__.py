@@ -1,0 +1,17 @@
+"""moe_fx: find the Mixture-of-Experts layers of a PyTorch graph, quantize them, and write them back to run fast.
+
+    ep = torch.export.export(model, args)
+    q = moe_fx.transform(ep, moe_fx.Config(quantize=moe_fx.Int8WeightOnly()))
+"""
+
+from moe_fx.backend import backend
+from moe_fx.config import Config
+from moe_fx.errors import ConfigError, MoeFxError, ProgramError, RequirementError
+from moe_fx.formats import Int8WeightOnly
+from moe_fx.report import Report
+from moe_fx.transform import explain, report, transform
+
+__all__ = [
+    "Config", "ConfigError", "Int8WeightOnly", "MoeFxError", "ProgramError", "Report", "RequirementError",
+    "backend", "explain", "report", "transform",
+]  # fmt: skip

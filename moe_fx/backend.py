@@ -1,0 +1,145 @@
+"""The same passes under torch.compile: ``torch.compile(model, backend=moe_fx.backend(config))``.
+
+Dynamo hands over a graph of Python-level calls. It is traced to ATen ops ahead of autograd, as torch.export does it,
+rewritten, and given to Inductor.
+
+Non-public torch API used here, tried on torch 2.11, 2.13 and 2.15:
+
+* ``torch._guards.detect_fake_mode``: the mode that knows the symbolic sizes Dynamo gave to the inputs;
+* ``make_fx(..., pre_dispatch=True)``: the tracer that torch.export itself uses for training IR;
+* ``torch._inductor.compile_fx.compile_fx``: what ``backend="inductor"`` calls;
+* ``node.meta["grapharg"]``: where Dynamo notes which attribute of the model an input is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from moe_fx.config import Config
+from moe_fx.errors import ConfigError, ProgramError
+from moe_fx.program import Program, Weight, check_inference
+from moe_fx.report import Report
+from moe_fx.transform import FIND, WRITE, check_requirement, work_report
+from moe_fx.pipeline import Work, run_passes
+
+__all__ = ["Backend", "backend", "named_backend"]
+
+
+class CapturedWork(Program):
+    """A Dynamo graph, traced to ATen. Its inputs stay as they are: the compiled code is called with all of them."""
+
+    def __init__(self, graph_module: GraphModule, weights: dict[Node, Weight]) -> None:
+        self.graph_module = graph_module
+        self.weights = weights
+
+    def add_weight(self, fqn: str, tensor: torch.Tensor) -> Node:
+        name = "moe_weight_" + re.sub(r"\W", "_", fqn)
+        self.graph_module.register_buffer(name, tensor)
+        first = next(node for node in self.graph.nodes if node.op != "placeholder")
+        with self.graph.inserting_before(first):
+            node = self.graph.get_attr(name)
+        node.meta["val"] = self.fake_mode.from_tensor(tensor, static_shapes=True)
+        self.weights[node] = Weight(fqn, tensor)
+        return node
+
+    def drop_weights(self, nodes: set[Node]) -> None:
+        """Inputs cannot be dropped: Dynamo passes them on every call. The model keeps its tensors anyway."""
+
+
+class Backend:
+    """A torch.compile backend. ``reports`` holds one Report for every graph compiled, in order."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.reports: list[Report] = []
+
+    def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
+        rewritten, report = self.rewrite(graph_module, example_inputs)
+        self.reports.append(report)
+        compiled: Callable[..., Any] = compile_fx(rewritten, list(example_inputs), **options)
+        return compiled
+
+    def rewrite(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> tuple[GraphModule, Report]:
+        """The graph with its MoE layers rewritten; the same graph module where there are none."""
+        check_quantizable(self.config, example_inputs)
+        traced = to_aten(graph_module, example_inputs)
+        check_inference(traced.graph)
+        names = [parameter_name(node) for node in graph_module.graph.find_nodes(op="placeholder")]
+        weights = {
+            node: Weight(name, value)
+            for node, name, value in zip(traced.graph.find_nodes(op="placeholder"), names, example_inputs, strict=True)
+            if name and isinstance(value, torch.Tensor)
+        }
+        work = Work(CapturedWork(traced, weights), self.config)
+        run_passes(FIND, work)
+        check_requirement(work)
+        if not work.layers:
+            return graph_module, work_report(work)
+        run_passes(WRITE, work)
+        for name in [name for name, _ in traced.named_children() if name.startswith("moe_body_")]:
+            delattr(traced, name)
+        traced.recompile()
+        return traced, work_report(work)
+
+
+def backend(config: Config | None = None) -> Backend:
+    """A backend for ``torch.compile(model, backend=...)`` that rewrites MoE layers before Inductor compiles.
+
+    Weights are quantized when the model is first called; later changes of the model's parameters are not seen.
+
+    Raises:
+        ConfigError: ``config`` is no :class:`moe_fx.Config`.
+    """
+    if config is not None and not isinstance(config, Config):
+        raise ConfigError(f"moe_fx.backend takes a moe_fx.Config, not {type(config).__name__}")
+    return Backend(config if config is not None else Config())
+
+
+def named_backend(graph_module: GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
+    """What ``torch.compile(model, backend="moe_fx")`` finds: :func:`backend` with the default configuration."""
+    return Backend(Config())(graph_module, example_inputs, **options)
+
+
+def check_quantizable(config: Config, example_inputs: Sequence[Any]) -> None:
+    """Quantized weights take no gradient: refuse to drop one silently."""
+    trained = any(isinstance(value, torch.nn.Parameter) and value.requires_grad for value in example_inputs)
+    if config.quantizes and torch.is_grad_enabled() and trained:
+        raise ProgramError(
+            "Config.quantize under torch.compile with gradients enabled: quantized experts cannot be trained; "
+            "call the model under torch.no_grad() or torch.inference_mode(), or freeze its parameters"
+        )
+
+
+def to_aten(graph_module: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
+    """Dynamo's graph as ATen ops, with the symbolic sizes Dynamo gave to its inputs."""
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    examples = [node.meta.get("example_value", value) for node, value in zip(placeholders, example_inputs, strict=True)]
+    fake_mode = torch._guards.detect_fake_mode(examples) or torch._subclasses.FakeTensorMode()
+    fakes = [
+        fake_mode.from_tensor(value, static_shapes=True)
+        if isinstance(value, torch.Tensor) and not isinstance(value, torch._subclasses.FakeTensor)
+        else value
+        for value in examples
+    ]
+    with fake_mode:
+        return make_fx(graph_module, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+
+
+def parameter_name(node: Node) -> str:
+    """The full name of the parameter that an input of Dynamo's graph is; empty for any other input."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", None)
+    text = name() if callable(name) else name
+    if not isinstance(text, str) or not re.search(r"_(parameters|buffers)\[|_modules\[", text):
+        return ""
+    parts = re.findall(r"\['([^']+)'\]|\.(\w+)", text)
+    names = [quoted or plain for quoted, plain in parts]
+    return ".".join(part for part in names if part not in ("self", "_modules", "_parameters", "_buffers"))

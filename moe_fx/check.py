@@ -1,0 +1,287 @@
+"""The numeric check: the original nodes and the new ``experts`` node, run side by side on random inputs.
+
+Everything is float64 (a cast to bf16 in the graph casts to float64 here), so that a difference is a difference in
+meaning and not in rounding. Parameters are random: overlapping windows of one buffer, so that a layer of 64 experts
+costs the memory of one, weights without values (meta, fake) are no obstacle, and zero-initialised biases count.
+Symbolic sizes are given small values; a static token count is used as it is unless it is large.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from moe_fx.experts import experts
+from moe_fx.matcher import op_name
+from moe_fx.shapes import shape_of, tensor_of
+
+__all__ = ["CheckResult", "check_layer"]
+
+#: multiply-adds spent on one run of one layer; with them, how many token rows can be afforded
+BUDGET = 2 * 10**8
+#: the largest difference allowed, over the largest output. float64 rounding gives about 1e-15.
+TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """``error``: the largest difference over the output's range. ``tokens``: rows tried. ``seconds``: its cost."""
+
+    error: float
+    tokens: int
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= TOLERANCE
+
+
+@dataclass(frozen=True)
+class _Routing:
+    """What must be true of the random routing, because it is of the original."""
+
+    num_experts: int
+    in_range: bool
+    distinct: bool
+
+
+def check_layer(
+    root: Node,
+    operands: tuple[Node, Node, Sequence[Node], Sequence[Node], Sequence[Node]],
+    body: GraphModule,
+    in_range: bool,
+    distinct: bool,
+    clamped: bool,
+) -> CheckResult:
+    """Compare ``root`` with ``experts(*operands, body)``.
+
+    Args:
+        root: the original layer's last node.
+        operands: tokens, ids, slots, params and shared: nodes outside the layer.
+        in_range: ids are certainly ``0..E-1``; otherwise ids that name no expert are tried as well.
+        distinct: the ids of a token certainly differ; otherwise repeated ones are tried as well.
+    """
+    started = time.perf_counter()
+    tokens, ids, slots, params, shared = operands
+    count = shape_of(params[0])[0]  # type: ignore[index]
+    assert isinstance(count, int)
+    routing = _Routing(count, in_range or clamped, distinct)
+    nodes = _between(root, [tokens, ids, *slots, *params, *shared])
+    sizes = _Sizes(tokens, ids, _affordable(params, ids, count))
+    generator = torch.Generator().manual_seed(0)
+    env: dict[Node, Any] = {}
+    for node in (tokens, *slots, *shared):
+        env[node] = _random(node, sizes, generator)
+    for node in params:
+        env[node] = _windows(node, generator)
+    env[ids] = _random_ids(sizes.evaluate(ids.meta["val"].shape), routing, generator)
+    with torch.no_grad():
+        expected = _Interpreter(sizes, env).run(nodes, root)
+        given = [[env[node] for node in group] for group in (slots, params, shared)]
+        actual = experts(env[tokens], env[ids], *given, _in_float64(body))
+    error = float((expected - actual).abs().max() / expected.abs().max().clamp_min(1e-30))
+    if expected.shape != actual.shape or math.isnan(error):
+        error = math.inf
+    return CheckResult(error, env[tokens].shape[0], time.perf_counter() - started)
+
+
+def _affordable(params: Sequence[Node], ids: Node, num_experts: int) -> int:
+    """How many tokens: more than there are experts, if the budget allows, and never fewer than three."""
+    weights = sum(math.prod(shape_of(p)[1:]) for p in params)  # type: ignore[arg-type,index]
+    top_k = shape_of(ids)[1]  # type: ignore[index]
+    return int(max(3, min(num_experts + 3, BUDGET // (weights * top_k))))
+
+
+def _between(root: Node, inputs: list[Node]) -> list[Node]:
+    """The nodes that ``root`` is computed by, from ``inputs`` on, in the order of the graph."""
+    found, pending = set(inputs), [root]
+    order = []
+    while pending:
+        node = pending.pop()
+        if node in found:
+            continue
+        found.add(node)
+        order.append(node)
+        # Sizes are given numbers directly, whatever they were computed from.
+        if not isinstance(node.meta.get("val"), torch.SymInt | int):
+            pending.extend(node.all_input_nodes)
+    return sorted(order)
+
+
+class _Sizes:
+    """Numbers for symbolic sizes; for a large static token count, a smaller one."""
+
+    def __init__(self, tokens: Node, ids: Node, wanted: int) -> None:
+        total, top_k = ids.meta["val"].shape
+        self.symbols: dict[Any, int] = {}
+        self.rows: dict[int, int] = {}
+        if isinstance(total, int):
+            if total > 4 * wanted:
+                self.rows = {total: wanted, total * top_k: wanted * top_k}
+        else:
+            # The first symbol makes up the count, all others are 1 (or what makes the count a number).
+            free = sorted(total.node.expr.free_symbols, key=str)
+            self.symbols = dict.fromkeys(free, 1)
+            unit = int(total.node.expr.subs(self.symbols))
+            self.symbols[free[0]] = max(1, wanted // max(1, unit))
+
+    def evaluate(self, value: Any) -> Any:
+        """A size, or any nest of sizes and other literals, with its numbers filled in."""
+        if isinstance(value, torch.SymInt):
+            return int(value.node.expr.subs(self.symbols))
+        if isinstance(value, torch.Size | tuple | list):
+            return type(value)(self.evaluate(element) for element in value) if not isinstance(value, torch.Size) \
+                else tuple(self.evaluate(element) for element in value)
+        return value
+
+    def leading(self, shape: Any) -> Any:
+        """A shape whose dimension 0 may be a static number of rows."""
+        shape = list(self.evaluate(shape))
+        if shape and shape[0] in self.rows:
+            shape[0] = self.rows[shape[0]]
+        return shape
+
+
+def _random(node: Node, sizes: _Sizes, generator: torch.Generator) -> torch.Tensor:
+    value = tensor_of(node)
+    assert value is not None
+    shape = sizes.leading(value.shape)
+    if value.dtype == torch.bool:
+        return torch.randint(0, 2, shape, generator=generator).bool()
+    if not value.is_floating_point():
+        return torch.randint(0, 3, shape, generator=generator)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _windows(node: Node, generator: torch.Generator) -> torch.Tensor:
+    """``[E, ...]`` random parameters in the memory of little more than one expert's."""
+    count, *shape = shape_of(node)  # type: ignore[misc]
+    size, step = math.prod(shape), 7
+    buffer = torch.randn(size + step * count, generator=generator, dtype=torch.float64)
+    strides = [math.prod(shape[place + 1 :]) for place in range(len(shape))]
+    # Small values keep exponentials and squares in the activation well inside float64.
+    return buffer.mul_(shape[-1] ** -0.5 if shape else 1.0).as_strided((count, *shape), (step, *strides))
+
+
+def _random_ids(shape: tuple[int, ...], routing: _Routing, generator: torch.Generator) -> torch.Tensor:
+    """Ids ``[T, K]`` with an idle expert; repeated within a token, and out of range, where that can be."""
+    total, top_k = shape
+    count = routing.num_experts
+    candidates = max(count - 1, top_k)  # the last expert stays idle
+    keys = torch.rand(total, candidates, generator=generator)
+    ids = keys.topk(top_k, dim=-1).indices if candidates >= top_k else torch.zeros(total, top_k, dtype=torch.int64)
+    if not routing.distinct:
+        ids[0] = ids[0, 0]
+    if not routing.in_range:
+        ids[-1, -1] = count
+    return ids
+
+
+class _Interpreter:
+    """Runs graph nodes with given values, in float64."""
+
+    def __init__(self, sizes: _Sizes, env: dict[Node, Any]) -> None:
+        self.sizes, self.env = sizes, dict(env)
+
+    def run(self, nodes: list[Node], root: Node) -> torch.Tensor:
+        for node in nodes:
+            self.env[node] = self.call(node)
+        return self.env[root]  # type: ignore[no-any-return]
+
+    def call(self, node: Node) -> Any:
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
+            number = self.sizes.evaluate(value)
+            return self.sizes.rows.get(number, number)
+        args = map_arg(node.args, self.env.__getitem__)
+        kwargs = map_arg(node.kwargs, self.env.__getitem__)
+        name = op_name(node) or ""
+        args = tuple(self.literal(name, place, arg) for place, arg in enumerate(args))
+        kwargs = {key: _widened(arg) for key, arg in kwargs.items() if key != "device"}
+        if name in _GROUPED:
+            return _grouped_mm(*args[:3])
+        if name == "aten::index" and _is_gather_of_matrices(args):
+            return _Gathered(args[0], args[1][0])
+        if name == "aten::bmm" and any(isinstance(arg, _Gathered) for arg in args):
+            return _gathered_bmm(*args)
+        args = tuple(arg.materialize() if isinstance(arg, _Gathered) else arg for arg in args)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def literal(self, op: str, place: int, arg: Any) -> Any:
+        if op in _SHAPED and place == _SHAPED[op] and isinstance(arg, list | tuple):
+            return self.sizes.leading(arg)
+        if op == "aten::arange" and isinstance(arg, int):
+            return self.sizes.rows.get(arg, arg)
+        return _widened(self.sizes.evaluate(arg))
+
+
+#: where an op takes a shape whose first element may be the number of rows
+_SHAPED = {"aten::reshape": 1, "aten::expand": 1, "aten::empty_permuted": 0, "aten::empty": 0, "aten::full": 0,
+           "aten::zeros": 0, "aten::ones": 0, "aten::new_empty": 1}  # fmt: skip
+_GROUPED = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback"})
+
+
+def _widened(arg: Any) -> Any:
+    return torch.float64 if isinstance(arg, torch.dtype) and arg.is_floating_point else arg
+
+
+def _grouped_mm(rows: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    out = rows.new_zeros(rows.shape[0], matrices.shape[2])
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        out[start:end] = rows[start:end] @ matrices[expert]
+        start = end
+    return out
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """``matrices[ids]``, not copied: what a gather followed by a batched multiply would be too large for."""
+
+    matrices: torch.Tensor
+    ids: torch.Tensor
+
+    def materialize(self) -> torch.Tensor:
+        return self.matrices[self.ids]
+
+
+def _is_gather_of_matrices(args: tuple[Any, ...]) -> bool:
+    source, indices = args[0], args[1]
+    return isinstance(source, torch.Tensor) and source.dim() == 3 and len(indices) == 1 and indices[0].dim() == 1
+
+
+def _gathered_bmm(left: Any, right: Any) -> torch.Tensor:
+    def matrix(operand: Any, row: int) -> torch.Tensor:
+        return operand.matrices[operand.ids[row]] if isinstance(operand, _Gathered) else operand[row]
+
+    rows = len((left if isinstance(left, _Gathered) else right).ids)
+    return torch.stack([matrix(left, row) @ matrix(right, row) for row in range(rows)])
+
+
+def _in_float64(body: GraphModule) -> Callable[..., torch.Tensor]:
+    """The body with every float dtype widened."""
+
+    def run(*inputs: torch.Tensor) -> torch.Tensor:
+        given = iter(inputs)
+        env: dict[Node, Any] = {}
+        for node in body.graph.nodes:
+            if node.op == "placeholder":
+                env[node] = next(given)
+            elif node.op == "output":
+                return env[node.args[0]]  # type: ignore[no-any-return]
+            else:
+                args = tuple(_widened(arg) for arg in map_arg(node.args, env.__getitem__))
+                kwargs = map_arg(node.kwargs, env.__getitem__)
+                kwargs = {key: _widened(arg) for key, arg in kwargs.items() if key != "device"}
+                env[node] = args[0][args[1]] if node.target is operator.getitem else node.target(*args, **kwargs)
+        raise AssertionError("a body has an output")
+
+    return run

@@ -1,0 +1,142 @@
+"""What the user asks for: one frozen dataclass, checked when it is made."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from moe_fx.errors import ConfigError
+from moe_fx.formats import WeightFormat, known_formats
+
+__all__ = ["Config", "FormatRules"]
+
+EXPERTS = ("auto", "grouped_mm", "linear", "gather")
+STORAGE = ("auto", "stacked", "per_expert")
+
+
+class _NamedFields(type):
+    """Makes an unknown keyword an error that lists the valid ones, instead of Python's bare TypeError."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        valid = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        for name in kwargs:
+            if name not in valid:
+                choices = ", ".join(valid)
+                raise ConfigError(f"{cls.__name__} has no option {name!r}; the options are {choices}")
+        return super().__call__(*args, **kwargs)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ConfigError(f"Config.{name}={value!r} is not one of {listed}")
+
+
+def _check_format(name: str, value: object) -> None:
+    if value is None or isinstance(value, WeightFormat):
+        return
+    hint = " (did you mean to call it?)" if isinstance(value, type) and issubclass(value, WeightFormat) else ""
+    listed = ", ".join(f"moe_fx.{f.__name__}()" for f in known_formats())
+    raise ConfigError(f"{name}={value!r} is not a weight format{hint}; the formats are None, {listed}")
+
+
+@dataclass(frozen=True)
+class Config(metaclass=_NamedFields):
+    """How MoE layers are rewritten.
+
+    Attributes:
+        experts: the lowering. ``"grouped_mm"`` sorts token rows by expert and multiplies group by group;
+            ``"linear"`` applies every expert as plain linears; ``"gather"`` reads only the chosen experts'
+            weights, row by row; ``"auto"`` chooses per layer, and the report says why.
+        quantize: the weight format of the experts: ``None`` leaves weights as they are, a format such as
+            ``moe_fx.Int8WeightOnly()`` takes all experts, and a dict maps name patterns (shell style: ``*``,
+            ``?``, ``[...]``) to a format or ``None``. A pattern is compared with the full name of each expert
+            parameter and of its layer; the most specific one wins (most characters that are not
+            wildcards), among equals the later. A pattern that matches nothing is an error.
+        storage: ``"stacked"`` keeps one ``[E, ...]`` tensor per projection, ``"per_expert"`` one tensor per
+            expert (lowering ``"linear"`` only), ``"auto"`` what the lowering reads best.
+        validate: run the numeric check of every raised layer (original against replacement, on random
+            inputs in float64); a layer that fails it is left as it was.
+        require: ``None`` accepts any number of layers; an int is the least number that must be rewritten;
+            ``"all"`` means that at least one layer is found and none is nearly missed.
+
+    Raises:
+        ConfigError: an unknown option or value, with the valid ones listed.
+    """
+
+    experts: str = "auto"
+    quantize: WeightFormat | Mapping[str, WeightFormat | None] | None = None
+    storage: str = "auto"
+    validate: bool = True
+    require: int | str | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("experts", self.experts, EXPERTS)
+        _check_choice("storage", self.storage, STORAGE)
+        if not isinstance(self.validate, bool):
+            raise ConfigError(f"Config.validate={self.validate!r} is not True or False")
+        self._check_require()
+        if isinstance(self.quantize, Mapping):
+            for pattern, value in self.quantize.items():
+                if not isinstance(pattern, str):
+                    raise ConfigError(f"Config.quantize has the key {pattern!r}, which is not a name pattern")
+                _check_format(f"Config.quantize[{pattern!r}]", value)
+        else:
+            _check_format("Config.quantize", self.quantize)
+        if self.storage == "per_expert" and self.experts not in ("auto", "linear"):
+            raise ConfigError(
+                f"Config.storage='per_expert' needs experts='linear' (or 'auto'), not {self.experts!r}: "
+                "the other lowerings read one stacked tensor"
+            )
+
+    def _check_require(self) -> None:
+        wanted = self.require
+        if wanted is None or wanted == "all":
+            return
+        if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 0:
+            raise ConfigError(f"Config.require={wanted!r} is not None, 'all' or a number of layers")
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether any weight may change its format."""
+        if isinstance(self.quantize, Mapping):
+            return any(value is not None for value in self.quantize.values())
+        return self.quantize is not None
+
+
+class FormatRules:
+    """``Config.quantize`` as a question: which format does this parameter of this layer get?
+
+    Remembers which patterns matched something, so that those that never did can be refused.
+    """
+
+    def __init__(self, config: Config) -> None:
+        wanted = config.quantize
+        self._rules = dict(wanted) if isinstance(wanted, Mapping) else {"*": wanted}
+        self._named = isinstance(wanted, Mapping)
+        self._used: set[str] = set()
+
+    def format_of(self, param_fqn: str, layer_fqn: str) -> WeightFormat | None:
+        """The format of the most specific matching pattern; ``None`` where none matches."""
+        best, best_score = None, -1
+        for pattern, value in self._rules.items():
+            names = (param_fqn, layer_fqn)
+            if any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                self._used.add(pattern)
+                score = sum(char not in "*?[]" for char in pattern)
+                if score >= best_score:
+                    best, best_score = value, score
+        return best
+
+    def check_all_used(self, param_fqns: list[str]) -> None:
+        """Raise ConfigError if a pattern the user named matched no expert parameter and no layer."""
+        unused = [pattern for pattern in self._rules if pattern not in self._used]
+        if not self._named or not unused:
+            return
+        listed = ", ".join(param_fqns[:8]) + (", ..." if len(param_fqns) > 8 else "")
+        raise ConfigError(
+            f"Config.quantize pattern {unused[0]!r} matches no expert parameter; "
+            f"the parameters found are: {listed or 'none (no MoE layer was found)'}"
+        )

@@ -1,0 +1,61 @@
+"""What a weight format is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Unquantized", "WeightFormat", "known_formats"]
+
+_KNOWN: list[type[WeightFormat]] = []
+
+
+def known_formats() -> Iterable[type[WeightFormat]]:
+    """The quantized formats a user can name, in the order of their definition."""
+    return tuple(_KNOWN)
+
+
+class WeightFormat(ABC):
+    """How one projection of every expert is stored. Frozen dataclasses, so that they compare and hash.
+
+    A format says what its tensors mean; how a lowering computes with them is the business of the
+    emitters in ``moe_fx.passes.lowering``.
+    """
+
+    #: what the report and the lowering table call it
+    name: str
+    #: the suffixes under which the tensors appear in the state dict, in the order of ``quantize``
+    tensor_names: tuple[str, ...]
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if getattr(cls, "user_facing", True):
+            _KNOWN.append(cls)
+
+    @abstractmethod
+    def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Quantize stacked weights ``[E, N, K]`` (any float dtype); every result is stacked over E too."""
+
+    @abstractmethod
+    def dequantize(self, *tensors: torch.Tensor) -> torch.Tensor:
+        """The weights ``[..., N, K]`` that the tensors (stacked, or of one expert) stand for."""
+
+
+@dataclass(frozen=True)
+class Unquantized(WeightFormat):
+    """The model's own weights: ``[N, K]`` per expert, or ``[K, N]`` if ``transposed``."""
+
+    user_facing = False
+    name = "none"
+    tensor_names = ("",)
+    transposed: bool = False
+
+    def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (weight.transpose(-2, -1) if self.transposed else weight,)
+
+    def dequantize(self, *tensors: torch.Tensor) -> torch.Tensor:
+        (weight,) = tensors
+        return weight.transpose(-2, -1) if self.transposed else weight

@@ -1,0 +1,173 @@
+"""The only code that edits ExportedPrograms: a working copy that passes rewrite, and a new program at the end.
+
+Non-public torch API used here: the constructor of ``torch.export.ExportedProgram`` (public class, private
+signature: nothing public builds a program from an edited graph and new parameters without tracing it again).
+Tried on torch 2.11, 2.13 and 2.15.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
+from torch.fx import Graph, GraphModule, Node
+
+from moe_fx.errors import ProgramError
+from moe_fx.matcher import arguments, op_name
+from moe_fx.shapes import tensor_of
+
+__all__ = ["ExportedWork", "Program", "Weight", "check_inference"]
+
+#: where a transformed program carries its report; survives save, load and run_decompositions
+META_KEY = "moe_fx"
+
+WEIGHT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter, buffer or constant: its full name and its tensor (meta or fake if there are no values)."""
+
+    fqn: str
+    tensor: torch.Tensor
+
+    @property
+    def has_values(self) -> bool:
+        fake = isinstance(self.tensor, torch._subclasses.FakeTensor)
+        return not fake and self.tensor.device.type != "meta"
+
+
+class Program(ABC):
+    """A graph being rewritten, and its weights. Passes work on this and know nothing of its origin."""
+
+    graph_module: GraphModule
+    weights: dict[Node, Weight]
+
+    @property
+    def graph(self) -> Graph:
+        return self.graph_module.graph
+
+    @property
+    def fake_mode(self) -> Any:
+        """The mode in which the graph was traced: the one that knows its symbolic sizes."""
+        for node in self.graph.nodes:
+            mode = getattr(tensor_of(node), "fake_mode", None)
+            if mode is not None:
+                return mode
+        return torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
+
+    def add_body(self, body: GraphModule) -> str:
+        """Keep a body as a submodule; its name."""
+        number = sum(name.startswith("moe_body_") for name, _ in self.graph_module.named_children())
+        name = f"moe_body_{number}"
+        self.graph_module.add_module(name, body)
+        return name
+
+    @abstractmethod
+    def add_weight(self, fqn: str, tensor: torch.Tensor) -> Node:
+        """A new weight, readable from the whole graph."""
+
+    @abstractmethod
+    def drop_weights(self, nodes: set[Node]) -> None:
+        """Remove those of the weights that nobody reads any longer."""
+
+
+class ExportedWork(Program):
+    """The working copy of an ExportedProgram. The program itself is never changed."""
+
+    def __init__(self, ep: object) -> None:
+        if not isinstance(ep, ExportedProgram):
+            raise ProgramError(
+                f"moe_fx.transform takes a torch.export.ExportedProgram, not {type(ep).__name__}: "
+                "call torch.export.export(model, args) first, or use torch.compile(model, backend=moe_fx.backend())"
+            )
+        self.source = ep
+        # A deepcopy of a graph copies its nodes and shares their (fake) values.
+        self.graph_module = GraphModule(ep.graph_module, copy.deepcopy(ep.graph))
+        self.graph_module.meta.update(ep.graph_module.meta)
+        self.state_dict = dict(ep.state_dict)
+        self.constants = dict(ep.constants)
+        placeholders = self.graph.find_nodes(op="placeholder")
+        self.inputs = list(zip(placeholders, ep.graph_signature.input_specs, strict=True))
+        self.weights = {}
+        for node, spec in self.inputs:
+            if spec.kind in WEIGHT_KINDS and spec.target is not None:
+                tensors = self.state_dict if spec.target in self.state_dict else self.constants
+                self.weights[node] = Weight(spec.target, tensors[spec.target])
+
+    def add_weight(self, fqn: str, tensor: torch.Tensor) -> Node:
+        if fqn in self.state_dict or fqn in self.constants:
+            raise ProgramError(f"the program already has a tensor named {fqn!r}, which its quantized form would take")
+        # State comes before constants and user inputs.
+        place = sum(spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) for _, spec in self.inputs)
+        name = "b_" + fqn.replace(".", "_")
+        if place < len(self.inputs):
+            with self.graph.inserting_before(self.inputs[place][0]):
+                node = self.graph.placeholder(name)
+        else:
+            with self.graph.inserting_before(next(iter(self.graph.nodes))):
+                node = self.graph.placeholder(name)
+        node.meta["val"] = self.fake_mode.from_tensor(tensor, static_shapes=True)
+        spec = InputSpec(InputKind.BUFFER, TensorArgument(node.name), fqn, persistent=True)
+        self.inputs.insert(place, (node, spec))
+        self.state_dict[fqn] = tensor
+        self.weights[node] = Weight(fqn, tensor)
+        return node
+
+    def drop_weights(self, nodes: set[Node]) -> None:
+        gone = {node for node in nodes if not node.users}
+        kept = [(node, spec) for node, spec in self.inputs if node not in gone]
+        still_named = {spec.target for _, spec in kept}
+        for node in gone:
+            fqn = self.weights.pop(node).fqn
+            self.graph.erase_node(node)
+            if fqn not in still_named:
+                self.state_dict.pop(fqn, None)
+                self.constants.pop(fqn, None)
+        self.inputs = kept
+
+    def finish(self, report: str) -> ExportedProgram:
+        """The rewritten graph as a new program that carries ``report`` (text)."""
+        graph_module = self.graph_module
+        for name in [name for name, _ in graph_module.named_children() if name.startswith("moe_body_")]:
+            delattr(graph_module, name)
+        meta = dict(graph_module.meta)
+        meta["custom"] = {**meta.get("custom", {}), META_KEY: report}
+        signature = ExportGraphSignature(
+            [spec for _, spec in self.inputs], list(self.source.graph_signature.output_specs)
+        )
+        program = ExportedProgram(
+            root=graph_module,
+            graph=self.graph,
+            graph_signature=signature,
+            state_dict=self.state_dict,
+            range_constraints=dict(self.source.range_constraints),
+            module_call_graph=list(self.source.module_call_graph),
+            example_inputs=self.source.example_inputs,
+            constants=self.constants,
+            verifiers=self.source.verifiers,
+        )
+        program.graph_module.meta.update(meta)
+        return program
+
+
+def check_inference(graph: Graph) -> None:
+    """Refuse a graph that was traced in training mode: its dropout would be kept in every run.
+
+    Raises:
+        ProgramError: naming the first dropout that is active.
+    """
+    for node in graph.nodes:
+        if op_name(node) not in ("aten::dropout", "aten::native_dropout", "aten::dropout_"):
+            continue
+        given = arguments(node)
+        if given.get("train") and given["p"] > 0:
+            raise ProgramError(
+                f"the program was exported in training mode: {node.name} drops out with p={given['p']}; "
+                "call model.eval() before torch.export.export"
+            )

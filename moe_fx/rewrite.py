@@ -1,0 +1,124 @@
+"""The only code that edits graphs: insert a call, put one value in another's place, erase what became dead."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from moe_fx.matcher import op_name
+
+__all__ = ["Emitter", "erase_dead", "replace", "respell"]
+
+#: what a new node tells about where it comes from
+PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn")
+
+ASSERTS = frozenset({"aten::_assert_tensor_metadata", "aten::_assert_async", "aten::_assert_scalar"})
+
+
+class Emitter:
+    """Writes calls before a node, each with its (fake) value, on behalf of the node it replaces."""
+
+    def __init__(self, graph: Graph, before: Node, fake_mode: Any) -> None:
+        self.graph = graph
+        self.before = before
+        self.fake_mode = fake_mode
+        self.provenance = {key: before.meta[key] for key in PROVENANCE if key in before.meta}
+        self._recorded: list[Any] | None = None
+        self._replayed: Iterator[Any] | None = None
+
+    def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        """``target(*args, **kwargs)`` as a node."""
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(target, args, kwargs)
+        node.meta.update(self.provenance)
+        node.meta["val"] = evaluate(node, self.fake_mode) if self._replayed is None else next(self._replayed)
+        if self._recorded is not None:
+            self._recorded.append(node.meta["val"])
+        return node
+
+    def repeat(self, count: int, write: Callable[[int], None]) -> None:
+        """``write(i)`` for each i; every time writes the same ops on the same shapes, which are found out once."""
+        for i in range(count):
+            if i == 0:
+                self._recorded = []
+                write(0)
+                recorded, self._recorded = self._recorded, None
+            else:
+                self._replayed = iter(recorded)
+                write(i)
+                self._replayed = None
+
+    def inline(
+        self, body: GraphModule, inputs: Iterable[Any], calls: Mapping[Any, Callable[..., Any]]
+    ) -> Any:
+        """Write the nodes of ``body`` here, its placeholders bound to ``inputs``; its output is returned.
+
+        ``calls`` maps targets of the body to functions of their arguments that write them differently.
+        """
+        given = iter(inputs)
+        written: dict[Node, Any] = {}
+        for node in body.graph.nodes:
+            if node.op == "placeholder":
+                written[node] = next(given)
+            elif node.op == "output":
+                return written[node.args[0]]
+            else:
+                args = map_arg(node.args, written.__getitem__)
+                kwargs = map_arg(node.kwargs, written.__getitem__)
+                write = calls.get(node.target, functools.partial(self, node.target))
+                written[node] = write(*args, **kwargs)
+        raise AssertionError("a body has an output")
+
+
+def evaluate(node: Node, fake_mode: Any) -> Any:
+    """The fake value of a call, from the fake values of its arguments."""
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    with fake_mode, torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def respell(node: Node, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Call another op that yields the very same value."""
+    node.target, node.args, node.kwargs = target, args, kwargs
+
+
+def replace(old: Node, new: Node) -> None:
+    """All users of ``old`` read ``new``; ``old`` stays for :func:`erase_dead` to find."""
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+
+def is_pure(node: Node) -> bool:
+    """Whether a call may vanish when nobody reads it."""
+    if node.op == "get_attr":
+        return True
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return not node.target._schema.is_mutable and op_name(node) not in ASSERTS
+    return not isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+def erase_dead(graph: Graph, starts: Iterable[Node]) -> None:
+    """Erase those of ``starts`` that nobody reads, then what only they read, and so on.
+
+    An assertion about a value does not keep it alive: it speaks of something that is no longer computed.
+    """
+    pending = list(starts)
+    erased: set[Node] = set()
+    while pending:
+        node = pending.pop()
+        if node in erased or not is_pure(node):
+            continue
+        if any(op_name(user) not in ASSERTS for user in node.users):
+            continue
+        for user in list(node.users):
+            erased.add(user)
+            graph.erase_node(user)
+        pending.extend(node.all_input_nodes)
+        erased.add(node)
+        graph.erase_node(node)

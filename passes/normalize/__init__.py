@@ -1,0 +1,12 @@
+"""EXPORTED -> NORMAL: functional, and one spelling per meaning.
+
+    relu_ = aten.relu_(x)                    relu = aten.relu(x)
+    view = aten.view(relu_, [-1])     =>     reshape = aten.reshape(relu, [-1])
+    to = aten.to(view, f32)  # is f32        return reshape
+    return to
+"""
+
+from moe_fx.passes.normalize.functional import functionalize
+from moe_fx.passes.normalize.spelling import drop_no_ops, spell
+
+__all__ = ["drop_no_ops", "functionalize", "spell"]

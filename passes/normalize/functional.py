@@ -1,0 +1,105 @@
+"""In-place ops to functional ones, where no alias can see the difference.
+
+`y = x.add_(z)` becomes `y = x + z`, and later readers of `x` read `y`. That is the same program when every value
+that shares memory with `x` (its base and the base's other views) is not read later, and the base is made
+inside the graph. Where that does not hold the op stays, and what it writes to is remembered: a layer that
+reads such memory is left alone.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch.fx import Graph, Node
+
+from moe_fx.matcher import op_name
+from moe_fx.rewrite import respell
+from moe_fx.shapes import tensor_of
+
+__all__ = ["functionalize", "memory_of"]
+
+#: ops that may return their input itself without saying so in their schema
+MAY_RETURN_INPUT = frozenset({"aten::dropout", "aten::feature_dropout", "aten::alpha_dropout"})
+
+
+def functionalize(graph: Graph) -> set[Node]:
+    """Make in-place ops functional; returns the bases of the memory that ops left in place still write."""
+    written: set[Node] = set()
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+            continue
+        functional = _functional_form(node)
+        target = node.args[0] if node.args and isinstance(node.args[0], Node) else None
+        if functional is None or target is None or not _harmless(node, target, order):
+            written.update(memory_of(arg) for arg in node.all_input_nodes)
+            continue
+        respell(node, functional, node.args, dict(node.kwargs))
+        for user in list(target.users):
+            if order[user] > order[node]:
+                user.replace_input_with(target, node)
+    return written
+
+
+def _functional_form(node: Node) -> torch._ops.OpOverload | None:
+    """``aten.add.Tensor`` for ``aten.add_.Tensor``, if it yields the same dtype."""
+    namespace, name = node.target._schema.name.split("::")  # type: ignore[union-attr]
+    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
+    overload = node.target._overloadname  # type: ignore[union-attr]
+    if not name.endswith("_") or packet is None or overload not in packet.overloads():
+        return None
+    mine, others = tensor_of(node), [tensor_of(arg) for arg in node.all_input_nodes]
+    # x.add_(y) keeps the dtype of x; x + y has the promoted one. The same if all are of one dtype.
+    if mine is None or any(o is None or (o.dtype != mine.dtype and o.dtype != torch.bool) for o in others):
+        return None if packet not in (torch.ops.aten.index_put, torch.ops.aten.scatter) else getattr(packet, overload)
+    return getattr(packet, overload)
+
+
+def _is_view(node: Node) -> bool:
+    """Whether a call may return memory of its first argument."""
+    if node.target is operator.getitem:
+        return isinstance(node.args[0], Node) and _is_view(node.args[0])
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.op == "call_function"
+    return op_name(node) in MAY_RETURN_INPUT or any(r.alias_info is not None for r in node.target._schema.returns)
+
+
+def _source(node: Node) -> Node | None:
+    """What a view is a view of (one level), or None."""
+    if node.op != "call_function" or not _is_view(node) or not node.args:
+        return None
+    return node.args[0] if isinstance(node.args[0], Node) else None
+
+
+def memory_of(node: Node) -> Node:
+    """The node in whose memory a value lies."""
+    while (source := _source(node)) is not None:
+        node = source
+    return node
+
+
+def _harmless(node: Node, target: Node, order: dict[Node, int]) -> bool:
+    base = memory_of(target)
+    if base.op != "call_function" or not isinstance(base.target, torch._ops.OpOverload | type(operator.getitem)):
+        return False
+    # Every alias made before the write, other than the written value itself, must not be read after it.
+    pending, seen = [base], set()
+    while pending:
+        alias = pending.pop()
+        if alias in seen or alias is node:
+            continue
+        seen.add(alias)
+        for user in alias.users:
+            later = order[user] > order[node]
+            if later and alias is not target:
+                return False
+            if not later and (_source(user) is alias or _returns_part(user, alias)):
+                pending.append(user)
+            elif not later and not isinstance(user.target, torch._ops.OpOverload) and user.op != "output":
+                return False
+    return True
+
+
+def _returns_part(user: Node, alias: Node) -> bool:
+    return user.target is operator.getitem and user.args[0] is alias

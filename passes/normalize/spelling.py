@@ -1,0 +1,178 @@
+"""One spelling per meaning: what decomposition tables and authors write in several ways is written in one.
+
+| written | becomes |
+|---|---|
+| `view`, `_unsafe_view`, `flatten` to one dimension | `reshape` |
+| `_softmax(x, d, False)` | `softmax.int` |
+| `_to_copy(x, dtype=d)`, `type_as` | `to.dtype` |
+| `div(x, y, rounding_mode="floor")` | `floor_divide` |
+| `permute` that swaps two dimensions, `t`, `mT` | `transpose.int` |
+| `squeeze.dims` of one dimension | `squeeze.dim` |
+| `chunk`, `split.Tensor` | `split_with_sizes` |
+| `where(mask, scalar, x)` | `masked_fill.Scalar` |
+| `mm(x, w.T)`, `addmm(b, x, w.T)` | `linear` |
+
+`reshape` rather than `view`: it is legal for every stride, so an operand may be replaced by an equal one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from moe_fx.matcher import arguments, op_name
+from moe_fx.rewrite import ASSERTS, erase_dead, replace, respell
+from moe_fx.shapes import same_shape, shape_of, tensor_of
+
+__all__ = ["drop_no_ops", "spell"]
+
+aten = torch.ops.aten
+Spelling = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+def spell(graph: Graph) -> None:
+    """Bring every call to its one spelling."""
+    for node in graph.nodes:
+        spelled = canonical(node)
+        if spelled is not None:
+            respell(node, *spelled, {})
+
+
+def canonical(node: Node) -> Spelling | None:
+    """The one spelling of a call; None where it has it already."""
+    rule = _RULES.get(op_name(node) or "")
+    return rule(node, arguments(node)) if rule is not None else None
+
+
+def _view(node: Node, given: dict[str, Any]) -> Spelling | None:
+    # view.dtype reinterprets bits: another meaning.
+    return (aten.reshape.default, (given["self"], given["size"])) if "size" in given else None
+
+
+def _flatten(node: Node, given: dict[str, Any]) -> Spelling | None:
+    shape = shape_of(node)
+    return (aten.reshape.default, (given["self"], [-1])) if shape is not None and len(shape) == 1 else None
+
+
+def _softmax(node: Node, given: dict[str, Any]) -> Spelling | None:
+    return None if given["half_to_float"] else (aten.softmax.int, (given["self"], given["dim"]))
+
+
+def _to_copy(node: Node, given: dict[str, Any]) -> Spelling | None:
+    source, result = tensor_of(given["self"]), tensor_of(node)
+    if given["memory_format"] is not None or source is None or result is None or source.device != result.device:
+        return None
+    return aten.to.dtype, (given["self"], result.dtype)
+
+
+def _floor_divide(node: Node, given: dict[str, Any]) -> Spelling | None:
+    return (aten.floor_divide.default, (given["self"], given["other"])) if given.get("rounding_mode") == "floor" else None
+
+
+def _permute(node: Node, given: dict[str, Any]) -> Spelling | None:
+    dims = [dim % len(given["dims"]) for dim in given["dims"]]
+    moved = [place for place, dim in enumerate(dims) if place != dim]
+    return (aten.transpose.int, (given["self"], moved[0], moved[1])) if len(moved) == 2 else None
+
+
+def _transpose_last(node: Node, given: dict[str, Any]) -> Spelling | None:
+    shape = shape_of(node)
+    return (aten.transpose.int, (given["self"], -2, -1)) if shape is not None and len(shape) >= 2 else None
+
+
+def _squeeze_dims(node: Node, given: dict[str, Any]) -> Spelling | None:
+    dims = given.get("dim")
+    return (aten.squeeze.dim, (given["self"], dims[0])) if isinstance(dims, list | tuple) and len(dims) == 1 else None
+
+
+def _split(node: Node, given: dict[str, Any]) -> Spelling | None:
+    parts = node.meta.get("val")
+    if not isinstance(parts, list | tuple):
+        return None
+    sizes = [part.shape[given["dim"]] for part in parts]
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    return aten.split_with_sizes.default, (given["self"], sizes, given["dim"])
+
+
+def _where(node: Node, given: dict[str, Any]) -> Spelling | None:
+    scalar, kept = given.get("self"), given.get("other")
+    if op_name(scalar) != "aten::scalar_tensor" or not isinstance(kept, Node):
+        return None
+    mine, theirs = tensor_of(node), tensor_of(kept)
+    if mine is None or theirs is None or mine.dtype != theirs.dtype or not same_shape(mine.shape, theirs.shape):
+        return None
+    return aten.masked_fill.Scalar, (kept, given["condition"], arguments(scalar)["s"])
+
+
+def _transposed_matrix(node: object) -> Node | None:
+    if op_name(node) not in ("aten::transpose", "aten::permute", "aten::t"):
+        return None
+    source = node.args[0]  # type: ignore[union-attr]
+    shape, mine = shape_of(source), shape_of(node)
+    return source if shape is not None and mine is not None and len(shape) == 2 else None
+
+
+def _mm(node: Node, given: dict[str, Any]) -> Spelling | None:
+    weight = _transposed_matrix(given["mat2"])
+    return None if weight is None else (aten.linear.default, (given["self"], weight))
+
+
+def _addmm(node: Node, given: dict[str, Any]) -> Spelling | None:
+    weight, bias = _transposed_matrix(given["mat2"]), shape_of(given["self"])
+    if weight is None or bias is None or len(bias) != 1 or given["beta"] != 1 or given["alpha"] != 1:
+        return None
+    return aten.linear.default, (given["mat1"], weight, given["self"])
+
+
+_RULES: dict[str, Callable[[Node, dict[str, Any]], Spelling | None]] = {
+    "aten::view": _view,
+    "aten::_unsafe_view": _view,
+    "aten::flatten": _flatten,
+    "aten::_softmax": _softmax,
+    "aten::_to_copy": _to_copy,
+    "aten::div": _floor_divide,
+    "aten::permute": _permute,
+    "aten::t": _transpose_last,
+    "aten::numpy_T": _transpose_last,
+    "aten::mT": _transpose_last,
+    "aten::squeeze": _squeeze_dims,
+    "aten::chunk": _split,
+    "aten::split": _split,
+    "aten::where": _where,
+    "aten::mm": _mm,
+    "aten::addmm": _addmm,
+}
+
+
+def drop_no_ops(graph: Graph) -> None:
+    """Drop casts to the dtype a value has, reshapes to the shape it has, and asserts about metadata."""
+    for node in list(graph.nodes):
+        if op_name(node) == "aten::_assert_tensor_metadata":
+            graph.erase_node(node)
+        elif is_no_op(node):
+            source = node.args[0]
+            replace(node, source)  # type: ignore[arg-type]
+            erase_dead(graph, [node])
+
+
+def is_no_op(node: Node) -> bool:
+    """Whether a call returns its first argument, value for value, with nothing else to it."""
+    name = op_name(node)
+    if name not in ("aten::to", "aten::reshape", "aten::detach", "aten::alias", "aten::lift_fresh_copy"):
+        return False
+    source, result = tensor_of(node.args[0]), tensor_of(node)
+    if source is None or result is None or any(user.op == "output" for user in node.users):
+        return False
+    same = source.dtype == result.dtype and source.device == result.device
+    return same and not arguments(node).get("copy", False) and same_shape(source.shape, result.shape)
+
+
+def leftover(node: Node) -> str | None:
+    """What NORMAL does not allow at this node, or None: the stage's verifier."""
+    if op_name(node) in ASSERTS and op_name(node) == "aten::_assert_tensor_metadata":
+        return "an assertion about metadata"
+    return "a call with another canonical spelling" if canonical(node) is not None else None

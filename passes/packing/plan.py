@@ -1,0 +1,45 @@
+"""Which lowering and which storage each layer gets, and why."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from moe_fx.config import Config
+from moe_fx.formats import WeightFormat
+from moe_fx.pipeline import Layer, Work
+from moe_fx.shapes import Dim, shape_of, tensor_of, upper_bound
+
+__all__ = ["choose_lowering", "plan_layers"]
+
+
+def plan_layers(work: Work) -> None:
+    for layer in work.layers:
+        layer.lowering, layer.why = choose_lowering(layer, work.config)
+        per_expert = work.config.storage == "per_expert"
+        layer.storage = "per_expert" if per_expert else "stacked"
+
+
+def choose_lowering(layer: Layer, config: Config) -> tuple[str, str]:
+    """The lowering of a layer, and the reason in words."""
+    if config.experts != "auto":
+        return config.experts, "as configured"
+    if config.storage == "per_expert":
+        return "linear", "storage='per_expert' is read by linears"
+    tokens = layer.node.args[0]
+    assert isinstance(tokens, Node)
+    value = tensor_of(tokens)
+    assert value is not None
+    count: Dim = (shape_of(tokens) or (0,))[0]
+    most = upper_bound(count)
+    if most == 1:
+        return "gather", "one token at a time: only the chosen experts' weights are read"
+    how_many = f"{count}" if isinstance(count, int) else ("any number of" if most is None else f"up to {most}")
+    return "grouped_mm", f"{how_many} tokens: rows that share an expert read its weight once"
+
+
+def format_name(formats: dict[str, WeightFormat]) -> str:
+    """The formats of a layer's parameters in a word, or by parameter where they differ."""
+    names = {fqn: chosen.name for fqn, chosen in formats.items()}
+    if len(set(names.values())) <= 1:
+        return next(iter(names.values()), "none")
+    return ", ".join(f"{fqn.rpartition('.')[2]}: {name}" for fqn, name in names.items())

@@ -1,0 +1,5 @@
+"""NORMAL -> RAISED: every MoE layer that can be proven equal becomes one ``experts`` node."""
+
+from moe_fx.passes.raising.raise_layers import raise_layers
+
+__all__ = ["raise_layers"]

@@ -1,0 +1,84 @@
+"""What disguises are made of: kinds of pieces, and the order in which routed rows stand.
+
+Routed rows stand in one of three layouts on their way from the tokens to the sum:
+
+    slots         [T, K, ...]   one row per token and slot
+    token_major   [T*K, ...]    the same, flat: row t*K + k
+    sorted        [T*K, ...]    ordered by expert: row i is slot perm[i]
+
+A piece says what a value in one layout may be: the place where token rows come in, where a routing weight comes
+in, where a row meets its expert's weight, ... What is none of these and is row-local belongs to the body.
+The names that pieces capture are shared by the whole layer (`ids`, `perm`, `top_k`, ...), so that all of its
+pieces speak of the same routing; only `rows`, `slot`, `weight` and `param` are a piece's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_fx.pattern import ANY, Pattern, Var, aten, either
+
+__all__ = [
+    "SLOTS", "SORTED", "TOKEN_MAJOR", "Dispatch", "ExpertLinear", "ExpertRow", "Mask", "Piece", "Slot", "View",
+    "arange",
+]  # fmt: skip
+
+SLOTS, TOKEN_MAJOR, SORTED = "slots", "token_major", "sorted"
+
+#: names whose values differ from piece to piece
+LOCAL = ("rows", "slot", "weight", "param")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A pattern for values in ``layout``."""
+
+    layout: str
+    pattern: Pattern
+
+
+@dataclass(frozen=True)
+class Dispatch(Piece):
+    """Token rows come in: captures ``tokens [T, ...]``."""
+
+
+@dataclass(frozen=True)
+class Slot(Piece):
+    """What travels with a slot comes in, such as the routing weight: captures ``slot [T, K, ...]``."""
+
+
+@dataclass(frozen=True)
+class ExpertLinear(Piece):
+    """A row meets its expert's weight: captures ``rows`` and ``weight [E, N, K]``, or ``[E, K, N]``."""
+
+    form: str
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class ExpertRow(Piece):
+    """An expert's parameter, such as a bias, is laid beside its rows: captures ``param [E, ...]``."""
+
+
+@dataclass(frozen=True)
+class Mask(Piece):
+    """Rows of no expert are set to zero: captures ``rows``."""
+
+
+@dataclass(frozen=True)
+class View(Piece):
+    """The same rows in another layout: captures ``rows``, which stand in the layout ``to``."""
+
+    to: str
+
+
+def arange() -> Pattern:
+    """0, 1, 2, ... of any length and dtype."""
+    return either(aten.arange(ANY, dtype=ANY), aten.arange(0, ANY, dtype=ANY))
+
+
+#: what every disguise can contain
+COMMON: tuple[Piece, ...] = (
+    View(SLOTS, aten.reshape(Var("rows", rank=2), ANY), to=TOKEN_MAJOR),
+    Slot(TOKEN_MAJOR, aten.reshape(Var("slot", rank=2), ANY)),
+)

@@ -1,0 +1,152 @@
+"""The raise pass: find every sum over slots, read the layer behind it, check it, put the one node in its place.
+
+    sort, index, _grouped_mm, ..., sum    =>    y = experts(x, ids, (s,), (w1, w2), (), body)
+
+Nothing is changed before the whole match, its side conditions and the numeric check have succeeded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from moe_fx.check import CheckResult, check_layer
+from moe_fx.experts import experts
+from moe_fx.matcher import Match, Miss, match
+from moe_fx.passes.normalize.functional import memory_of
+from moe_fx.passes.raising import gathered, grouped
+from moe_fx.passes.raising.pieces import COMMON
+from moe_fx.passes.raising.region import Region, find_region, is_anchor
+from moe_fx.passes.raising.routing import Selection, describe_router, foreign_slot, selection_of
+from moe_fx.pattern import Last, Var, aten
+from moe_fx.pipeline import Layer, Work
+from moe_fx.program import Program
+from moe_fx.report import describe_miss, module_of
+from moe_fx.rewrite import PROVENANCE, Emitter, erase_dead, replace
+
+__all__ = ["raise_layers"]
+
+#: the end of every disguise known so far: a sum over the slots of each token
+COMBINE = aten.sum(Var("summed", rank=3), [Last(1)])
+
+PIECES = (*grouped.PIECES, *gathered.PIECES, *COMMON)
+
+#: what a miss is filed under when no piece says which disguise it would have been
+UNKNOWN_FORM = "experts"
+
+
+def raise_layers(work: Work) -> None:
+    """Replace the layers found; file a miss for what looks like one and is not proven."""
+    graph = work.program.graph
+    covered: set[Node] = set()
+    for root in [node for node in graph.nodes if node.op == "call_function"]:
+        found = match(COMBINE, root)
+        if isinstance(found, Miss):
+            continue
+        region = find_region(root, found["summed"], PIECES)
+        anchors = _anchors_behind(found)
+        if isinstance(region, Region):
+            covered |= region.interior
+            failed = _raise(work, region)
+            if failed is not None:
+                work.misses.append(describe_miss(region.form, failed))
+        elif anchors - covered:
+            covered |= anchors
+            work.misses.append(describe_miss(UNKNOWN_FORM, region))
+    for node in graph.nodes:
+        if is_anchor(node) and node not in covered:
+            users = ", ".join(user.name for user in node.users) or "nothing"
+            miss = Miss("a sum over each token's slots behind this multiplication", f"only {users}", node)
+            work.misses.append(describe_miss(UNKNOWN_FORM, miss))
+            covered.update(_anchors_near(node))
+
+
+def _anchors_behind(found: Match) -> set[Node]:
+    """Multiplications with stacked weights that the sum reads, a layer's depth back."""
+    seen: set[Node] = set()
+    pending = [found["summed"]]
+    anchors = set()
+    while pending and len(seen) < 400:
+        node = pending.pop()
+        if node in seen or node.op != "call_function":
+            continue
+        seen.add(node)
+        if is_anchor(node):
+            anchors.add(node)
+        pending.extend(node.all_input_nodes)
+    return anchors
+
+
+def _anchors_near(node: Node) -> set[Node]:
+    """Further multiplications of the same module: one miss speaks for all of them."""
+    module = module_of(node)
+    return {other for other in node.graph.nodes if is_anchor(other) and module_of(other) == module}
+
+
+def _raise(work: Work, region: Region) -> Miss | None:
+    """Check and rewrite one layer; a Miss if it must stay as it is."""
+    program = work.program
+    for node in region.inputs:
+        if memory_of(node) in work.written:
+            return Miss("operands that nobody writes in place", f"{node.name}, whose memory is written", node)
+    given_ids = region.ids
+    selection = selection_of(given_ids, region.num_experts)
+    for slot in region.slots:
+        foreign = foreign_slot(slot, given_ids, selection)
+        if foreign is not None:
+            chooser = selection.chooser.name if selection.chooser is not None else ""
+            return Miss(f"routing weights chosen by {chooser}, like the ids", f"{slot.name}, chosen by {foreign.name}", slot)
+    clamps = "last_expert" in region.bindings and "perm" not in region.bindings
+    result = CheckResult(float("nan"), 0, 0.0)
+    if work.config.validate:
+        operands = (region.tokens, region.ids, region.slots, region.params, region.shared)
+        result = check_layer(region.root, operands, region.body, selection.in_range, selection.distinct, clamps)
+        if not result.passed:
+            wanted = "the same numbers from the layer and its experts node"
+            return Miss(wanted, f"a difference of {result.error:.1e} of the output's range", region.root)
+    router = describe_router(region.ids, region.slots, selection, _fqns(program))
+    node = _rewrite(program, region, clamps and not selection.in_range)
+    work.layers.append(_layer(work, region, node, router, selection, result))
+    return None
+
+
+def _rewrite(program: Program, region: Region, clamp_ids: bool) -> Node:
+    graph, root = program.graph, region.root
+    name = program.add_body(region.body)
+    with graph.inserting_before(root):
+        body = graph.get_attr(name)
+        ids = region.ids
+        if clamp_ids:
+            ids = _clamped(program, region)
+        node = graph.call_function(
+            experts,
+            (region.tokens, ids, tuple(region.slots), tuple(region.params), tuple(region.shared), body),
+        )
+    node.meta.update({key: root.meta[key] for key in (*PROVENANCE, "val") if key in root.meta})
+    replace(root, node)
+    erase_dead(graph, [root])
+    return node
+
+
+def _clamped(program: Program, region: Region) -> Node:
+    """Ids as the original used them, where they may name no expert and it clamped them."""
+    emit = Emitter(program.graph, region.root, program.fake_mode)
+    return emit(torch.ops.aten.clamp.default, region.ids, 0, region.num_experts - 1)
+
+
+def _layer(
+    work: Work, region: Region, node: Node, router: str, selection: Selection, result: CheckResult
+) -> Layer:
+    weights = [work.program.weights[p] for p in region.params if p in work.program.weights]
+    # The experts' own module holds the parameters; where they come from elsewhere, the trace tells the module.
+    fqn = weights[0].fqn.rpartition(".")[0] if weights else module_of(region.root)
+    size = sum(weight.tensor.numel() * weight.tensor.element_size() for weight in weights)
+    return Layer(
+        node, region.body, fqn, region.form, region.num_experts, region.top_k, router,
+        selection.in_range, selection.distinct, result.error if work.config.validate else None, result.seconds,
+        originals=[p for p in region.params if p in work.program.weights], bytes_before=size, bytes_after=size,
+    )  # fmt: skip
+
+
+def _fqns(program: Program) -> dict[Node, str]:
+    return {node: weight.fqn for node, weight in program.weights.items()}

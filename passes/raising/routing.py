@@ -1,0 +1,128 @@
+"""What can be known of a layer's routing: are its ids valid and distinct, where do they and the weights come from."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+
+from torch.fx import Node
+
+from moe_fx.matcher import arguments, op_name
+from moe_fx.shapes import shape_of, tensor_of
+
+__all__ = ["Selection", "describe_router", "foreign_slot", "selection_of"]
+
+#: ops that choose experts by score
+CHOOSING = frozenset({"aten::topk", "aten::sort", "aten::argsort", "aten::argmax", "aten::max"})
+#: ops that move integers about without making new ones
+MOVING = frozenset({
+    "aten::reshape", "aten::slice", "aten::to", "aten::clone", "aten::unsqueeze", "aten::squeeze", "aten::select",
+    "aten::contiguous", "aten::transpose", "aten::expand", "aten::narrow",
+})  # fmt: skip
+#: where one token's features are mixed: what lies behind is no longer the router's doing
+MIXING = frozenset({"aten::linear", "aten::mm", "aten::addmm", "aten::matmul", "aten::bmm"})
+
+
+class Selection:
+    """How the ids of a layer were chosen.
+
+    Attributes:
+        chooser: the op that made them (a ``topk``, ...), or None if that is not known.
+        in_range: every id is certainly one of ``0..E-1``.
+        distinct: the ids of one token are certainly different experts.
+    """
+
+    def __init__(self, chooser: Node | None, in_range: bool, distinct: bool) -> None:
+        self.chooser, self.in_range, self.distinct = chooser, in_range, distinct
+
+
+def selection_of(ids: Node, num_experts: int) -> Selection:
+    """Follow ids back to the op that chose them."""
+    node, clamped, moved = ids, False, False
+    while True:
+        name = op_name(node)
+        if name == "aten::clamp":
+            given = arguments(node)
+            clamped |= given["min"] == 0 and given["max"] == num_experts - 1
+            moved = True
+        elif name in MOVING:
+            # Slicing, casting and adding dimensions of size 1 keep a token's ids together.
+            moved |= name not in ("aten::to", "aten::slice", "aten::clone", "aten::contiguous")
+        elif node.target is operator.getitem and isinstance(node.args[0], Node):
+            pass
+        else:
+            break
+        if not isinstance(node.args[0], Node):
+            break
+        node = node.args[0]
+    if op_name(node) not in CHOOSING:
+        return Selection(None, clamped, False)
+    given = arguments(node)
+    scores = shape_of(given["self"])
+    dim = given.get("dim", -1)
+    over_experts = (
+        scores is not None and isinstance(dim, int) and dim % len(scores) == len(scores) - 1
+        and scores[-1] == num_experts
+    )  # fmt: skip
+    several = op_name(node) in ("aten::topk", "aten::sort", "aten::argsort")
+    k = shape_of(ids)
+    one = k is not None and k[-1] == 1
+    return Selection(node, clamped or over_experts, over_experts and ((several and not moved) or one))
+
+
+def ancestors(node: Node, limit: int = 200) -> Iterator[Node]:
+    """What a value is computed from, up to and including matrix products."""
+    pending, seen = [node], set()
+    while pending and len(seen) < limit:
+        current = pending.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        yield current
+        if op_name(current) not in MIXING and current.op == "call_function":
+            pending.extend(current.all_input_nodes)
+
+
+def foreign_slot(slot: Node, ids: Node, selection: Selection) -> Node | None:
+    """The op that chose a routing weight, if it is another one than chose the layer's ids."""
+    if selection.chooser is None:
+        return None
+    mine = set(ancestors(ids))
+    chosen = [node for node in ancestors(slot) if op_name(node) in CHOOSING]
+    if not chosen or any(node in mine for node in chosen) or ids in ancestors(slot):
+        return None
+    return chosen[0]
+
+
+def describe_router(ids: Node, slots: list[Node], selection: Selection, fqn_of: dict[Node, str]) -> str:
+    """One line on the router: scores, choice, what happens to the weights, and the weight's name."""
+    if selection.chooser is None:
+        return "ids are given" if ids.op == "placeholder" else "unknown choice"
+    behind = list(ancestors(ids)) + [node for slot in slots for node in ancestors(slot)]
+    names = [op_name(node) for node in behind]
+    words = []
+    scores = [word for word in ("softmax", "sigmoid", "softplus", "tanh") if f"aten::{word}" in names]
+    if "aten::softmax" in names and selection.chooser is not None:
+        after = not any(op_name(n) == "aten::softmax" for n in ancestors(selection.chooser))
+        scores = [word + " after choice" if word == "softmax" and after else word for word in scores]
+    words += scores or ["raw scores"]
+    k = shape_of(ids)
+    choice = (op_name(selection.chooser) or "").removeprefix("aten::")
+    groups = sum(node is not selection.chooser and op_name(node) == "aten::topk" for node in set(behind))
+    words.append(f"{choice} {k[-1] if k else '?'}" + (" within groups" if groups else ""))
+    renormalized = any(
+        op_name(node) in ("aten::div", "aten::div_") and _divides_by_sum(node) for slot in slots for node in ancestors(slot)
+    )
+    words += ["renormalised"] if renormalized else []
+    scales = {arguments(n)["other"] for slot in slots for n in ancestors(slot)
+              if op_name(n) == "aten::mul" and isinstance(arguments(n)["other"], float)}  # fmt: skip
+    words += [f"times {scale:g}" for scale in sorted(scales)]
+    weights = dict.fromkeys(fqn_of[n.args[1]] for n in behind
+                            if op_name(n) == "aten::linear" and n.args[1] in fqn_of)  # fmt: skip
+    dtypes = {str(value.dtype).removeprefix("torch.") for slot in slots if (value := tensor_of(slot)) is not None}
+    words += sorted(dtypes)
+    return ", ".join(words) + (f" of {', '.join(weights)}" if weights else "")
+
+
+def _divides_by_sum(node: Node) -> bool:
+    return any(op_name(part) == "aten::sum" for part in ancestors(node.args[1], 8)) if isinstance(node.args[1], Node) else False
