@@ -1,7 +1,7 @@
 """moe_fx: find the Mixture-of-Experts layers of a PyTorch graph, quantize them, and write them back to run fast.
 
-    ep = torch.export.export(model, args)
-    q = moe_fx.transform(ep, moe_fx.Config(quantize=moe_fx.Int8WeightOnly()))
+ep = torch.export.export(model, args)
+q = moe_fx.transform(ep, moe_fx.Config(quantize=moe_fx.Int8WeightOnly()))
 """
 
 from moe_fx.backend import backend

@@ -5,7 +5,8 @@ rewritten, and given to Inductor.
 
 Non-public torch API used here, tried on torch 2.11, 2.13 and 2.15:
 
-* ``torch._guards.detect_fake_mode``: the mode that knows the symbolic sizes Dynamo gave to the inputs;
+* ``FakeTensor.fake_mode``: the mode in which Dynamo traced, which knows the inputs' symbolic sizes (the mode of the
+  ambient tracing context is another one, made afresh for the backend);
 * ``make_fx(..., pre_dispatch=True)``: the tracer that torch.export itself uses for training IR;
 * ``torch._inductor.compile_fx.compile_fx``: what ``backend="inductor"`` calls;
 * ``node.meta["grapharg"]``: where Dynamo notes which attribute of the model an input is.
@@ -23,10 +24,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from moe_fx.config import Config
 from moe_fx.errors import ConfigError, ProgramError
+from moe_fx.pipeline import Work, run_passes
 from moe_fx.program import Program, Weight, check_inference
 from moe_fx.report import Report
 from moe_fx.transform import FIND, WRITE, check_requirement, work_report
-from moe_fx.pipeline import Work, run_passes
 
 __all__ = ["Backend", "backend", "named_backend"]
 
@@ -64,7 +65,7 @@ class Backend:
 
         rewritten, report = self.rewrite(graph_module, example_inputs)
         self.reports.append(report)
-        compiled: Callable[..., Any] = compile_fx(rewritten, list(example_inputs), **options)
+        compiled: Any = compile_fx(rewritten, list(example_inputs), **options)
         return compiled
 
     def rewrite(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> tuple[GraphModule, Report]:
@@ -122,7 +123,8 @@ def to_aten(graph_module: GraphModule, example_inputs: Sequence[Any]) -> GraphMo
     """Dynamo's graph as ATen ops, with the symbolic sizes Dynamo gave to its inputs."""
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     examples = [node.meta.get("example_value", value) for node, value in zip(placeholders, example_inputs, strict=True)]
-    fake_mode = torch._guards.detect_fake_mode(examples) or torch._subclasses.FakeTensorMode()
+    modes = [value.fake_mode for value in examples if isinstance(value, torch._subclasses.FakeTensor)]
+    fake_mode = modes[0] if modes else torch._subclasses.FakeTensorMode()
     fakes = [
         fake_mode.from_tensor(value, static_shapes=True)
         if isinstance(value, torch.Tensor) and not isinstance(value, torch._subclasses.FakeTensor)

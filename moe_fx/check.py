@@ -33,11 +33,17 @@ TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class CheckResult:
-    """``error``: the largest difference over the output's range. ``tokens``: rows tried. ``seconds``: its cost."""
+    """What the check found.
+
+    Attributes:
+        error: the largest difference over the output's range; infinite if one of the two could not be run.
+        tokens: rows tried. seconds: the check's cost. problem: what kept it from running, in words.
+    """
 
     error: float
     tokens: int
     seconds: float
+    problem: str = ""
 
     @property
     def passed(self) -> bool:
@@ -59,7 +65,6 @@ def check_layer(
     body: GraphModule,
     in_range: bool,
     distinct: bool,
-    clamped: bool,
 ) -> CheckResult:
     """Compare ``root`` with ``experts(*operands, body)``.
 
@@ -71,9 +76,9 @@ def check_layer(
     """
     started = time.perf_counter()
     tokens, ids, slots, params, shared = operands
-    count = shape_of(params[0])[0]  # type: ignore[index]
+    count = shape_of(params[0])[0]
     assert isinstance(count, int)
-    routing = _Routing(count, in_range or clamped, distinct)
+    routing = _Routing(count, in_range, distinct)
     nodes = _between(root, [tokens, ids, *slots, *params, *shared])
     sizes = _Sizes(tokens, ids, _affordable(params, ids, count))
     generator = torch.Generator().manual_seed(0)
@@ -82,21 +87,26 @@ def check_layer(
         env[node] = _random(node, sizes, generator)
     for node in params:
         env[node] = _windows(node, generator)
-    env[ids] = _random_ids(sizes.evaluate(ids.meta["val"].shape), routing, generator)
-    with torch.no_grad():
-        expected = _Interpreter(sizes, env).run(nodes, root)
-        given = [[env[node] for node in group] for group in (slots, params, shared)]
-        actual = experts(env[tokens], env[ids], *given, _in_float64(body))
-    error = float((expected - actual).abs().max() / expected.abs().max().clamp_min(1e-30))
-    if expected.shape != actual.shape or math.isnan(error):
-        error = math.inf
-    return CheckResult(error, env[tokens].shape[0], time.perf_counter() - started)
+    env[ids] = _random_ids(tuple(sizes.leading(ids.meta["val"].shape)), routing, generator)
+    given = dict(zip(("slots", "params", "shared"), ([env[n] for n in g] for g in operands[2:]), strict=True))
+    error, problem = math.inf, ""
+    try:
+        with torch.no_grad():
+            expected = _Interpreter(sizes, env).run(nodes, root)
+            actual = experts(env[tokens], env[ids], **given, body=_in_float64(body))
+        if expected.shape == actual.shape and not expected.isnan().any():
+            error = float((expected - actual).abs().max() / expected.abs().max().clamp_min(1e-30))
+    except (RuntimeError, IndexError, TypeError, ValueError, KeyError) as failure:
+        # What cannot be run cannot be proven: the layer stays as it is, and the report says why.
+        problem = f"{type(failure).__name__}: {failure}".splitlines()[0]
+    error = math.inf if math.isnan(error) else error
+    return CheckResult(error, env[tokens].shape[0], time.perf_counter() - started, problem)
 
 
 def _affordable(params: Sequence[Node], ids: Node, num_experts: int) -> int:
     """How many tokens: more than there are experts, if the budget allows, and never fewer than three."""
-    weights = sum(math.prod(shape_of(p)[1:]) for p in params)  # type: ignore[arg-type,index]
-    top_k = shape_of(ids)[1]  # type: ignore[index]
+    weights = sum(math.prod(map(int, (shape_of(p) or ())[1:])) for p in params)
+    top_k = shape_of(ids)[1]
     return int(max(3, min(num_experts + 3, BUDGET // (weights * top_k))))
 
 
@@ -138,8 +148,11 @@ class _Sizes:
         if isinstance(value, torch.SymInt):
             return int(value.node.expr.subs(self.symbols))
         if isinstance(value, torch.Size | tuple | list):
-            return type(value)(self.evaluate(element) for element in value) if not isinstance(value, torch.Size) \
+            return (
+                type(value)(self.evaluate(element) for element in value)
+                if not isinstance(value, torch.Size)
                 else tuple(self.evaluate(element) for element in value)
+            )
         return value
 
     def leading(self, shape: Any) -> Any:
@@ -194,7 +207,7 @@ class _Interpreter:
     def run(self, nodes: list[Node], root: Node) -> torch.Tensor:
         for node in nodes:
             self.env[node] = self.call(node)
-        return self.env[root]  # type: ignore[no-any-return]
+        return self.env[root]
 
     def call(self, node: Node) -> Any:
         value = node.meta.get("val")
@@ -276,7 +289,7 @@ def _in_float64(body: GraphModule) -> Callable[..., torch.Tensor]:
             if node.op == "placeholder":
                 env[node] = next(given)
             elif node.op == "output":
-                return env[node.args[0]]  # type: ignore[no-any-return]
+                return env[node.args[0]]
             else:
                 args = tuple(_widened(arg) for arg in map_arg(node.args, env.__getitem__))
                 kwargs = map_arg(node.kwargs, env.__getitem__)

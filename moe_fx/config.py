@@ -20,7 +20,7 @@ class _NamedFields(type):
     """Makes an unknown keyword an error that lists the valid ones, instead of Python's bare TypeError."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        valid = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        valid = [f.name for f in fields(cls)]
         for name in kwargs:
             if name not in valid:
                 choices = ", ".join(valid)

@@ -59,7 +59,7 @@ def op_name(node: object) -> str | None:
 
 def arguments(node: Node) -> dict[str, Any]:
     """All arguments of an op call by name, defaults filled in."""
-    schema = node.target._schema  # type: ignore[union-attr]
+    schema = node.target._schema
     values = {arg.name: arg.default_value for arg in schema.arguments if arg.has_default_value()}
     values.update(zip((arg.name for arg in schema.arguments), node.args, strict=False))
     values.update(node.kwargs)
@@ -112,7 +112,13 @@ class _Search:
             self.deepest = Miss(wanted, _describe(value), node, dict(env), depth)
 
     def solve(
-        self, pattern: Any, value: Any, env: dict[str, Any], nodes: frozenset[Node], depth: int, at: Node | None = None
+        self,
+        pattern: Any,
+        value: Any,
+        env: dict[str, Any],
+        nodes: frozenset[Node],
+        depth: int,
+        at: Node | None = None,
     ) -> Iterator[Solution]:
         """Every way in which ``pattern`` fits ``value``. ``at`` is the call whose argument ``value`` is."""
         if isinstance(pattern, p.Wildcard):
@@ -196,7 +202,12 @@ class _Search:
             yield from self.solve_all(order, env, nodes | {value}, depth + 1, value)
 
     def solve_all(
-        self, pairs: list[tuple[Any, Any]], env: dict[str, Any], nodes: frozenset[Node], depth: int, at: Node | None
+        self,
+        pairs: list[tuple[Any, Any]],
+        env: dict[str, Any],
+        nodes: frozenset[Node],
+        depth: int,
+        at: Node | None,
     ) -> Iterator[Solution]:
         if not pairs:
             yield env, nodes

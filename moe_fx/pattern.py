@@ -15,8 +15,9 @@
 | `Last(-1)` | a dimension, counted from either end |
 | `OneOfValues(a, b)` | one of these literals |
 | `AtLeast(n)` | an int that is not smaller |
-| `Fold(step, start, each=("w",))` | a chain of repetitions, peeled from its last step: `step` holds `ACC` where the rest of the chain stands; names in `each` are collected per step (innermost first), all others are the same in every step |
+| `Fold(step, start, each=("w",))` | `step` repeated, peeled from the last: `ACC` in it is the rest of the chain |
 
+In a Fold, names in `each` are collected per step (innermost first); all others are the same in every step.
 An op whose arguments commute (`add`, `mul`, ...) is tried both ways round: that is a property of the op, not of a
 rule. Bookkeeping arguments (layout, device, pin_memory, memory_format, non_blocking) are never looked at.
 """

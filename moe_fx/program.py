@@ -8,13 +8,14 @@ Tried on torch 2.11, 2.13 and 2.15.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputSpec, TensorArgument
 from torch.fx import Graph, GraphModule, Node
 
 from moe_fx.errors import ProgramError
@@ -89,6 +90,8 @@ class ExportedWork(Program):
         self.source = ep
         # A deepcopy of a graph copies its nodes and shares their (fake) values.
         self.graph_module = GraphModule(ep.graph_module, copy.deepcopy(ep.graph))
+        for copied, original in zip(self.graph.nodes, ep.graph.nodes, strict=True):
+            copied.name = original.name  # the copy renames what is also a Python builtin, such as "input"
         self.graph_module.meta.update(ep.graph_module.meta)
         self.state_dict = dict(ep.state_dict)
         self.constants = dict(ep.constants)
@@ -131,6 +134,17 @@ class ExportedWork(Program):
                 self.constants.pop(fqn, None)
         self.inputs = kept
 
+    def output_specs(self) -> list[OutputSpec]:
+        """The outputs as before, under the names of the nodes that yield them now."""
+        (output,) = self.graph.find_nodes(op="output")
+        specs = []
+        for value, spec in zip(output.args[0], self.source.graph_signature.output_specs, strict=True):
+            argument = spec.arg
+            if isinstance(value, Node) and getattr(argument, "name", value.name) != value.name:
+                argument = dataclasses.replace(argument, name=value.name)
+            specs.append(dataclasses.replace(spec, arg=argument))
+        return specs
+
     def finish(self, report: str) -> ExportedProgram:
         """The rewritten graph as a new program that carries ``report`` (text)."""
         graph_module = self.graph_module
@@ -138,9 +152,7 @@ class ExportedWork(Program):
             delattr(graph_module, name)
         meta = dict(graph_module.meta)
         meta["custom"] = {**meta.get("custom", {}), META_KEY: report}
-        signature = ExportGraphSignature(
-            [spec for _, spec in self.inputs], list(self.source.graph_signature.output_specs)
-        )
+        signature = ExportGraphSignature([spec for _, spec in self.inputs], self.output_specs())
         program = ExportedProgram(
             root=graph_module,
             graph=self.graph,

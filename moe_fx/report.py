@@ -127,7 +127,11 @@ def _bytes(count: int) -> str:
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
-    return [text[0].rstrip(), "  ".join("-" * width for width in widths), *(line.rstrip() for line in text[1:])]
+    return [
+        text[0].rstrip(),
+        "  ".join("-" * width for width in widths),
+        *(line.rstrip() for line in text[1:]),
+    ]
 
 
 def describe_miss(rule: str, miss: Miss) -> MissReport:

@@ -53,9 +53,7 @@ class Emitter:
                 write(i)
                 self._replayed = None
 
-    def inline(
-        self, body: GraphModule, inputs: Iterable[Any], calls: Mapping[Any, Callable[..., Any]]
-    ) -> Any:
+    def inline(self, body: GraphModule, inputs: Iterable[Any], calls: Mapping[Any, Callable[..., Any]]) -> Any:
         """Write the nodes of ``body`` here, its placeholders bound to ``inputs``; its output is returned.
 
         ``calls`` maps targets of the body to functions of their arguments that write them differently.

@@ -100,7 +100,11 @@ def report(ep: ExportedProgram) -> Report | None:
 def check_requirement(work: Work) -> None:
     """Raise RequirementError if fewer layers were found than the configuration requires."""
     wanted, found = work.config.require, len(work.layers)
-    if wanted is None or (isinstance(wanted, int) and found >= wanted) or (wanted == "all" and found and not work.misses):
+    if (
+        wanted is None
+        or (isinstance(wanted, int) and found >= wanted)
+        or (wanted == "all" and found and not work.misses)
+    ):
         return
     result = work_report(work)
     asked = "every MoE layer (and at least one)" if wanted == "all" else f"at least {wanted} MoE layers"

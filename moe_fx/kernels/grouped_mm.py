@@ -56,11 +56,11 @@ def _(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> torch.T
     return left.new_empty(offsets.shape[0], left.shape[1], right.shape[1])
 
 
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad):
     rows, matrices, offsets = ctx.saved_tensors
     grad = grad.contiguous()
     grad_rows = grouped_mm(grad, matrices.transpose(-2, -1), offsets) if ctx.needs_input_grad[0] else None

@@ -13,12 +13,12 @@ import operator
 from collections.abc import Sequence
 
 import torch
+from moe_fx.passes.lowering.slots import flat, operands, sum_over_slots, zero_unless
+from moe_fx.passes.lowering.table import RoutedRows, expert_linear_call
 from torch.fx import Node
 
 from moe_fx.experts import expert_linear, per_row
 from moe_fx.formats import WeightFormat
-from moe_fx.passes.lowering.slots import flat, operands, sum_over_slots, zero_unless
-from moe_fx.passes.lowering.table import RoutedRows, expert_linear_call
 from moe_fx.pipeline import Layer
 from moe_fx.program import Program
 from moe_fx.rewrite import Emitter
@@ -32,7 +32,7 @@ aten = torch.ops.aten
 def lower_to_grouped_mm(layer: Layer, program: Program, emit: Emitter) -> tuple[Node, list[str]]:
     """Write the layer; returns its value and why faster ways were passed over."""
     tokens, ids, slots, params, shared = operands(layer)
-    device = tensor_of(ids).device  # type: ignore[union-attr]
+    device = tensor_of(ids).device
     order = emit(aten.sort.default, flat(emit, ids))
     sorted_ids, perm = emit(operator.getitem, order, 0), emit(operator.getitem, order, 1)
     experts = emit(aten.arange.default, layer.num_experts, dtype=torch.int64, device=device, pin_memory=False)
@@ -68,6 +68,6 @@ def _inverse(emit: Emitter, perm: Node) -> Node:
     """The permutation that undoes ``perm [S]``, by one scatter."""
     (size,) = shape_of(perm) or (0,)
     count = size if isinstance(size, int) else emit(aten.sym_size.int, perm, 0)
-    device = tensor_of(perm).device  # type: ignore[union-attr]
+    device = tensor_of(perm).device
     places = emit(aten.arange.default, count, dtype=torch.int64, device=device, pin_memory=False)
     return emit(aten.scatter.src, emit(aten.zeros_like.default, perm, pin_memory=False), 0, perm, places)

@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from moe_fx.passes.lowering.slots import flat, operands, rows_by_slot, sum_over_slots, zero_unless
+from moe_fx.passes.lowering.table import RoutedRows, expert_linear_call
 from torch.fx import Node
 
 from moe_fx.experts import expert_linear, per_row
 from moe_fx.formats import WeightFormat
-from moe_fx.passes.lowering.slots import flat, operands, rows_by_slot, sum_over_slots, zero_unless
-from moe_fx.passes.lowering.table import RoutedRows, expert_linear_call
 from moe_fx.pipeline import Layer
 from moe_fx.program import Program
 from moe_fx.rewrite import Emitter
@@ -57,7 +57,7 @@ def lower_to_linear(layer: Layer, program: Program, emit: Emitter) -> tuple[Node
         output = emit.inline(layer.body, [tokens, *own, *weights, *shared], {expert_linear: linear, per_row: shown})
         met = emit(aten.any.dim, hit, 1) if by_token else hit
         output = zero_unless(emit, met, output)
-        if tensor_of(output).dtype in (torch.bfloat16, torch.float16):  # type: ignore[union-attr]
+        if tensor_of(output).dtype in (torch.bfloat16, torch.float16):
             output = emit(aten.to.dtype, output, torch.float32)
         first = total[-1] if total else emit(aten.zeros_like.default, output, pin_memory=False)
         total.append(emit(aten.add.Tensor, first, output))
@@ -71,7 +71,8 @@ def lower_to_linear(layer: Layer, program: Program, emit: Emitter) -> tuple[Node
 def _slot_of_expert(emit: Emitter, slot: Node, hit: Node) -> Node:
     """``[T, K, ...]`` to ``[T, ...]``: the value of the one slot in which each token meets the expert."""
     shape, value = shape_of(slot), tensor_of(slot)
-    assert shape is not None and value is not None
+    assert shape is not None
+    assert value is not None
     for _ in shape[2:]:
         hit = emit(aten.unsqueeze.default, hit, -1)
     zero = emit(aten.scalar_tensor.default, 0, dtype=value.dtype, device=value.device)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch.fx import Node
-
-from moe_fx.experts import expert_linear, experts, per_row
 from moe_fx.passes.lowering.gather import lower_to_gather
 from moe_fx.passes.lowering.grouped import lower_to_grouped_mm
 from moe_fx.passes.lowering.linear import lower_to_linear
+from torch.fx import Node
+
+from moe_fx.experts import expert_linear, experts, per_row
 from moe_fx.pipeline import Work
 from moe_fx.rewrite import Emitter, erase_dead, replace
 from moe_fx.shapes import tensor_of
@@ -24,10 +24,10 @@ def lower_layers(work: Work) -> None:
     read = {param for layer in work.layers for param in layer.originals}
     fake_mode = program.fake_mode
     for layer in work.layers:
-        node, dtype = layer.node, tensor_of(layer.node).dtype  # type: ignore[union-attr]
+        node, dtype = layer.node, tensor_of(layer.node).dtype
         emit = Emitter(program.graph, node, fake_mode)
         lowered, reasons = LOWERINGS[layer.lowering](layer, program, emit)
-        if tensor_of(lowered).dtype is not dtype:  # type: ignore[union-attr]
+        if tensor_of(lowered).dtype is not dtype:
             lowered = emit(torch.ops.aten.to.dtype, lowered, dtype)
         layer.why = "; ".join([layer.why, *dict.fromkeys(reasons)])
         replace(node, lowered)
@@ -40,4 +40,3 @@ def leftover(node: Node) -> str | None:
     if node.target in (experts, expert_linear, per_row):
         return "a call that exists only between raise and lower"
     return None
-

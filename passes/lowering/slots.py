@@ -21,7 +21,7 @@ def operands(layer: Layer) -> tuple[Node, Node, Sequence[Node], Sequence[Node], 
     """tokens, ids, slots, params and shared of the layer's node."""
     tokens, ids, slots, params, shared, _ = layer.node.args
     given: Any = (tokens, ids, slots, params, shared)
-    return given  # type: ignore[no-any-return]
+    return given
 
 
 def flat(emit: Emitter, slot: Node) -> Node:
@@ -49,6 +49,6 @@ def sum_over_slots(emit: Emitter, rows: Node, top_k: int) -> Node:
 def zero_unless(emit: Emitter, condition: Node, rows: Node) -> Node:
     """``rows [R, N]`` where ``condition [R]`` holds, elsewhere zero (whatever stands there, NaN too)."""
     wide = emit(aten.unsqueeze.default, condition, -1)
-    dtype = tensor_of(rows).dtype  # type: ignore[union-attr]
-    zero = emit(aten.scalar_tensor.default, 0.0, dtype=dtype, device=tensor_of(rows).device)  # type: ignore[union-attr]
+    dtype = tensor_of(rows).dtype
+    zero = emit(aten.scalar_tensor.default, 0.0, dtype=dtype, device=tensor_of(rows).device)
     return emit(aten.where.self, wide, rows, zero)

@@ -51,7 +51,7 @@ def expert_linear_call(
     lowering: str, routed: RoutedRows, rows: Node, tensors: Sequence[Node], form: WeightFormat
 ) -> tuple[Node, list[str]]:
     """Write an expert linear; also the reasons why better ways were passed over."""
-    passed_over = []
+    passed_over: list[str] = []
     for cell in TABLE[lowering, type(form)]:
         reason = cell.unfit(rows, tensors, form)
         if reason is None:
@@ -61,7 +61,7 @@ def expert_linear_call(
 
 
 def _accumulation_dtype(rows: Node) -> torch.dtype:
-    dtype = tensor_of(rows).dtype  # type: ignore[union-attr]
+    dtype = tensor_of(rows).dtype
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
@@ -69,7 +69,7 @@ def _accumulation_dtype(rows: Node) -> torch.dtype:
 
 
 def _native_unfit(rows: Node, tensors: Sequence[Node], form: WeightFormat) -> str | None:
-    dtype, weight = tensor_of(rows).dtype, tensor_of(tensors[0])  # type: ignore[union-attr]
+    dtype, weight = tensor_of(rows).dtype, tensor_of(tensors[0])
     assert weight is not None
     if dtype is not torch.bfloat16:
         name = str(dtype).removeprefix("torch.")
@@ -81,8 +81,10 @@ def _native_unfit(rows: Node, tensors: Sequence[Node], form: WeightFormat) -> st
 
 
 def _native_int8_unfit(rows: Node, tensors: Sequence[Node], form: WeightFormat) -> str | None:
-    if tensor_of(rows).device.type == "cpu":  # type: ignore[union-attr]
-        return "on CPU moe_fx::grouped_mm widens one expert's int8 weights at a time, aten._grouped_mm needs all at once"
+    if tensor_of(rows).device.type == "cpu":
+        return (
+            "on CPU moe_fx::grouped_mm widens one expert's int8 weights at a time, aten._grouped_mm needs all at once"
+        )
     return _native_unfit(rows, tensors, form)
 
 
@@ -103,7 +105,7 @@ def _grouped_own(routed: RoutedRows, rows: Node, tensors: Sequence[Node], form: 
 
 
 def _grouped_int8_native(routed: RoutedRows, rows: Node, tensors: Sequence[Node], form: WeightFormat) -> Node:
-    dtype = tensor_of(rows).dtype  # type: ignore[union-attr]
+    dtype = tensor_of(rows).dtype
     widened = routed.emit(aten.to.dtype, tensors[0], dtype)
     return _scaled_rows(routed, _grouped_native(routed, rows, [widened], form), tensors[1])
 
@@ -128,7 +130,7 @@ def _linear(routed: RoutedRows, rows: Node, tensors: Sequence[Node], form: Weigh
 
 
 def _linear_int8(routed: RoutedRows, rows: Node, tensors: Sequence[Node], form: WeightFormat) -> Node:
-    widened = routed.emit(aten.to.dtype, tensors[0], tensor_of(rows).dtype)  # type: ignore[union-attr]
+    widened = routed.emit(aten.to.dtype, tensors[0], tensor_of(rows).dtype)
     return routed.emit(aten.mul.Tensor, routed.emit(aten.linear.default, rows, widened), tensors[1])
 
 
@@ -142,7 +144,7 @@ def _gather(routed: RoutedRows, rows: Node, tensors: Sequence[Node], form: Weigh
     beside, summed = (-1, -2) if transposed else (-2, -1)
     column = emit(aten.unsqueeze.default, rows, beside)
     product = emit(aten.mul.Tensor, _cast(emit, chosen, wide), _cast(emit, column, wide))
-    return _cast(emit, emit(aten.sum.dim_IntList, product, [summed]), tensor_of(rows).dtype)  # type: ignore[union-attr]
+    return _cast(emit, emit(aten.sum.dim_IntList, product, [summed]), tensor_of(rows).dtype)
 
 
 def _gather_int8(routed: RoutedRows, rows: Node, tensors: Sequence[Node], form: WeightFormat) -> Node:
@@ -150,7 +152,7 @@ def _gather_int8(routed: RoutedRows, rows: Node, tensors: Sequence[Node], form: 
 
 
 def _cast(emit: Emitter, node: Node, dtype: torch.dtype) -> Node:
-    return node if tensor_of(node).dtype is dtype else emit(aten.to.dtype, node, dtype)  # type: ignore[union-attr]
+    return node if tensor_of(node).dtype is dtype else emit(aten.to.dtype, node, dtype)
 
 
 TABLE: dict[tuple[str, type[WeightFormat]], tuple[Cell, ...]] = {

@@ -1,9 +1,9 @@
 """EXPORTED -> NORMAL: functional, and one spelling per meaning.
 
-    relu_ = aten.relu_(x)                    relu = aten.relu(x)
-    view = aten.view(relu_, [-1])     =>     reshape = aten.reshape(relu, [-1])
-    to = aten.to(view, f32)  # is f32        return reshape
-    return to
+relu_ = aten.relu_(x)                    relu = aten.relu(x)
+view = aten.view(relu_, [-1])     =>     reshape = aten.reshape(relu, [-1])
+to = aten.to(view, f32)  # is f32        return reshape
+return to
 """
 
 from moe_fx.passes.normalize.functional import functionalize

@@ -44,9 +44,9 @@ def functionalize(graph: Graph) -> set[Node]:
 
 def _functional_form(node: Node) -> torch._ops.OpOverload | None:
     """``aten.add.Tensor`` for ``aten.add_.Tensor``, if it yields the same dtype."""
-    namespace, name = node.target._schema.name.split("::")  # type: ignore[union-attr]
+    namespace, name = node.target._schema.name.split("::")
     packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
-    overload = node.target._overloadname  # type: ignore[union-attr]
+    overload = node.target._overloadname
     if not name.endswith("_") or packet is None or overload not in packet.overloads():
         return None
     mine, others = tensor_of(node), [tensor_of(arg) for arg in node.all_input_nodes]

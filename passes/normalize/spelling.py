@@ -69,7 +69,9 @@ def _to_copy(node: Node, given: dict[str, Any]) -> Spelling | None:
 
 
 def _floor_divide(node: Node, given: dict[str, Any]) -> Spelling | None:
-    return (aten.floor_divide.default, (given["self"], given["other"])) if given.get("rounding_mode") == "floor" else None
+    return (
+        (aten.floor_divide.default, (given["self"], given["other"])) if given.get("rounding_mode") == "floor" else None
+    )
 
 
 def _permute(node: Node, given: dict[str, Any]) -> Spelling | None:
@@ -108,10 +110,10 @@ def _where(node: Node, given: dict[str, Any]) -> Spelling | None:
     return aten.masked_fill.Scalar, (kept, given["condition"], arguments(scalar)["s"])
 
 
-def _transposed_matrix(node: object) -> Node | None:
+def _transposed_matrix(node: Any) -> Node | None:
     if op_name(node) not in ("aten::transpose", "aten::permute", "aten::t"):
         return None
-    source = node.args[0]  # type: ignore[union-attr]
+    source = node.args[0]
     shape, mine = shape_of(source), shape_of(node)
     return source if shape is not None and mine is not None and len(shape) == 2 else None
 
@@ -155,7 +157,7 @@ def drop_no_ops(graph: Graph) -> None:
             graph.erase_node(node)
         elif is_no_op(node):
             source = node.args[0]
-            replace(node, source)  # type: ignore[arg-type]
+            replace(node, source)
             erase_dead(graph, [node])
 
 

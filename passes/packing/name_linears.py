@@ -1,7 +1,7 @@
 """In each body, a linear that reads an expert parameter is named as one, with the format of its weight.
 
-    transpose = aten.transpose(p0, 0, 1)       =>     expert_linear = expert_linear(x, (p0,), none[transposed])
-    linear = aten.linear(x, transpose)
+transpose = aten.transpose(p0, 0, 1)       =>     expert_linear = expert_linear(x, (p0,), none[transposed])
+linear = aten.linear(x, transpose)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["name_linears"]
 
 def name_linears(work: Work) -> None:
     for layer in work.layers:
-        _name(layer.body.graph, first_param=1 + len(layer.node.args[2]), count=len(layer.node.args[3]))  # type: ignore[arg-type]
+        _name(layer.body.graph, first_param=1 + len(layer.node.args[2]), count=len(layer.node.args[3]))
 
 
 def _name(graph: Graph, first_param: int, count: int) -> None:

@@ -1,10 +1,12 @@
 """Quantize the expert weights that the configuration names.
 
-    y = experts(x, ids, (s,), (w [E, N, K],), ...)     =>    y = experts(x, ids, (s,), (qdata, scale), ...)
-    body: expert_linear(x, (p0,), none)                      body: expert_linear(x, (p0, p1), int8_weight_only)
+y = experts(x, ids, (s,), (w [E, N, K],), ...)     =>    y = experts(x, ids, (s,), (qdata, scale), ...)
+body: expert_linear(x, (p0,), none)                      body: expert_linear(x, (p0, p1), int8_weight_only)
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch.fx import Node
 
@@ -35,7 +37,7 @@ def quantize_experts(work: Work) -> None:
             if chosen is not None:
                 _check_values(weight)
                 _quantize(program, layer, linear, weight, chosen, quantized)
-        params = [program.weights[p] for p in layer.node.args[3] if p in program.weights]  # type: ignore[union-attr]
+        params = [program.weights[p] for p in layer.node.args[3] if p in program.weights]
         layer.bytes_after = sum(weight.tensor.numel() * weight.tensor.element_size() for weight in params)
 
 
@@ -61,9 +63,10 @@ def _plan(layer: Layer, program: Program, rules: FormatRules) -> list[tuple[Node
 
 def _operand(layer: Layer, placeholder: Node) -> Node:
     """The node of the program that a body's placeholder stands for."""
-    tokens, _, slots, params, shared, _ = layer.node.args
-    given = [tokens, *slots, *params, *shared]  # type: ignore[misc]
-    return given[layer.body.graph.find_nodes(op="placeholder").index(placeholder)]  # type: ignore[return-value]
+    operands: Any = layer.node.args
+    tokens, _, slots, params, shared, _ = operands
+    given = [tokens, *slots, *params, *shared]
+    return given[layer.body.graph.find_nodes(op="placeholder").index(placeholder)]
 
 
 def _check_values(weight: Weight) -> None:
@@ -80,10 +83,11 @@ def _quantize(
     program: Program, layer: Layer, linear: Node, weight: Weight, chosen: WeightFormat,
     known: dict[tuple[Node, WeightFormat], list[Node]],
 ) -> None:  # fmt: skip
-    (placeholder,), stored = linear.args[1], linear.args[2]
+    call: Any = linear.args
+    rows, (placeholder,), stored = call
     source = _operand(layer, placeholder)
     if (source, chosen) not in known:
-        (stacked,) = stored.quantize(weight.tensor)  # type: ignore[union-attr]
+        (stacked,) = stored.quantize(weight.tensor)
         tensors = chosen.quantize(stacked)
         names = [f"{weight.fqn}_{name}" for name in chosen.tensor_names]
         known[source, chosen] = [program.add_weight(n, t) for n, t in zip(names, tensors, strict=True)]
@@ -91,9 +95,9 @@ def _quantize(
     graph = layer.body.graph
     with graph.inserting_before(placeholder):
         inputs = [graph.placeholder(f"{placeholder.name}_{name}") for name in chosen.tensor_names]
-    linear.args = (linear.args[0], tuple(inputs), chosen)
+    linear.args = (rows, tuple(inputs), chosen)  # type: ignore[assignment]
     args = list(layer.node.args)
-    params = list(args[3])  # type: ignore[arg-type]
+    params = list(args[3])
     place = params.index(source)
     if placeholder.users:
         # Another linear reads this weight too, and is quantized in its own turn.

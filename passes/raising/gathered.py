@@ -1,14 +1,15 @@
 """Disguise: every row gathers its expert's weight, and a batched matrix multiply applies it.
 
-    rows = x.repeat_interleave(K, 0)                     # [T*K, H]
-    y = torch.bmm(weight[ids.reshape(-1)], rows[..., None]).squeeze(-1)
-    out = (body(y) * s.reshape(-1, 1)).view(T, K, H).sum(1)
+rows = x.repeat_interleave(K, 0)                     # [T*K, H]
+y = torch.bmm(weight[ids.reshape(-1)], rows[..., None]).squeeze(-1)
+out = (body(y) * s.reshape(-1, 1)).view(T, K, H).sum(1)
 """
 
 from __future__ import annotations
 
-from moe_fx.pattern import ANY, Last, Var, aten, either, optional
 from moe_fx.passes.raising.pieces import TOKEN_MAJOR, Dispatch, ExpertLinear, ExpertRow, Piece, arange
+
+from moe_fx.pattern import ANY, Last, Var, aten, either, optional
 
 # Ids that name no expert may be clamped first; that is then part of the layer's routing.
 flat_ids = aten.reshape(Var("ids", rank=2), ANY)
@@ -31,7 +32,10 @@ PIECES: tuple[Piece, ...] = (
     Dispatch(TOKEN_MAJOR, aten.index(tokens, [token_of_row])),
     ExpertLinear(TOKEN_MAJOR, aten.squeeze(aten.bmm(gathered, aten.unsqueeze(rows, Last(-1))), Last(-1)), "gather_bmm"),
     ExpertLinear(
-        TOKEN_MAJOR, aten.squeeze(aten.bmm(aten.unsqueeze(rows, 1), gathered), Last(1)), "gather_bmm", transposed=True
+        TOKEN_MAJOR,
+        aten.squeeze(aten.bmm(aten.unsqueeze(rows, 1), gathered), Last(1)),
+        "gather_bmm",
+        transposed=True,
     ),
     ExpertRow(TOKEN_MAJOR, aten.index(Var("param"), [routed])),
 )

@@ -1,9 +1,9 @@
 """Disguise: rows are sorted by expert and multiplied group by group.
 
-    perm = ids.reshape(-1).argsort()                     # row i is slot perm[i]
-    offs = histc(ids, E).cumsum(0)                       # where each expert's rows end
-    y = grouped_mm(x[perm // K], weight.transpose(-2, -1), offs)
-    out = (body(y) * s.reshape(-1)[perm])[inverse of perm].view(T, K, H).sum(1)
+perm = ids.reshape(-1).argsort()                     # row i is slot perm[i]
+offs = histc(ids, E).cumsum(0)                       # where each expert's rows end
+y = grouped_mm(x[perm // K], weight.transpose(-2, -1), offs)
+out = (body(y) * s.reshape(-1)[perm])[inverse of perm].view(T, K, H).sum(1)
 """
 
 from __future__ import annotations
@@ -11,11 +11,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from moe_fx.passes.raising.pieces import (
+    SORTED,
+    TOKEN_MAJOR,
+    Dispatch,
+    ExpertLinear,
+    ExpertRow,
+    Mask,
+    Piece,
+    Slot,
+    View,
+    arange,
+)  # fmt: skip
 
 from moe_fx.pattern import ANY, As, Last, OneOfValues, Pattern, Var, aten, call, either, item, optional
-from moe_fx.passes.raising.pieces import (
-    SORTED, TOKEN_MAJOR, Dispatch, ExpertLinear, ExpertRow, Mask, Piece, Slot, View, arange,
-)  # fmt: skip
 
 flat_ids = aten.reshape(Var("ids", rank=2), ANY)
 only_dim = OneOfValues(0, -1)
@@ -27,7 +36,9 @@ def sort(values: Any) -> Pattern:
 
 def argsort(values: Any) -> Pattern:
     return either(
-        item(sort(values), 1), aten.argsort(values, dim=only_dim), aten.argsort(values, stable=ANY, dim=only_dim)
+        item(sort(values), 1),
+        aten.argsort(values, dim=only_dim),
+        aten.argsort(values, stable=ANY, dim=only_dim),
     )
 
 
@@ -38,7 +49,9 @@ inverse = either(argsort(perm), aten.index_put(ANY, [perm], arange()), aten.scat
 # histc counts in the dtype it is given: one that holds every expert number exactly.
 exact = OneOfValues(torch.float32, torch.float64, torch.int32, torch.int64)
 num_experts, last_expert, top_k = Var("num_experts"), Var("last_expert"), Var("top_k")
-counts = aten.histc(optional(lambda ids: aten.to(ids, exact), either(sorted_ids, flat_ids)), num_experts, 0, last_expert)
+counts = aten.histc(
+    optional(lambda ids: aten.to(ids, exact), either(sorted_ids, flat_ids)), num_experts, 0, last_expert
+)
 offsets = either(aten.cumsum(counts, only_dim, dtype=torch.int32), aten.to(aten.cumsum(counts, only_dim), torch.int32))
 
 rows, weight = Var("rows", rank=2), Var("weight", rank=3)
@@ -57,6 +70,9 @@ PIECES: tuple[Piece, ...] = (
     Slot(SORTED, aten.index(aten.reshape(Var("slot", rank=2), ANY), [perm])),
     ExpertLinear(SORTED, grouped_mm(transposed), "sort_grouped_mm"),
     ExpertLinear(SORTED, grouped_mm(weight), "sort_grouped_mm", transposed=True),
-    ExpertRow(SORTED, aten.index(Var("param"), [optional(lambda ids: aten.clamp(ids, None, last_expert), sorted_ids)])),
+    ExpertRow(
+        SORTED,
+        aten.index(Var("param"), [optional(lambda ids: aten.clamp(ids, None, last_expert), sorted_ids)]),
+    ),
     Mask(SORTED, aten.masked_fill(rows, aten.unsqueeze(no_expert, Last(-1)), 0)),
 )

@@ -8,16 +8,16 @@ Nothing is changed before the whole match, its side conditions and the numeric c
 from __future__ import annotations
 
 import torch
+from moe_fx.passes.normalize.functional import memory_of
+from moe_fx.passes.raising import gathered, grouped
+from moe_fx.passes.raising.pieces import COMMON
+from moe_fx.passes.raising.region import Region, find_region, is_anchor
+from moe_fx.passes.raising.routing import describe_router, foreign_slot, selection_of
 from torch.fx import Node
 
 from moe_fx.check import CheckResult, check_layer
 from moe_fx.experts import experts
 from moe_fx.matcher import Match, Miss, match
-from moe_fx.passes.normalize.functional import memory_of
-from moe_fx.passes.raising import gathered, grouped
-from moe_fx.passes.raising.pieces import COMMON
-from moe_fx.passes.raising.region import Region, find_region, is_anchor
-from moe_fx.passes.raising.routing import Selection, describe_router, foreign_slot, selection_of
 from moe_fx.pattern import Last, Var, aten
 from moe_fx.pipeline import Layer, Work
 from moe_fx.program import Program
@@ -95,18 +95,25 @@ def _raise(work: Work, region: Region) -> Miss | None:
         foreign = foreign_slot(slot, given_ids, selection)
         if foreign is not None:
             chooser = selection.chooser.name if selection.chooser is not None else ""
-            return Miss(f"routing weights chosen by {chooser}, like the ids", f"{slot.name}, chosen by {foreign.name}", slot)
+            return Miss(
+                f"routing weights chosen by {chooser}, like the ids",
+                f"{slot.name}, chosen by {foreign.name}",
+                slot,
+            )
+    # Gathering with an id that names no expert is an error, unless ids are clamped first; only sorted rows skip it.
     clamps = "last_expert" in region.bindings and "perm" not in region.bindings
+    in_range = selection.in_range or "perm" not in region.bindings
     result = CheckResult(float("nan"), 0, 0.0)
     if work.config.validate:
         operands = (region.tokens, region.ids, region.slots, region.params, region.shared)
-        result = check_layer(region.root, operands, region.body, selection.in_range, selection.distinct, clamps)
+        result = check_layer(region.root, operands, region.body, in_range, selection.distinct)
         if not result.passed:
             wanted = "the same numbers from the layer and its experts node"
-            return Miss(wanted, f"a difference of {result.error:.1e} of the output's range", region.root)
+            found = result.problem or f"a difference of {result.error:.1e} of the output's range"
+            return Miss(wanted, found, region.root)
     router = describe_router(region.ids, region.slots, selection, _fqns(program))
     node = _rewrite(program, region, clamps and not selection.in_range)
-    work.layers.append(_layer(work, region, node, router, selection, result))
+    work.layers.append(_layer(work, region, node, router, in_range, selection.distinct, result))
     return None
 
 
@@ -135,7 +142,7 @@ def _clamped(program: Program, region: Region) -> Node:
 
 
 def _layer(
-    work: Work, region: Region, node: Node, router: str, selection: Selection, result: CheckResult
+    work: Work, region: Region, node: Node, router: str, in_range: bool, distinct: bool, result: CheckResult
 ) -> Layer:
     weights = [work.program.weights[p] for p in region.params if p in work.program.weights]
     # The experts' own module holds the parameters; where they come from elsewhere, the trace tells the module.
@@ -143,7 +150,7 @@ def _layer(
     size = sum(weight.tensor.numel() * weight.tensor.element_size() for weight in weights)
     return Layer(
         node, region.body, fqn, region.form, region.num_experts, region.top_k, router,
-        selection.in_range, selection.distinct, result.error if work.config.validate else None, result.seconds,
+        in_range, distinct, result.error if work.config.validate else None, result.seconds,
         originals=[p for p in region.params if p in work.program.weights], bytes_before=size, bytes_after=size,
     )  # fmt: skip
 

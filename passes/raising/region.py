@@ -7,15 +7,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from moe_fx.passes.raising.pieces import (
+    LOCAL,
+    SLOTS,
+    Dispatch,
+    ExpertLinear,
+    ExpertRow,
+    Mask,
+    Piece,
+    Slot,
+    View,
+)  # fmt: skip
+from moe_fx.passes.raising.row_local import row_op
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from moe_fx.experts import per_row
 from moe_fx.matcher import Match, Miss, match, op_name
-from moe_fx.passes.raising.pieces import (
-    LOCAL, SLOTS, Dispatch, ExpertLinear, ExpertRow, Mask, Piece, Slot, View,
-)  # fmt: skip
-from moe_fx.passes.raising.row_local import row_op
 from moe_fx.rewrite import ASSERTS
 from moe_fx.shapes import Dim, known_equal, same_shape, shape_of, tensor_of
 
@@ -51,13 +59,15 @@ class Region:
     @property
     def num_experts(self) -> int:
         shape = shape_of(self.params[0])
-        assert shape is not None and isinstance(shape[0], int)
+        assert shape is not None
+        assert isinstance(shape[0], int)
         return shape[0]
 
     @property
     def top_k(self) -> int:
         shape = shape_of(self.ids)
-        assert shape is not None and isinstance(shape[1], int)
+        assert shape is not None
+        assert isinstance(shape[1], int)
         return shape[1]
 
     @property
@@ -70,7 +80,7 @@ def find_region(root: Node, summed: Node, pieces: Sequence[Piece]) -> Region | M
     builder = _Builder(root, summed, pieces)
     output = builder.value(summed, SLOTS)
     if isinstance(output, Miss):
-        return builder.deepest or output
+        return builder.deepest if builder.deepest is not None else output
     return builder.region(output)
 
 
@@ -103,7 +113,8 @@ class _Builder:
         self.graph = Graph()
         self.captured: dict[str, dict[Node, Node]] = {"x": {}, "s": {}, "p": {}, "h": {}}
         shape = shape_of(self.summed)
-        assert shape is not None and len(shape) == 3
+        assert shape is not None
+        assert len(shape) == 3
         self.T, self.K = shape[:2]
 
     @property
@@ -158,7 +169,15 @@ class _Builder:
         inner = self.row_local(node, layout)
         # Where a piece came further than its first op, its mismatch says more than "this op is not row-local".
         if isinstance(inner, Miss) and near is not None and near.depth > 0:
-            self.note(Miss(near.wanted, near.found, near.node, near.bindings, near.depth + 100 * len(self.written) + 50))
+            self.note(
+                Miss(
+                    near.wanted,
+                    near.found,
+                    near.node,
+                    near.bindings,
+                    near.depth + 100 * len(self.written) + 50,
+                )
+            )
         return inner
 
     def take(self, piece: Piece, node: Node, found: Match) -> Node | Miss:
@@ -175,8 +194,9 @@ class _Builder:
                     return self.miss("a value for every token and slot", found["slot"])
                 self.bindings = shared
                 inner = self.capture("s", found["slot"])
-                # [T, K] seen by the rows is [R]; trailing dimensions that the reshape adds or drops follow.
-                return inner if len(shape) == 2 else self.write(aten.reshape.default, inner, [-1])
+                # [T, K] seen by the rows is [R]; dimensions that the reshape adds follow.
+                trailing = list((shape_of(node) or ())[1:])
+                return self.write(aten.reshape.default, inner, [-1, *trailing]) if trailing else inner
             case View():
                 self.bindings = shared
                 self.interior.add(node)
@@ -214,7 +234,7 @@ class _Builder:
         if node.op != "call_function":
             return self.as_slot(node, layout) or self.miss("a value computed from the token rows", node)
         if getattr(node.target, "__name__", "") == "getitem":
-            source = self.value(node.args[0], layout)  # type: ignore[arg-type]
+            source = self.value(node.args[0], layout)
             self.interior.add(node)
             return source if isinstance(source, Miss) else self.write(node.target, source, node.args[1])
         op = row_op(node, 2 if layout == SLOTS else 1)
@@ -302,7 +322,9 @@ class _Builder:
             if not isinstance(experts, int) or not known_equal(shapes[param][0], experts):
                 return self.miss(f"parameters of {experts} experts", param, f"{shapes[param][0]} experts")
         if b.get("num_experts", experts) != experts:
-            return self.miss(f"rows counted for {experts} experts", ids, f"for {b['num_experts']}: an expert is missing")
+            return self.miss(
+                f"rows counted for {experts} experts", ids, f"for {b['num_experts']}: an expert is missing"
+            )
         if b.get("last_expert", experts - 1) != experts - 1:
             last = b["last_expert"]
             return self.miss(f"ids up to {experts - 1}", ids, f"ids clamped to {last}: an expert is missing")

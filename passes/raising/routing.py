@@ -72,7 +72,8 @@ def selection_of(ids: Node, num_experts: int) -> Selection:
 
 def ancestors(node: Node, limit: int = 200) -> Iterator[Node]:
     """What a value is computed from, up to and including matrix products."""
-    pending, seen = [node], set()
+    pending = [node]
+    seen: set[Node] = set()
     while pending and len(seen) < limit:
         current = pending.pop()
         if current in seen:
@@ -111,7 +112,9 @@ def describe_router(ids: Node, slots: list[Node], selection: Selection, fqn_of: 
     groups = sum(node is not selection.chooser and op_name(node) == "aten::topk" for node in set(behind))
     words.append(f"{choice} {k[-1] if k else '?'}" + (" within groups" if groups else ""))
     renormalized = any(
-        op_name(node) in ("aten::div", "aten::div_") and _divides_by_sum(node) for slot in slots for node in ancestors(slot)
+        op_name(node) in ("aten::div", "aten::div_") and _divides_by_sum(node)
+        for slot in slots
+        for node in ancestors(slot)
     )
     words += ["renormalised"] if renormalized else []
     scales = {arguments(n)["other"] for slot in slots for n in ancestors(slot)
@@ -125,4 +128,8 @@ def describe_router(ids: Node, slots: list[Node], selection: Selection, fqn_of: 
 
 
 def _divides_by_sum(node: Node) -> bool:
-    return any(op_name(part) == "aten::sum" for part in ancestors(node.args[1], 8)) if isinstance(node.args[1], Node) else False
+    return (
+        any(op_name(part) == "aten::sum" for part in ancestors(node.args[1], 8))
+        if isinstance(node.args[1], Node)
+        else False
+    )

@@ -51,9 +51,9 @@ def row_op(node: Node, leading: int) -> RowOp | str:
     if name is None or not name.startswith("aten::"):
         return "a call of an ATen op"
     target = node.target
-    if target._schema.is_mutable:  # type: ignore[union-attr]
+    if target._schema.is_mutable:
         return "a functional op (this one writes in place, and another value shares its memory)"
-    if name in ELEMENTWISE or torch.Tag.pointwise in target.tags:  # type: ignore[union-attr]
+    if name in ELEMENTWISE or torch.Tag.pointwise in target.tags:
         return RowOp(node.args, dict(node.kwargs), elementwise=True)
     short = name.removeprefix("aten::")
     given = arguments(node)
@@ -82,15 +82,15 @@ def _along(node: Node, given: dict[str, Any], names: tuple[str, ...], leading: i
     moved: dict[str, Any] = {}
     for name in names:
         dims = given.get(name)
-        listed = list(dims) if isinstance(dims, list | tuple) else [dims]
+        listed: list[Any] = list(dims) if isinstance(dims, list | tuple) else [dims]
         if not listed or any(dim is None or dim % rank < leading for dim in listed):
             return "an op along other dimensions than the rows"
         # Counted from the end, a dimension has the same number whether rows are [T, K] or [T*K].
         listed = [dim % rank - rank for dim in listed]
         moved[name] = listed if isinstance(dims, list | tuple) else listed[0]
-    schema = [arg.name for arg in node.target._schema.arguments]  # type: ignore[union-attr]
+    schema = [arg.name for arg in node.target._schema.arguments]
     full = {**dict(zip(schema, node.args, strict=False)), **node.kwargs, **moved}
-    positional = [arg.name for arg in node.target._schema.arguments if not arg.kwarg_only]  # type: ignore[union-attr]
+    positional = [arg.name for arg in node.target._schema.arguments if not arg.kwarg_only]
     last = max(place for place, name in enumerate(positional) if name in full)
     args = tuple(full.get(name, given.get(name)) for name in positional[: last + 1])
     kwargs = {name: value for name, value in full.items() if name not in positional}

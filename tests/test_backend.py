@@ -1,0 +1,75 @@
+"""torch.compile(model, backend=...): the same passes on the graph that Dynamo hands over."""
+
+import pytest
+import torch
+from toys import Gathered, Grouped
+
+import moe_fx
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+
+
+def x(tokens, dtype=torch.float32):
+    return torch.randn(tokens, 8, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+
+def test_backend_object_rewrites_and_reports():
+    model, backend = Gathered().eval(), moe_fx.backend(moe_fx.Config(experts="gather", require="all"))
+    compiled = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
+    with torch.no_grad():
+        for tokens in (6, 9):
+            torch.testing.assert_close(compiled(x(tokens)), model(x(tokens)), rtol=1e-5, atol=1e-6)
+    (layer,) = backend.reports[0].layers
+    assert layer.lowering == "gather"
+
+
+def test_backend_is_found_by_name():
+    assert "moe_fx" in torch._dynamo.list_backends()
+    model = Gathered().eval()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="moe_fx", fullgraph=True)
+        torch.testing.assert_close(compiled(x(6)), model(x(6)), rtol=1e-5, atol=1e-6)
+
+
+def test_backend_quantizes():
+    model, backend = Gathered().eval(), moe_fx.backend(moe_fx.Config(quantize={"*up": moe_fx.Int8WeightOnly()}))
+    with torch.no_grad():
+        actual = torch.compile(model, backend=backend)(x(6))
+        model.up.data = moe_fx.Int8WeightOnly().dequantize(*moe_fx.Int8WeightOnly().quantize(model.up.data))
+        torch.testing.assert_close(actual, model(x(6)), rtol=1e-5, atol=1e-6)
+    assert backend.reports[0].layers[0].format == "up: int8_weight_only, down: none"
+
+
+def test_quantizing_with_gradients_enabled_is_an_error():
+    compiled = torch.compile(Gathered(), backend=moe_fx.backend(moe_fx.Config(quantize=moe_fx.Int8WeightOnly())))
+    with pytest.raises(Exception, match="quantized experts cannot be trained"):
+        compiled(x(6))
+
+
+def test_unquantized_experts_can_be_trained():
+    model = Gathered()
+    compiled = torch.compile(model, backend=moe_fx.backend(moe_fx.Config(experts="grouped_mm", require="all")))
+    compiled(x(6)).square().sum().backward()
+    actual = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model(x(6)).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(actual[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_groups():
+    model, backend = Grouped().eval(), moe_fx.backend(moe_fx.Config(require="all"))
+    with torch.no_grad():
+        compiled = torch.compile(model, backend=backend, dynamic=True)
+        for tokens in (6, 9):
+            expected = model(x(tokens, torch.bfloat16)).float()
+            actual = compiled(x(tokens, torch.bfloat16)).float()
+            assert (actual - expected).abs().max() <= 2**-6 * expected.abs().max()
+
+
+def test_configuration_of_another_type_is_an_error():
+    with pytest.raises(moe_fx.ConfigError, match=r"takes a moe_fx\.Config, not dict"):
+        moe_fx.backend({"experts": "gather"})

@@ -1,0 +1,339 @@
+"""What each lowering writes, for each format."""
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from toys import Gathered, export, relu_squared
+
+import moe_fx
+from moe_fx.printer import format_graph
+
+
+def lowered(experts, quantize=None, num_experts=2):
+    model = Gathered(gated=False, activation=relu_squared, num_experts=num_experts)
+    program = moe_fx.transform(export(model), moe_fx.Config(experts=experts, quantize=quantize, require=1))
+    text = format_graph(program.graph_module)
+    # The router is the same everywhere; what follows it is the lowering.
+    return text[text.index("    div") if "    div" in text else 0 :]
+
+
+def test_grouped_mm():
+    assert_expected_inline(lowered("grouped_mm"), """\
+p_router: f32[2, 8]
+p_up: f32[2, 16, 8]
+p_down: f32[2, 8, 16]
+x: f32[s0, 8]
+linear: f32[s0, 2] = aten.linear(x, p_router)
+softmax: f32[s0, 2] = aten.softmax(linear, -1)
+topk = aten.topk(softmax, 2)
+getitem: f32[s0, 2] = getitem(topk, 0)
+getitem_1: i64[s0, 2] = getitem(topk, 1)
+sum: f32[s0, 1] = aten.sum(getitem, [-1], True)
+div: f32[s0, 2] = aten.div(getitem, sum)
+reshape: i64[2*s0] = aten.reshape(getitem_1, [-1])
+sort = aten.sort(reshape)
+getitem_2: i64[2*s0] = getitem(sort, 0)
+getitem_3: i64[2*s0] = getitem(sort, 1)
+arange: i64[2] = aten.arange(2, dtype=i64)
+searchsorted: i32[2] = aten.searchsorted(getitem_2, arange, out_int32=True, right=True)
+floor_divide: i64[2*s0] = aten.floor_divide(getitem_3, 2)
+index: f32[2*s0, 8] = aten.index(x, [floor_divide])
+reshape_1: f32[2*s0] = aten.reshape(div, [-1])
+index_1: f32[2*s0] = aten.index(reshape_1, [getitem_3])
+transpose: f32[2, 8, 16] = aten.transpose(p_up, -2, -1)
+grouped_mm: f32[2*s0, 16] = moe_fx.grouped_mm(index, transpose, searchsorted)
+relu: f32[2*s0, 16] = aten.relu(grouped_mm)
+square: f32[2*s0, 16] = aten.square(relu)
+transpose_1: f32[2, 16, 8] = aten.transpose(p_down, -2, -1)
+grouped_mm_1: f32[2*s0, 8] = moe_fx.grouped_mm(square, transpose_1, searchsorted)
+reshape_2: f32[2*s0, 1] = aten.reshape(index_1, [-1, 1])
+mul: f32[2*s0, 8] = aten.mul(grouped_mm_1, reshape_2)
+sym_size = aten.sym_size(getitem_3, 0)
+arange_1: i64[2*s0] = aten.arange(sym_size, dtype=i64)
+zeros_like: i64[2*s0] = aten.zeros_like(getitem_3)
+scatter: i64[2*s0] = aten.scatter(zeros_like, 0, getitem_3, arange_1)
+index_2: f32[2*s0, 8] = aten.index(mul, [scatter])
+reshape_3: f32[s0, 2, 8] = aten.reshape(index_2, [-1, 2, 8])
+sum_1: f32[s0, 8] = aten.sum(reshape_3, [1])
+return (sum_1,)
+""")
+
+
+def test_grouped_mm_int8():
+    assert_expected_inline(lowered("grouped_mm", moe_fx.Int8WeightOnly()), """\
+p_router: f32[2, 8]
+b_up_qdata: i8[2, 16, 8]
+b_up_scale: f32[2, 16]
+b_down_qdata: i8[2, 8, 16]
+b_down_scale: f32[2, 8]
+x: f32[s0, 8]
+linear: f32[s0, 2] = aten.linear(x, p_router)
+softmax: f32[s0, 2] = aten.softmax(linear, -1)
+topk = aten.topk(softmax, 2)
+getitem: f32[s0, 2] = getitem(topk, 0)
+getitem_1: i64[s0, 2] = getitem(topk, 1)
+sum: f32[s0, 1] = aten.sum(getitem, [-1], True)
+div: f32[s0, 2] = aten.div(getitem, sum)
+reshape: i64[2*s0] = aten.reshape(getitem_1, [-1])
+sort = aten.sort(reshape)
+getitem_2: i64[2*s0] = getitem(sort, 0)
+getitem_3: i64[2*s0] = getitem(sort, 1)
+arange: i64[2] = aten.arange(2, dtype=i64)
+searchsorted: i32[2] = aten.searchsorted(getitem_2, arange, out_int32=True, right=True)
+floor_divide: i64[2*s0] = aten.floor_divide(getitem_3, 2)
+index: f32[2*s0, 8] = aten.index(x, [floor_divide])
+reshape_1: f32[2*s0] = aten.reshape(div, [-1])
+index_1: f32[2*s0] = aten.index(reshape_1, [getitem_3])
+transpose: i8[2, 8, 16] = aten.transpose(b_up_qdata, -2, -1)
+grouped_mm: f32[2*s0, 16] = moe_fx.grouped_mm(index, transpose, searchsorted)
+index_2: f32[2*s0, 16] = aten.index(b_up_scale, [getitem_2])
+mul: f32[2*s0, 16] = aten.mul(grouped_mm, index_2)
+relu: f32[2*s0, 16] = aten.relu(mul)
+square: f32[2*s0, 16] = aten.square(relu)
+transpose_1: i8[2, 16, 8] = aten.transpose(b_down_qdata, -2, -1)
+grouped_mm_1: f32[2*s0, 8] = moe_fx.grouped_mm(square, transpose_1, searchsorted)
+index_3: f32[2*s0, 8] = aten.index(b_down_scale, [getitem_2])
+mul_1: f32[2*s0, 8] = aten.mul(grouped_mm_1, index_3)
+reshape_2: f32[2*s0, 1] = aten.reshape(index_1, [-1, 1])
+mul_2: f32[2*s0, 8] = aten.mul(mul_1, reshape_2)
+sym_size = aten.sym_size(getitem_3, 0)
+arange_1: i64[2*s0] = aten.arange(sym_size, dtype=i64)
+zeros_like: i64[2*s0] = aten.zeros_like(getitem_3)
+scatter: i64[2*s0] = aten.scatter(zeros_like, 0, getitem_3, arange_1)
+index_4: f32[2*s0, 8] = aten.index(mul_2, [scatter])
+reshape_3: f32[s0, 2, 8] = aten.reshape(index_4, [-1, 2, 8])
+sum_1: f32[s0, 8] = aten.sum(reshape_3, [1])
+return (sum_1,)
+""")
+
+
+def test_linear():
+    assert_expected_inline(lowered("linear"), """\
+p_router: f32[2, 8]
+p_up: f32[2, 16, 8]
+p_down: f32[2, 8, 16]
+x: f32[s0, 8]
+linear: f32[s0, 2] = aten.linear(x, p_router)
+softmax: f32[s0, 2] = aten.softmax(linear, -1)
+topk = aten.topk(softmax, 2)
+getitem: f32[s0, 2] = getitem(topk, 0)
+getitem_1: i64[s0, 2] = getitem(topk, 1)
+sum: f32[s0, 1] = aten.sum(getitem, [-1], True)
+div: f32[s0, 2] = aten.div(getitem, sum)
+eq: bool[s0, 2] = aten.eq(getitem_1, 0)
+select: f32[16, 8] = aten.select(p_up, 0, 0)
+select_1: f32[8, 16] = aten.select(p_down, 0, 0)
+scalar_tensor: f32[] = aten.scalar_tensor(0, dtype=f32)
+where: f32[s0, 2] = aten.where(eq, div, scalar_tensor)
+sum_1: f32[s0] = aten.sum(where, [1])
+linear_1: f32[s0, 16] = aten.linear(x, select)
+relu: f32[s0, 16] = aten.relu(linear_1)
+square: f32[s0, 16] = aten.square(relu)
+linear_2: f32[s0, 8] = aten.linear(square, select_1)
+reshape: f32[s0, 1] = aten.reshape(sum_1, [-1, 1])
+mul: f32[s0, 8] = aten.mul(linear_2, reshape)
+any: bool[s0] = aten.any(eq, 1)
+unsqueeze: bool[s0, 1] = aten.unsqueeze(any, -1)
+scalar_tensor_1: f32[] = aten.scalar_tensor(0.0, dtype=f32)
+where_1: f32[s0, 8] = aten.where(unsqueeze, mul, scalar_tensor_1)
+zeros_like: f32[s0, 8] = aten.zeros_like(where_1)
+add: f32[s0, 8] = aten.add(zeros_like, where_1)
+eq_1: bool[s0, 2] = aten.eq(getitem_1, 1)
+select_2: f32[16, 8] = aten.select(p_up, 0, 1)
+select_3: f32[8, 16] = aten.select(p_down, 0, 1)
+scalar_tensor_2: f32[] = aten.scalar_tensor(0, dtype=f32)
+where_2: f32[s0, 2] = aten.where(eq_1, div, scalar_tensor_2)
+sum_2: f32[s0] = aten.sum(where_2, [1])
+linear_3: f32[s0, 16] = aten.linear(x, select_2)
+relu_1: f32[s0, 16] = aten.relu(linear_3)
+square_1: f32[s0, 16] = aten.square(relu_1)
+linear_4: f32[s0, 8] = aten.linear(square_1, select_3)
+reshape_1: f32[s0, 1] = aten.reshape(sum_2, [-1, 1])
+mul_1: f32[s0, 8] = aten.mul(linear_4, reshape_1)
+any_1: bool[s0] = aten.any(eq_1, 1)
+unsqueeze_1: bool[s0, 1] = aten.unsqueeze(any_1, -1)
+scalar_tensor_3: f32[] = aten.scalar_tensor(0.0, dtype=f32)
+where_3: f32[s0, 8] = aten.where(unsqueeze_1, mul_1, scalar_tensor_3)
+add_1: f32[s0, 8] = aten.add(add, where_3)
+return (add_1,)
+""")
+
+
+def test_linear_int8():
+    assert_expected_inline(lowered("linear", moe_fx.Int8WeightOnly()), """\
+p_router: f32[2, 8]
+b_up_qdata: i8[2, 16, 8]
+b_up_scale: f32[2, 16]
+b_down_qdata: i8[2, 8, 16]
+b_down_scale: f32[2, 8]
+x: f32[s0, 8]
+linear: f32[s0, 2] = aten.linear(x, p_router)
+softmax: f32[s0, 2] = aten.softmax(linear, -1)
+topk = aten.topk(softmax, 2)
+getitem: f32[s0, 2] = getitem(topk, 0)
+getitem_1: i64[s0, 2] = getitem(topk, 1)
+sum: f32[s0, 1] = aten.sum(getitem, [-1], True)
+div: f32[s0, 2] = aten.div(getitem, sum)
+eq: bool[s0, 2] = aten.eq(getitem_1, 0)
+select: i8[16, 8] = aten.select(b_up_qdata, 0, 0)
+select_1: f32[16] = aten.select(b_up_scale, 0, 0)
+select_2: i8[8, 16] = aten.select(b_down_qdata, 0, 0)
+select_3: f32[8] = aten.select(b_down_scale, 0, 0)
+scalar_tensor: f32[] = aten.scalar_tensor(0, dtype=f32)
+where: f32[s0, 2] = aten.where(eq, div, scalar_tensor)
+sum_1: f32[s0] = aten.sum(where, [1])
+to: f32[16, 8] = aten.to(select, f32)
+linear_1: f32[s0, 16] = aten.linear(x, to)
+mul: f32[s0, 16] = aten.mul(linear_1, select_1)
+relu: f32[s0, 16] = aten.relu(mul)
+square: f32[s0, 16] = aten.square(relu)
+to_1: f32[8, 16] = aten.to(select_2, f32)
+linear_2: f32[s0, 8] = aten.linear(square, to_1)
+mul_1: f32[s0, 8] = aten.mul(linear_2, select_3)
+reshape: f32[s0, 1] = aten.reshape(sum_1, [-1, 1])
+mul_2: f32[s0, 8] = aten.mul(mul_1, reshape)
+any: bool[s0] = aten.any(eq, 1)
+unsqueeze: bool[s0, 1] = aten.unsqueeze(any, -1)
+scalar_tensor_1: f32[] = aten.scalar_tensor(0.0, dtype=f32)
+where_1: f32[s0, 8] = aten.where(unsqueeze, mul_2, scalar_tensor_1)
+zeros_like: f32[s0, 8] = aten.zeros_like(where_1)
+add: f32[s0, 8] = aten.add(zeros_like, where_1)
+eq_1: bool[s0, 2] = aten.eq(getitem_1, 1)
+select_4: i8[16, 8] = aten.select(b_up_qdata, 0, 1)
+select_5: f32[16] = aten.select(b_up_scale, 0, 1)
+select_6: i8[8, 16] = aten.select(b_down_qdata, 0, 1)
+select_7: f32[8] = aten.select(b_down_scale, 0, 1)
+scalar_tensor_2: f32[] = aten.scalar_tensor(0, dtype=f32)
+where_2: f32[s0, 2] = aten.where(eq_1, div, scalar_tensor_2)
+sum_2: f32[s0] = aten.sum(where_2, [1])
+to_2: f32[16, 8] = aten.to(select_4, f32)
+linear_3: f32[s0, 16] = aten.linear(x, to_2)
+mul_3: f32[s0, 16] = aten.mul(linear_3, select_5)
+relu_1: f32[s0, 16] = aten.relu(mul_3)
+square_1: f32[s0, 16] = aten.square(relu_1)
+to_3: f32[8, 16] = aten.to(select_6, f32)
+linear_4: f32[s0, 8] = aten.linear(square_1, to_3)
+mul_4: f32[s0, 8] = aten.mul(linear_4, select_7)
+reshape_1: f32[s0, 1] = aten.reshape(sum_2, [-1, 1])
+mul_5: f32[s0, 8] = aten.mul(mul_4, reshape_1)
+any_1: bool[s0] = aten.any(eq_1, 1)
+unsqueeze_1: bool[s0, 1] = aten.unsqueeze(any_1, -1)
+scalar_tensor_3: f32[] = aten.scalar_tensor(0.0, dtype=f32)
+where_3: f32[s0, 8] = aten.where(unsqueeze_1, mul_5, scalar_tensor_3)
+add_1: f32[s0, 8] = aten.add(add, where_3)
+return (add_1,)
+""")
+
+
+def test_gather():
+    assert_expected_inline(lowered("gather"), """\
+p_router: f32[2, 8]
+p_up: f32[2, 16, 8]
+p_down: f32[2, 8, 16]
+x: f32[s0, 8]
+linear: f32[s0, 2] = aten.linear(x, p_router)
+softmax: f32[s0, 2] = aten.softmax(linear, -1)
+topk = aten.topk(softmax, 2)
+getitem: f32[s0, 2] = getitem(topk, 0)
+getitem_1: i64[s0, 2] = getitem(topk, 1)
+sum: f32[s0, 1] = aten.sum(getitem, [-1], True)
+div: f32[s0, 2] = aten.div(getitem, sum)
+reshape: i64[2*s0] = aten.reshape(getitem_1, [-1])
+unsqueeze: f32[s0, 1, 8] = aten.unsqueeze(x, 1)
+expand: f32[s0, 2, 8] = aten.expand(unsqueeze, [-1, 2, 8])
+reshape_1: f32[2*s0, 8] = aten.reshape(expand, [-1, 8])
+reshape_2: f32[2*s0] = aten.reshape(div, [-1])
+index: f32[2*s0, 16, 8] = aten.index(p_up, [reshape])
+unsqueeze_1: f32[2*s0, 1, 8] = aten.unsqueeze(reshape_1, -2)
+mul: f32[2*s0, 16, 8] = aten.mul(index, unsqueeze_1)
+sum_1: f32[2*s0, 16] = aten.sum(mul, [-1])
+relu: f32[2*s0, 16] = aten.relu(sum_1)
+square: f32[2*s0, 16] = aten.square(relu)
+index_1: f32[2*s0, 8, 16] = aten.index(p_down, [reshape])
+unsqueeze_2: f32[2*s0, 1, 16] = aten.unsqueeze(square, -2)
+mul_1: f32[2*s0, 8, 16] = aten.mul(index_1, unsqueeze_2)
+sum_2: f32[2*s0, 8] = aten.sum(mul_1, [-1])
+reshape_3: f32[2*s0, 1] = aten.reshape(reshape_2, [-1, 1])
+mul_2: f32[2*s0, 8] = aten.mul(sum_2, reshape_3)
+reshape_4: f32[s0, 2, 8] = aten.reshape(mul_2, [-1, 2, 8])
+sum_3: f32[s0, 8] = aten.sum(reshape_4, [1])
+return (sum_3,)
+""")
+
+
+def test_gather_int8():
+    assert_expected_inline(lowered("gather", moe_fx.Int8WeightOnly()), """\
+p_router: f32[2, 8]
+b_up_qdata: i8[2, 16, 8]
+b_up_scale: f32[2, 16]
+b_down_qdata: i8[2, 8, 16]
+b_down_scale: f32[2, 8]
+x: f32[s0, 8]
+linear: f32[s0, 2] = aten.linear(x, p_router)
+softmax: f32[s0, 2] = aten.softmax(linear, -1)
+topk = aten.topk(softmax, 2)
+getitem: f32[s0, 2] = getitem(topk, 0)
+getitem_1: i64[s0, 2] = getitem(topk, 1)
+sum: f32[s0, 1] = aten.sum(getitem, [-1], True)
+div: f32[s0, 2] = aten.div(getitem, sum)
+reshape: i64[2*s0] = aten.reshape(getitem_1, [-1])
+unsqueeze: f32[s0, 1, 8] = aten.unsqueeze(x, 1)
+expand: f32[s0, 2, 8] = aten.expand(unsqueeze, [-1, 2, 8])
+reshape_1: f32[2*s0, 8] = aten.reshape(expand, [-1, 8])
+reshape_2: f32[2*s0] = aten.reshape(div, [-1])
+index: i8[2*s0, 16, 8] = aten.index(b_up_qdata, [reshape])
+unsqueeze_1: f32[2*s0, 1, 8] = aten.unsqueeze(reshape_1, -2)
+to: f32[2*s0, 16, 8] = aten.to(index, f32)
+mul: f32[2*s0, 16, 8] = aten.mul(to, unsqueeze_1)
+sum_1: f32[2*s0, 16] = aten.sum(mul, [-1])
+index_1: f32[2*s0, 16] = aten.index(b_up_scale, [reshape])
+mul_1: f32[2*s0, 16] = aten.mul(sum_1, index_1)
+relu: f32[2*s0, 16] = aten.relu(mul_1)
+square: f32[2*s0, 16] = aten.square(relu)
+index_2: i8[2*s0, 8, 16] = aten.index(b_down_qdata, [reshape])
+unsqueeze_2: f32[2*s0, 1, 16] = aten.unsqueeze(square, -2)
+to_1: f32[2*s0, 8, 16] = aten.to(index_2, f32)
+mul_2: f32[2*s0, 8, 16] = aten.mul(to_1, unsqueeze_2)
+sum_2: f32[2*s0, 8] = aten.sum(mul_2, [-1])
+index_3: f32[2*s0, 8] = aten.index(b_down_scale, [reshape])
+mul_3: f32[2*s0, 8] = aten.mul(sum_2, index_3)
+reshape_3: f32[2*s0, 1] = aten.reshape(reshape_2, [-1, 1])
+mul_4: f32[2*s0, 8] = aten.mul(mul_3, reshape_3)
+reshape_4: f32[s0, 2, 8] = aten.reshape(mul_4, [-1, 2, 8])
+sum_3: f32[s0, 8] = aten.sum(reshape_4, [1])
+return (sum_3,)
+""")
+
+
+@pytest.mark.parametrize("experts", ["grouped_mm", "linear", "gather"])
+def test_no_bmm_over_gathered_weights_is_written(experts):
+    assert "bmm" not in lowered(experts)
+
+
+def test_grouped_mm_in_bfloat16_is_the_aten_op():
+    program = moe_fx.transform(export(Gathered(dtype=torch.bfloat16)), moe_fx.Config(experts="grouped_mm"))
+    assert program.graph.find_nodes(op="call_function", target=torch.ops.aten._grouped_mm.default)
+    assert moe_fx.report(program).layers[0].why == "as configured"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (dict(dtype=torch.float32), "compiles in bfloat16 only, not float32"),
+        (dict(dtype=torch.bfloat16, inner=12), "needs strides of 16 bytes, weights are 8 x 12"),
+    ],
+)
+def test_where_the_aten_op_does_not_fit_the_report_says_why(options, reason):
+    program = moe_fx.transform(export(Gathered(**options)), moe_fx.Config(experts="grouped_mm"))
+    assert reason in moe_fx.report(program).layers[0].why
+    assert program.graph.find_nodes(op="call_function", target=torch.ops.moe_fx.grouped_mm.default)
+
+
+def test_auto_chooses_by_token_count():
+    def why(**options):
+        (layer,) = moe_fx.report(moe_fx.transform(export(Gathered(), **options))).layers
+        return layer.lowering, layer.why.split(":")[0]
+
+    assert why(tokens=1, dynamic=False) == ("gather", "one token at a time")
+    assert why(tokens=6, dynamic=False) == ("grouped_mm", "6 tokens")
+    assert why() == ("grouped_mm", "up to 512 tokens")
