@@ -18,7 +18,9 @@ def lowered(experts, quantize=None, num_experts=2):
 
 
 def test_grouped_mm():
-    assert_expected_inline(lowered("grouped_mm"), """\
+    assert_expected_inline(
+        lowered("grouped_mm"),
+        """\
 p_router: f32[2, 8]
 p_up: f32[2, 16, 8]
 p_down: f32[2, 8, 16]
@@ -56,11 +58,14 @@ index_2: f32[2*s0, 8] = aten.index(mul, [scatter])
 reshape_3: f32[s0, 2, 8] = aten.reshape(index_2, [-1, 2, 8])
 sum_1: f32[s0, 8] = aten.sum(reshape_3, [1])
 return (sum_1,)
-""")
+""",
+    )
 
 
 def test_grouped_mm_int8():
-    assert_expected_inline(lowered("grouped_mm", moe_fx.Int8WeightOnly()), """\
+    assert_expected_inline(
+        lowered("grouped_mm", moe_fx.Int8WeightOnly()),
+        """\
 p_router: f32[2, 8]
 b_up_qdata: i8[2, 16, 8]
 b_up_scale: f32[2, 16]
@@ -104,11 +109,14 @@ index_4: f32[2*s0, 8] = aten.index(mul_2, [scatter])
 reshape_3: f32[s0, 2, 8] = aten.reshape(index_4, [-1, 2, 8])
 sum_1: f32[s0, 8] = aten.sum(reshape_3, [1])
 return (sum_1,)
-""")
+""",
+    )
 
 
 def test_linear():
-    assert_expected_inline(lowered("linear"), """\
+    assert_expected_inline(
+        lowered("linear"),
+        """\
 p_router: f32[2, 8]
 p_up: f32[2, 16, 8]
 p_down: f32[2, 8, 16]
@@ -156,11 +164,14 @@ scalar_tensor_3: f32[] = aten.scalar_tensor(0.0, dtype=f32)
 where_3: f32[s0, 8] = aten.where(unsqueeze_1, mul_1, scalar_tensor_3)
 add_1: f32[s0, 8] = aten.add(add, where_3)
 return (add_1,)
-""")
+""",
+    )
 
 
 def test_linear_int8():
-    assert_expected_inline(lowered("linear", moe_fx.Int8WeightOnly()), """\
+    assert_expected_inline(
+        lowered("linear", moe_fx.Int8WeightOnly()),
+        """\
 p_router: f32[2, 8]
 b_up_qdata: i8[2, 16, 8]
 b_up_scale: f32[2, 16]
@@ -222,11 +233,14 @@ scalar_tensor_3: f32[] = aten.scalar_tensor(0.0, dtype=f32)
 where_3: f32[s0, 8] = aten.where(unsqueeze_1, mul_5, scalar_tensor_3)
 add_1: f32[s0, 8] = aten.add(add, where_3)
 return (add_1,)
-""")
+""",
+    )
 
 
 def test_gather():
-    assert_expected_inline(lowered("gather"), """\
+    assert_expected_inline(
+        lowered("gather"),
+        """\
 p_router: f32[2, 8]
 p_up: f32[2, 16, 8]
 p_down: f32[2, 8, 16]
@@ -258,11 +272,14 @@ mul_2: f32[2*s0, 8] = aten.mul(sum_2, reshape_3)
 reshape_4: f32[s0, 2, 8] = aten.reshape(mul_2, [-1, 2, 8])
 sum_3: f32[s0, 8] = aten.sum(reshape_4, [1])
 return (sum_3,)
-""")
+""",
+    )
 
 
 def test_gather_int8():
-    assert_expected_inline(lowered("gather", moe_fx.Int8WeightOnly()), """\
+    assert_expected_inline(
+        lowered("gather", moe_fx.Int8WeightOnly()),
+        """\
 p_router: f32[2, 8]
 b_up_qdata: i8[2, 16, 8]
 b_up_scale: f32[2, 16]
@@ -302,7 +319,8 @@ mul_4: f32[2*s0, 8] = aten.mul(mul_3, reshape_3)
 reshape_4: f32[s0, 2, 8] = aten.reshape(mul_4, [-1, 2, 8])
 sum_3: f32[s0, 8] = aten.sum(reshape_4, [1])
 return (sum_3,)
-""")
+""",
+    )
 
 
 @pytest.mark.parametrize("experts", ["grouped_mm", "linear", "gather"])

@@ -55,8 +55,8 @@ def test_quantized_state_dict_has_the_new_names_and_not_the_old():
 
 def test_storage_per_expert_names_one_tensor_per_expert():
     program = moe_fx.transform(export(Gathered()), moe_fx.Config(quantize={"*up": INT8}, storage="per_expert"))
-    names = {f".{e}.{n}" for e in range(4) for n in ("up_qdata", "up_scale", "down")}
-    assert {name if name.startswith(".") else "." + name for name in program.state_dict} == names | {".router"}
+    names = {f"{e}.{n}" for e in range(4) for n in ("up_qdata", "up_scale", "down")}
+    assert set(program.state_dict) == names | {"router"}
     (layer,) = moe_fx.report(program).layers
     assert (layer.storage, layer.lowering) == ("per_expert", "linear")
 

@@ -86,5 +86,6 @@ def _split(layer: Layer, program: Program, param: Node) -> list[Node] | None:
         return None
     module, _, name = weight.fqn.rpartition(".")
     return [
-        program.add_weight(f"{module}.{expert}.{name}", weight.tensor[expert]) for expert in range(layer.num_experts)
+        program.add_weight(f"{module}.{expert}.{name}".lstrip("."), weight.tensor[expert])
+        for expert in range(layer.num_experts)
     ]

@@ -6,6 +6,7 @@ import torch
 from moe_fx.passes.lowering.gather import lower_to_gather
 from moe_fx.passes.lowering.grouped import lower_to_grouped_mm
 from moe_fx.passes.lowering.linear import lower_to_linear
+from moe_fx.passes.lowering.slots import operands
 from torch.fx import Node
 
 from moe_fx.experts import expert_linear, experts, per_row
@@ -21,7 +22,7 @@ LOWERINGS = {"grouped_mm": lower_to_grouped_mm, "linear": lower_to_linear, "gath
 def lower_layers(work: Work) -> None:
     program = work.program
     # Only what the layers read may vanish with them; an input that nobody ever read stays.
-    read = {param for layer in work.layers for param in layer.originals}
+    read = {param for layer in work.layers for param in (*layer.originals, *operands(layer)[3])}
     fake_mode = program.fake_mode
     for layer in work.layers:
         node, dtype = layer.node, tensor_of(layer.node).dtype
@@ -32,7 +33,7 @@ def lower_layers(work: Work) -> None:
         layer.why = "; ".join([layer.why, *dict.fromkeys(reasons)])
         replace(node, lowered)
         erase_dead(program.graph, [node])
-    program.drop_weights(read)
+    program.drop_weights({param for param in read if param in program.weights})
 
 
 def leftover(node: Node) -> str | None:

@@ -268,11 +268,15 @@ class _Builder:
         return self.value(operand, layout)
 
     def as_slot(self, node: Node, layout: str) -> Node | None:
-        """In the layout [T, K, 1], a value from outside is one that travels with the slot."""
+        """A value from outside that travels with the slot: [T, K, 1], or [T, 1] where K = 1 makes slots of tokens."""
         shape = shape_of(node)
-        if layout != SLOTS or shape is None or len(shape) != 3 or not known_equal(shape[2], 1):
+        if shape is None or not known_equal(shape[-1], 1):
             return None
-        return self.capture("s", node)
+        if layout == SLOTS and len(shape) == 3:
+            return self.capture("s", node)
+        if layout != SLOTS and len(shape) == 2 and known_equal(self.K, 1):
+            return self.write(aten.reshape.default, self.capture("s", node), [-1, 1])
+        return None
 
     def region(self, output: Node) -> Region | Miss:
         """Everything was found: check that it fits together."""

@@ -29,7 +29,7 @@ ALONG = {
 }  # fmt: skip
 
 #: ops that normalize over the last dimensions, and what may follow their first operand
-NORMS = frozenset({"aten::layer_norm", "aten::rms_norm"})
+NORMS = frozenset({"aten::layer_norm", "aten::native_layer_norm", "aten::rms_norm"})
 
 
 @dataclass(frozen=True)
