@@ -235,22 +235,31 @@ class _Builder:
             return self.as_slot(node, layout) or self.miss("a value computed from the token rows", node)
         if getattr(node.target, "__name__", "") == "getitem":
             source = self.value(node.args[0], layout)
+            if isinstance(source, Miss):
+                return source
             self.interior.add(node)
-            return source if isinstance(source, Miss) else self.write(node.target, source, node.args[1])
+            return self.write(node.target, source, node.args[1])
         op = row_op(node, 2 if layout == SLOTS else 1)
         if isinstance(op, str):
             return self.as_slot(node, layout) or self.miss(op, node)
+        before = self.progress()
         operands: dict[Node, Node] = {}
         wanted: list[Node] = []
         map_arg((op.args, op.kwargs), lambda n: wanted.append(n))
         for operand in dict.fromkeys(wanted):
             inner = self.operand(node, operand, layout, op.elementwise)
             if isinstance(inner, Miss):
+                self.interior, self.captured, self.bindings, self.written = before
                 return self.as_slot(node, layout) or inner
             operands[operand] = inner
         self.interior.add(node)
         args, kwargs = map_arg((op.args, op.kwargs), operands.__getitem__)
         return self.write(node.target, *args, **kwargs)
+
+    def progress(self) -> tuple[set[Node], dict[str, dict[Node, Node]], dict[str, Any], dict[Any, Any]]:
+        """What a walk that turns out to lead outside has to give back."""
+        captured = {kind: dict(known) for kind, known in self.captured.items()}
+        return set(self.interior), captured, self.bindings, dict(self.written)
 
     def operand(self, node: Node, operand: Node, layout: str, elementwise: bool) -> Node | Miss:
         """One tensor operand of a row-local op: routed rows, or something that is the same for every row."""
@@ -289,6 +298,11 @@ class _Builder:
             return used
         self.graph.output(output)
         ordered = [node for kind in self.captured.values() for node in kind.values()]
+        # Walks that led outside left calls that nobody reads, and perhaps inputs.
+        self.graph.eliminate_dead_code()
+        for placeholder in self.graph.find_nodes(op="placeholder"):
+            if placeholder not in ordered:
+                self.graph.erase_node(placeholder)
         for placeholder in reversed(ordered):
             first = next(iter(self.graph.nodes))
             if first is not placeholder:
