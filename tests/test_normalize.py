@@ -1,0 +1,128 @@
+"""EXPORTED -> NORMAL: functional, one spelling per meaning."""
+
+import copy
+
+import torch
+from expecttest import assert_expected_inline
+from moe_fx.passes.normalize import drop_no_ops, functionalize, spell
+
+from moe_fx.printer import format_graph
+
+
+def exported(function, *args):
+    class Model(torch.nn.Module):
+        def forward(self, *args):
+            return function(*args)
+
+    return torch.export.export(Model(), args)
+
+
+def normal(program):
+    module = torch.fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
+    written = functionalize(module.graph)
+    spell(module.graph)
+    drop_no_ops(module.graph)
+    module.graph.lint()
+    return module, written
+
+
+def test_spelling_before_and_after():
+    def function(x, w):
+        a = x.view(2, 12).to(torch.float32).reshape(2, 3, 4)
+        b = torch.div(a.permute(0, 2, 1), 2.0, rounding_mode="floor")
+        left, right = b.chunk(2, dim=-2)
+        return torch.mm(left.reshape(-1, 3), w.t()) + right.flatten()[0]
+
+    module, written = normal(exported(function, torch.randn(2, 3, 4), torch.randn(5, 3)))
+    assert written == set()
+    assert_expected_inline(
+        format_graph(module),
+        """\
+args_0: f32[2, 3, 4]
+args_1: f32[5, 3]
+reshape: f32[2, 12] = aten.reshape(args_0, [2, 12])
+reshape_1: f32[2, 3, 4] = aten.reshape(reshape, [2, 3, 4])
+transpose: f32[2, 4, 3] = aten.transpose(reshape_1, 1, 2)
+floor_divide: f32[2, 4, 3] = aten.floor_divide(transpose, 2.0)
+split_with_sizes = aten.split_with_sizes(floor_divide, [2, 2], -2)
+getitem: f32[2, 2, 3] = getitem(split_with_sizes, 0)
+getitem_1: f32[2, 2, 3] = getitem(split_with_sizes, 1)
+reshape_2: f32[4, 3] = aten.reshape(getitem, [-1, 3])
+transpose_1: f32[3, 5] = aten.transpose(args_1, -2, -1)
+linear: f32[4, 5] = aten.linear(reshape_2, args_1)
+reshape_3: f32[12] = aten.reshape(getitem_1, [-1])
+select: f32[] = aten.select(reshape_3, 0, 0)
+add: f32[4, 5] = aten.add(linear, select)
+return (add,)
+""",
+    )
+
+
+def test_decomposed_graph_has_the_same_spelling_of_linear_and_softmax():
+    def function(x, w, b):
+        return torch.nn.functional.linear(x, w, b).softmax(-1)
+
+    args = torch.randn(2, 3), torch.randn(5, 3), torch.randn(5)
+    module, _ = normal(exported(function, *args).run_decompositions())
+    names = [node.target._schema.name for node in module.graph.nodes if node.op == "call_function"]
+    assert names[-2:] == ["aten::linear", "aten::softmax"]
+
+
+def in_place(function, *args):
+    """Whether all writes became functional; the numbers must be the same either way."""
+    module, written = normal(exported(function, *args))
+    expected = function(*(arg.clone() for arg in args))
+    torch.testing.assert_close(module(*(arg.clone() for arg in args))[0], expected, rtol=0, atol=0)
+    mutable = [n for n in module.graph.nodes if n.op == "call_function" and "_." in str(n.target)]
+    assert bool(mutable) == bool(written)
+    return not written
+
+
+def test_write_to_a_fresh_value_becomes_functional():
+    assert in_place(lambda x: (x + 1).mul_(2).clamp_(0, 1), torch.randn(3))
+
+
+def test_later_readers_see_the_written_value():
+    def function(x):
+        y = x + 1
+        y.add_(1)
+        return y * 2
+
+    assert in_place(function, torch.randn(3))
+
+
+def test_write_through_a_view_whose_base_is_read_later_stays():
+    def function(x):
+        y = x + 1
+        y[0].add_(1)
+        return y * 2
+
+    assert not in_place(function, torch.randn(3, 2))
+
+
+def test_write_to_a_base_whose_view_is_read_later_stays():
+    def function(x):
+        y = x + 1
+        row = y[0]
+        y.add_(1)
+        return row * 2
+
+    assert not in_place(function, torch.randn(3, 2))
+
+
+def test_write_to_an_input_stays():
+    def function(x):
+        x.add_(1)
+        return x * 2
+
+    assert not in_place(function, torch.randn(3))
+
+
+def test_write_that_keeps_a_narrower_dtype_stays():
+    assert not in_place(lambda x, y: (x + 1).mul_(y), torch.randn(3).bfloat16(), torch.randn(3))
+
+
+def test_casts_that_change_something_are_kept():
+    module, _ = normal(exported(lambda x: x.to(torch.float64).to(torch.float64) + 1, torch.randn(3)))
+    casts = [node for node in module.graph.nodes if "aten.to" in str(node.target)]
+    assert len(casts) == 1
