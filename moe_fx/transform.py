@@ -24,7 +24,7 @@ __all__ = ["FIND", "WRITE", "check_requirement", "explain", "report", "transform
 def _normalize(work: Work) -> None:
     work.written = functionalize(work.program.graph)
     spell(work.program.graph)
-    drop_no_ops(work.program.graph)
+    drop_no_ops(work.program.graph, work.written)
 
 
 FIND = (

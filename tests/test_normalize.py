@@ -21,7 +21,7 @@ def normal(program):
     module = torch.fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
     written = functionalize(module.graph)
     spell(module.graph)
-    drop_no_ops(module.graph)
+    drop_no_ops(module.graph, written)
     module.graph.lint()
     return module, written
 

@@ -51,7 +51,7 @@ def raised(model):
     work = Work(ExportedWork(export(model)), moe_fx.Config())
     work.written = functionalize(work.program.graph)
     spell(work.program.graph)
-    drop_no_ops(work.program.graph)
+    drop_no_ops(work.program.graph, work.written)
     raise_layers(work)
     return format_graph(work.program.graph_module)
 

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Graph, Node
 
 from moe_fx.matcher import arguments, op_name
@@ -150,12 +151,15 @@ _RULES: dict[str, Callable[[Node, dict[str, Any]], Spelling | None]] = {
 }
 
 
-def drop_no_ops(graph: Graph) -> None:
-    """Drop casts to the dtype a value has, reshapes to the shape it has, and asserts about metadata."""
+def drop_no_ops(graph: Graph, written: set[Node]) -> None:
+    """Drop casts to the dtype a value has, reshapes to the shape it has, and asserts about metadata.
+
+    ``written`` is memory that ops in place still write: a copy of a value is then more than the value.
+    """
     for node in list(graph.nodes):
         if op_name(node) == "aten::_assert_tensor_metadata":
             graph.erase_node(node)
-        elif is_no_op(node):
+        elif memory_of(node) not in written and is_no_op(node):
             source = node.args[0]
             replace(node, source)
             erase_dead(graph, [node])
@@ -164,7 +168,7 @@ def drop_no_ops(graph: Graph) -> None:
 def is_no_op(node: Node) -> bool:
     """Whether a call returns its first argument, value for value, with nothing else to it."""
     name = op_name(node)
-    if name not in ("aten::to", "aten::reshape", "aten::detach", "aten::alias", "aten::lift_fresh_copy"):
+    if name not in ("aten::to", "aten::reshape", "aten::detach", "aten::alias"):
         return False
     source, result = tensor_of(node.args[0]), tensor_of(node)
     if source is None or result is None or any(user.op == "output" for user in node.users):

@@ -39,6 +39,7 @@ class Selection:
 def selection_of(ids: Node, num_experts: int) -> Selection:
     """Follow ids back to the op that chose them."""
     node, clamped, moved = ids, False, False
+    element: object = None  # which of several results the ids are
     while True:
         name = op_name(node)
         if name == "aten::clamp":
@@ -49,7 +50,7 @@ def selection_of(ids: Node, num_experts: int) -> Selection:
             # Slicing, casting and adding dimensions of size 1 keep a token's ids together.
             moved |= name not in ("aten::to", "aten::slice", "aten::clone", "aten::contiguous")
         elif node.target is operator.getitem and isinstance(node.args[0], Node):
-            pass
+            element = node.args[1]
         else:
             break
         if not isinstance(node.args[0], Node):
@@ -57,6 +58,8 @@ def selection_of(ids: Node, num_experts: int) -> Selection:
         node = node.args[0]
     if op_name(node) not in CHOOSING:
         return Selection(None, clamped, False)
+    if element != (None if op_name(node) in ("aten::argsort", "aten::argmax") else 1):
+        return Selection(None, clamped, False)  # the values, not the places
     given = arguments(node)
     scores = shape_of(given["self"])
     dim = given.get("dim", -1)

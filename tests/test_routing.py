@@ -1,0 +1,38 @@
+"""What is known of a layer's ids: valid, distinct, chosen by which op."""
+
+import pytest
+import torch
+from moe_fx.passes.raising.routing import selection_of
+
+
+def selection(function, num_experts=4):
+    class Model(torch.nn.Module):
+        def forward(self, scores):
+            return function(scores)
+
+    program = torch.export.export(Model(), (torch.randn(6, 4),))
+    return selection_of(program.graph.output_node().args[0][0], num_experts)
+
+
+@pytest.mark.parametrize(
+    ("choose", "in_range", "distinct"),
+    [
+        (lambda s: s.topk(2).indices, True, True),
+        (lambda s: s.sort(descending=True).indices[:, :2], True, True),
+        (lambda s: s.argsort(-1), True, True),
+        (lambda s: s.argmax(-1, keepdim=True), True, True),
+        (lambda s: s.topk(2, dim=0).indices, False, False),
+        (lambda s: s.topk(2).indices.reshape(-1, 4), True, False),
+        (lambda s: s.topk(2).values.to(torch.int64), False, False),
+        (lambda s: s.topk(2).values.to(torch.int64).clamp(0, 3), True, False),
+        (lambda s: s.topk(2).values.to(torch.int64).clamp(0, 4), False, False),
+        (lambda s: s.to(torch.int64), False, False),
+    ],
+)
+def test_ids_are_valid_and_distinct_only_where_that_is_certain(choose, in_range, distinct):
+    found = selection(choose)
+    assert (found.in_range, found.distinct) == (in_range, distinct)
+
+
+def test_a_choice_among_more_experts_than_the_layer_has_is_not_certainly_valid():
+    assert not selection(lambda s: s.topk(2).indices, num_experts=3).in_range
