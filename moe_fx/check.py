@@ -9,19 +9,18 @@ Symbolic sizes are given small values; a static token count is used as it is unl
 from __future__ import annotations
 
 import math
-import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from moe_fx.experts import experts
 from moe_fx.matcher import op_name
-from moe_fx.shapes import shape_of, tensor_of
+from moe_fx.shapes import is_number, shape_of
 
 __all__ = ["CheckResult", "check_layer"]
 
@@ -163,9 +162,11 @@ class _Sizes:
         return shape
 
 
-def _random(node: Node, sizes: _Sizes, generator: torch.Generator) -> torch.Tensor:
-    value = tensor_of(node)
-    assert value is not None
+def _random(node: Node, sizes: _Sizes, generator: torch.Generator) -> Any:
+    value = node.meta["val"]
+    if is_number(node):
+        # A float's own value keeps limits and factors what they are in the model.
+        return value.node.hint if isinstance(value, torch.SymFloat) else sizes.evaluate(value)
     shape = sizes.leading(value.shape)
     if value.dtype == torch.bool:
         return torch.randint(0, 2, shape, generator=generator).bool()
@@ -214,13 +215,15 @@ class _Interpreter:
         if isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
             number = self.sizes.evaluate(value)
             return self.sizes.rows.get(number, number)
-        args = map_arg(node.args, self.env.__getitem__)
-        kwargs = map_arg(node.kwargs, self.env.__getitem__)
+        args: Any = map_arg(node.args, self.env.__getitem__)
+        kwargs: Any = map_arg(node.kwargs, self.env.__getitem__)
         name = op_name(node) or ""
         args = tuple(self.literal(name, place, arg) for place, arg in enumerate(args))
         kwargs = {key: _widened(arg) for key, arg in kwargs.items() if key != "device"}
         if name in _GROUPED:
             return _grouped_mm(*args[:3])
+        if name == "aten::histc" and not args[0].is_floating_point():
+            return torch.histc(args[0].double(), *args[1:]).to(args[0].dtype)  # counts integers on a GPU only
         if name == "aten::index" and _is_gather_of_matrices(args):
             return _Gathered(args[0], args[1][0])
         if name == "aten::bmm" and any(isinstance(arg, _Gathered) for arg in args):
@@ -279,22 +282,12 @@ def _gathered_bmm(left: Any, right: Any) -> torch.Tensor:
     return torch.stack([matrix(left, row) @ matrix(right, row) for row in range(rows)])
 
 
-def _in_float64(body: GraphModule) -> Callable[..., torch.Tensor]:
+def _in_float64(body: GraphModule) -> GraphModule:
     """The body with every float dtype widened."""
-
-    def run(*inputs: torch.Tensor) -> torch.Tensor:
-        given = iter(inputs)
-        env: dict[Node, Any] = {}
-        for node in body.graph.nodes:
-            if node.op == "placeholder":
-                env[node] = next(given)
-            elif node.op == "output":
-                return env[node.args[0]]
-            else:
-                args = tuple(_widened(arg) for arg in map_arg(node.args, env.__getitem__))
-                kwargs = map_arg(node.kwargs, env.__getitem__)
-                kwargs = {key: _widened(arg) for key, arg in kwargs.items() if key != "device"}
-                env[node] = args[0][args[1]] if node.target is operator.getitem else node.target(*args, **kwargs)
-        raise AssertionError("a body has an output")
-
-    return run
+    graph = Graph()
+    graph.output(graph.graph_copy(body.graph, {}))
+    for node in graph.nodes:
+        if node.op == "call_function":
+            node.args = tuple(_widened(arg) for arg in node.args)
+            node.kwargs = {key: _widened(arg) for key, arg in node.kwargs.items() if key != "device"}
+    return GraphModule({}, graph)

@@ -25,7 +25,7 @@ def experts(
     ids: torch.Tensor,
     slots: Sequence[torch.Tensor],
     params: Sequence[torch.Tensor],
-    shared: Sequence[torch.Tensor],
+    shared: Sequence[torch.Tensor | float],
     body: GraphModule,
 ) -> torch.Tensor:
     """Apply to every token the experts it was routed to, and sum.
@@ -35,7 +35,7 @@ def experts(
         ids: ``[T, K]`` int64, the experts of each token; an id outside ``0..E-1`` contributes zero.
         slots: values ``[T, K, ...]`` that travel with a routed slot, such as the routing weight.
         params: per-expert parameters ``[E, ...]``.
-        shared: operands of the body that are the same for every expert.
+        shared: operands of the body, tensors or numbers, that are the same for every expert.
         body: one expert: ``body(x [R, ...], *slots [R, ...], *params [...], *shared) -> [R, ...]``, row-local:
             row i of the result depends on row i of the rows given only.
 

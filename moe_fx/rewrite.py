@@ -12,7 +12,7 @@ from torch.fx.node import map_arg
 
 from moe_fx.matcher import op_name
 
-__all__ = ["Emitter", "erase_dead", "replace", "respell"]
+__all__ = ["Emitter", "FakeValues", "erase_dead", "replace", "respell"]
 
 #: what a new node tells about where it comes from
 PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn")
@@ -20,13 +20,45 @@ PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn")
 ASSERTS = frozenset({"aten::_assert_tensor_metadata", "aten::_assert_async", "aten::_assert_scalar"})
 
 
+class FakeValues:
+    """The (fake) values of calls. Equal calls on operands of equal shape, dtype and device are evaluated once:
+    the layers of a model are alike, and evaluating with symbolic sizes is what writing a call costs most."""
+
+    def __init__(self, fake_mode: Any) -> None:
+        self.fake_mode = fake_mode
+        self._known: dict[Any, Any] = {}
+
+    def of(self, node: Node) -> Any:
+        key = (node.target, _signature(node.args), _signature(node.kwargs))
+        if key not in self._known:
+            args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            with self.fake_mode, torch.no_grad():
+                self._known[key] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return self._known[key]
+
+
+def _signature(arg: Any) -> Any:
+    """All that the fake value of a call can depend on in an argument, hashable."""
+    if isinstance(arg, Node):
+        arg = arg.meta["val"]
+    if isinstance(arg, torch.Tensor):
+        return (arg.dtype, arg.device, _signature(arg.shape), _signature(arg.stride()))
+    if isinstance(arg, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return arg.node.expr
+    if isinstance(arg, list | tuple):
+        return (type(arg).__name__, *map(_signature, arg))
+    if isinstance(arg, dict):
+        return tuple((key, _signature(value)) for key, value in sorted(arg.items()))
+    return (type(arg), arg)  # 1, 1.0 and True are equal, and mean different dtypes
+
+
 class Emitter:
     """Writes calls before a node, each with its (fake) value, on behalf of the node it replaces."""
 
-    def __init__(self, graph: Graph, before: Node, fake_mode: Any) -> None:
+    def __init__(self, graph: Graph, before: Node, values: FakeValues) -> None:
         self.graph = graph
         self.before = before
-        self.fake_mode = fake_mode
+        self.values = values
         self.provenance = {key: before.meta[key] for key in PROVENANCE if key in before.meta}
         self._recorded: list[Any] | None = None
         self._replayed: Iterator[Any] | None = None
@@ -36,7 +68,7 @@ class Emitter:
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
         node.meta.update(self.provenance)
-        node.meta["val"] = evaluate(node, self.fake_mode) if self._replayed is None else next(self._replayed)
+        node.meta["val"] = self.values.of(node) if self._replayed is None else next(self._replayed)
         if self._recorded is not None:
             self._recorded.append(node.meta["val"])
         return node
@@ -71,13 +103,6 @@ class Emitter:
                 write = calls.get(node.target, functools.partial(self, node.target))
                 written[node] = write(*args, **kwargs)
         raise AssertionError("a body has an output")
-
-
-def evaluate(node: Node, fake_mode: Any) -> Any:
-    """The fake value of a call, from the fake values of its arguments."""
-    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    with fake_mode, torch.no_grad():
-        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def respell(node: Node, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-__all__ = ["Dim", "known_equal", "same_shape", "shape_of", "tensor_of", "upper_bound"]
+__all__ = ["Dim", "is_number", "known_equal", "same_shape", "shape_of", "tensor_of", "upper_bound"]
 
 Dim = int | torch.SymInt
 
@@ -23,6 +23,11 @@ def shape_of(node: object) -> tuple[Dim, ...] | None:
     """The shape a node yields; None if it yields no tensor."""
     value = tensor_of(node)
     return tuple(value.shape) if value is not None else None
+
+
+def is_number(node: Node) -> bool:
+    """Whether a node yields a number, symbolic or not: a size, or a float attribute of a model under Dynamo."""
+    return isinstance(node.meta.get("val"), torch.SymFloat | torch.SymInt | torch.SymBool | float | int)
 
 
 def known_equal(left: Dim, right: Dim) -> bool:

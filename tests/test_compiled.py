@@ -45,7 +45,7 @@ def test_inductor_compiles_the_whole_graph(family, quantize):
 
 
 @pytest.mark.slow  # AOTInductor builds a package with a C++ compiler
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("family", MAIN)
 def test_aot_inductor_package_is_built_loaded_and_run(family, tmp_path):
     program = transformed(family, moe_fx.Int8WeightOnly())
     with torch.no_grad():
@@ -56,7 +56,7 @@ def test_aot_inductor_package_is_built_loaded_and_run(family, tmp_path):
 
 
 @pytest.mark.slow  # Dynamo and Inductor compile a whole model
-@pytest.mark.parametrize("family", ["mixtral"])
+@pytest.mark.parametrize("family", MAIN)
 def test_backend_under_torch_compile(family):
     torch._dynamo.reset()
     form, lowering = CASES[family]

@@ -12,9 +12,9 @@ from moe_fx.printer import format_graph
 def lowered(experts, quantize=None, num_experts=2):
     model = Gathered(gated=False, activation=relu_squared, num_experts=num_experts)
     program = moe_fx.transform(export(model), moe_fx.Config(experts=experts, quantize=quantize, require=1))
-    text = format_graph(program.graph_module)
-    # The router is the same everywhere; what follows it is the lowering.
-    return text[text.index("    div") if "    div" in text else 0 :]
+    inputs, _, rest = format_graph(program.graph_module).partition("linear: ")
+    # The router is the same everywhere, and ends in the division; what follows it is the lowering.
+    return inputs + "...\n" + rest[rest.index("div: ") :]
 
 
 def test_grouped_mm():
@@ -25,12 +25,7 @@ p_router: f32[2, 8]
 p_up: f32[2, 16, 8]
 p_down: f32[2, 8, 16]
 x: f32[s0, 8]
-linear: f32[s0, 2] = aten.linear(x, p_router)
-softmax: f32[s0, 2] = aten.softmax(linear, -1)
-topk = aten.topk(softmax, 2)
-getitem: f32[s0, 2] = getitem(topk, 0)
-getitem_1: i64[s0, 2] = getitem(topk, 1)
-sum: f32[s0, 1] = aten.sum(getitem, [-1], True)
+...
 div: f32[s0, 2] = aten.div(getitem, sum)
 reshape: i64[2*s0] = aten.reshape(getitem_1, [-1])
 sort = aten.sort(reshape)
@@ -72,12 +67,7 @@ b_up_scale: f32[2, 16]
 b_down_qdata: i8[2, 8, 16]
 b_down_scale: f32[2, 8]
 x: f32[s0, 8]
-linear: f32[s0, 2] = aten.linear(x, p_router)
-softmax: f32[s0, 2] = aten.softmax(linear, -1)
-topk = aten.topk(softmax, 2)
-getitem: f32[s0, 2] = getitem(topk, 0)
-getitem_1: i64[s0, 2] = getitem(topk, 1)
-sum: f32[s0, 1] = aten.sum(getitem, [-1], True)
+...
 div: f32[s0, 2] = aten.div(getitem, sum)
 reshape: i64[2*s0] = aten.reshape(getitem_1, [-1])
 sort = aten.sort(reshape)
@@ -121,49 +111,44 @@ p_router: f32[2, 8]
 p_up: f32[2, 16, 8]
 p_down: f32[2, 8, 16]
 x: f32[s0, 8]
-linear: f32[s0, 2] = aten.linear(x, p_router)
-softmax: f32[s0, 2] = aten.softmax(linear, -1)
-topk = aten.topk(softmax, 2)
-getitem: f32[s0, 2] = getitem(topk, 0)
-getitem_1: i64[s0, 2] = getitem(topk, 1)
-sum: f32[s0, 1] = aten.sum(getitem, [-1], True)
+...
 div: f32[s0, 2] = aten.div(getitem, sum)
-eq: bool[s0, 2] = aten.eq(getitem_1, 0)
-select: f32[16, 8] = aten.select(p_up, 0, 0)
-select_1: f32[8, 16] = aten.select(p_down, 0, 0)
-scalar_tensor: f32[] = aten.scalar_tensor(0, dtype=f32)
-where: f32[s0, 2] = aten.where(eq, div, scalar_tensor)
-sum_1: f32[s0] = aten.sum(where, [1])
-linear_1: f32[s0, 16] = aten.linear(x, select)
+sym_size = aten.sym_size(div, 0)
+new_zeros: f32[s0, 2] = aten.new_zeros(div, [sym_size, 2])
+scatter: f32[s0, 2] = aten.scatter(new_zeros, 1, getitem_1, div)
+unbind = aten.unbind(scatter, 1)
+sym_size_1 = aten.sym_size(getitem_1, 0)
+new_zeros_1: bool[s0, 2] = aten.new_zeros(getitem_1, [sym_size_1, 2], dtype=bool)
+scatter_1: bool[s0, 2] = aten.scatter(new_zeros_1, 1, getitem_1, True)
+unsqueeze: bool[s0, 2, 1] = aten.unsqueeze(scatter_1, -1)
+unbind_1 = aten.unbind(unsqueeze, 1)
+unbind_2 = aten.unbind(p_up, 0)
+unbind_3 = aten.unbind(p_down, 0)
+getitem_2: f32[16, 8] = getitem(unbind_2, 0)
+getitem_3: f32[8, 16] = getitem(unbind_3, 0)
+getitem_4: f32[s0] = getitem(unbind, 0)
+linear_1: f32[s0, 16] = aten.linear(x, getitem_2)
 relu: f32[s0, 16] = aten.relu(linear_1)
 square: f32[s0, 16] = aten.square(relu)
-linear_2: f32[s0, 8] = aten.linear(square, select_1)
-reshape: f32[s0, 1] = aten.reshape(sum_1, [-1, 1])
+linear_2: f32[s0, 8] = aten.linear(square, getitem_3)
+reshape: f32[s0, 1] = aten.reshape(getitem_4, [-1, 1])
 mul: f32[s0, 8] = aten.mul(linear_2, reshape)
-any: bool[s0] = aten.any(eq, 1)
-unsqueeze: bool[s0, 1] = aten.unsqueeze(any, -1)
-scalar_tensor_1: f32[] = aten.scalar_tensor(0.0, dtype=f32)
-where_1: f32[s0, 8] = aten.where(unsqueeze, mul, scalar_tensor_1)
-zeros_like: f32[s0, 8] = aten.zeros_like(where_1)
-add: f32[s0, 8] = aten.add(zeros_like, where_1)
-eq_1: bool[s0, 2] = aten.eq(getitem_1, 1)
-select_2: f32[16, 8] = aten.select(p_up, 0, 1)
-select_3: f32[8, 16] = aten.select(p_down, 0, 1)
-scalar_tensor_2: f32[] = aten.scalar_tensor(0, dtype=f32)
-where_2: f32[s0, 2] = aten.where(eq_1, div, scalar_tensor_2)
-sum_2: f32[s0] = aten.sum(where_2, [1])
-linear_3: f32[s0, 16] = aten.linear(x, select_2)
+getitem_5: bool[s0, 1] = getitem(unbind_1, 0)
+scalar_tensor: f32[] = aten.scalar_tensor(0.0, dtype=f32)
+where: f32[s0, 8] = aten.where(getitem_5, mul, scalar_tensor)
+getitem_6: f32[16, 8] = getitem(unbind_2, 1)
+getitem_7: f32[8, 16] = getitem(unbind_3, 1)
+getitem_8: f32[s0] = getitem(unbind, 1)
+linear_3: f32[s0, 16] = aten.linear(x, getitem_6)
 relu_1: f32[s0, 16] = aten.relu(linear_3)
 square_1: f32[s0, 16] = aten.square(relu_1)
-linear_4: f32[s0, 8] = aten.linear(square_1, select_3)
-reshape_1: f32[s0, 1] = aten.reshape(sum_2, [-1, 1])
+linear_4: f32[s0, 8] = aten.linear(square_1, getitem_7)
+reshape_1: f32[s0, 1] = aten.reshape(getitem_8, [-1, 1])
 mul_1: f32[s0, 8] = aten.mul(linear_4, reshape_1)
-any_1: bool[s0] = aten.any(eq_1, 1)
-unsqueeze_1: bool[s0, 1] = aten.unsqueeze(any_1, -1)
-scalar_tensor_3: f32[] = aten.scalar_tensor(0.0, dtype=f32)
-where_3: f32[s0, 8] = aten.where(unsqueeze_1, mul_1, scalar_tensor_3)
-add_1: f32[s0, 8] = aten.add(add, where_3)
-return (add_1,)
+getitem_9: bool[s0, 1] = getitem(unbind_1, 1)
+where_1: f32[s0, 8] = aten.where(getitem_9, mul_1, scalar_tensor)
+add: f32[s0, 8] = aten.add(where, where_1)
+return (add,)
 """,
     )
 
@@ -178,61 +163,58 @@ b_up_scale: f32[2, 16]
 b_down_qdata: i8[2, 8, 16]
 b_down_scale: f32[2, 8]
 x: f32[s0, 8]
-linear: f32[s0, 2] = aten.linear(x, p_router)
-softmax: f32[s0, 2] = aten.softmax(linear, -1)
-topk = aten.topk(softmax, 2)
-getitem: f32[s0, 2] = getitem(topk, 0)
-getitem_1: i64[s0, 2] = getitem(topk, 1)
-sum: f32[s0, 1] = aten.sum(getitem, [-1], True)
+...
 div: f32[s0, 2] = aten.div(getitem, sum)
-eq: bool[s0, 2] = aten.eq(getitem_1, 0)
-select: i8[16, 8] = aten.select(b_up_qdata, 0, 0)
-select_1: f32[16] = aten.select(b_up_scale, 0, 0)
-select_2: i8[8, 16] = aten.select(b_down_qdata, 0, 0)
-select_3: f32[8] = aten.select(b_down_scale, 0, 0)
-scalar_tensor: f32[] = aten.scalar_tensor(0, dtype=f32)
-where: f32[s0, 2] = aten.where(eq, div, scalar_tensor)
-sum_1: f32[s0] = aten.sum(where, [1])
-to: f32[16, 8] = aten.to(select, f32)
+sym_size = aten.sym_size(div, 0)
+new_zeros: f32[s0, 2] = aten.new_zeros(div, [sym_size, 2])
+scatter: f32[s0, 2] = aten.scatter(new_zeros, 1, getitem_1, div)
+unbind = aten.unbind(scatter, 1)
+sym_size_1 = aten.sym_size(getitem_1, 0)
+new_zeros_1: bool[s0, 2] = aten.new_zeros(getitem_1, [sym_size_1, 2], dtype=bool)
+scatter_1: bool[s0, 2] = aten.scatter(new_zeros_1, 1, getitem_1, True)
+unsqueeze: bool[s0, 2, 1] = aten.unsqueeze(scatter_1, -1)
+unbind_1 = aten.unbind(unsqueeze, 1)
+unbind_2 = aten.unbind(b_up_qdata, 0)
+unbind_3 = aten.unbind(b_up_scale, 0)
+unbind_4 = aten.unbind(b_down_qdata, 0)
+unbind_5 = aten.unbind(b_down_scale, 0)
+getitem_2: i8[16, 8] = getitem(unbind_2, 0)
+getitem_3: f32[16] = getitem(unbind_3, 0)
+getitem_4: i8[8, 16] = getitem(unbind_4, 0)
+getitem_5: f32[8] = getitem(unbind_5, 0)
+getitem_6: f32[s0] = getitem(unbind, 0)
+to: f32[16, 8] = aten.to(getitem_2, f32)
 linear_1: f32[s0, 16] = aten.linear(x, to)
-mul: f32[s0, 16] = aten.mul(linear_1, select_1)
+mul: f32[s0, 16] = aten.mul(linear_1, getitem_3)
 relu: f32[s0, 16] = aten.relu(mul)
 square: f32[s0, 16] = aten.square(relu)
-to_1: f32[8, 16] = aten.to(select_2, f32)
+to_1: f32[8, 16] = aten.to(getitem_4, f32)
 linear_2: f32[s0, 8] = aten.linear(square, to_1)
-mul_1: f32[s0, 8] = aten.mul(linear_2, select_3)
-reshape: f32[s0, 1] = aten.reshape(sum_1, [-1, 1])
+mul_1: f32[s0, 8] = aten.mul(linear_2, getitem_5)
+reshape: f32[s0, 1] = aten.reshape(getitem_6, [-1, 1])
 mul_2: f32[s0, 8] = aten.mul(mul_1, reshape)
-any: bool[s0] = aten.any(eq, 1)
-unsqueeze: bool[s0, 1] = aten.unsqueeze(any, -1)
-scalar_tensor_1: f32[] = aten.scalar_tensor(0.0, dtype=f32)
-where_1: f32[s0, 8] = aten.where(unsqueeze, mul_2, scalar_tensor_1)
-zeros_like: f32[s0, 8] = aten.zeros_like(where_1)
-add: f32[s0, 8] = aten.add(zeros_like, where_1)
-eq_1: bool[s0, 2] = aten.eq(getitem_1, 1)
-select_4: i8[16, 8] = aten.select(b_up_qdata, 0, 1)
-select_5: f32[16] = aten.select(b_up_scale, 0, 1)
-select_6: i8[8, 16] = aten.select(b_down_qdata, 0, 1)
-select_7: f32[8] = aten.select(b_down_scale, 0, 1)
-scalar_tensor_2: f32[] = aten.scalar_tensor(0, dtype=f32)
-where_2: f32[s0, 2] = aten.where(eq_1, div, scalar_tensor_2)
-sum_2: f32[s0] = aten.sum(where_2, [1])
-to_2: f32[16, 8] = aten.to(select_4, f32)
+getitem_7: bool[s0, 1] = getitem(unbind_1, 0)
+scalar_tensor: f32[] = aten.scalar_tensor(0.0, dtype=f32)
+where: f32[s0, 8] = aten.where(getitem_7, mul_2, scalar_tensor)
+getitem_8: i8[16, 8] = getitem(unbind_2, 1)
+getitem_9: f32[16] = getitem(unbind_3, 1)
+getitem_10: i8[8, 16] = getitem(unbind_4, 1)
+getitem_11: f32[8] = getitem(unbind_5, 1)
+getitem_12: f32[s0] = getitem(unbind, 1)
+to_2: f32[16, 8] = aten.to(getitem_8, f32)
 linear_3: f32[s0, 16] = aten.linear(x, to_2)
-mul_3: f32[s0, 16] = aten.mul(linear_3, select_5)
+mul_3: f32[s0, 16] = aten.mul(linear_3, getitem_9)
 relu_1: f32[s0, 16] = aten.relu(mul_3)
 square_1: f32[s0, 16] = aten.square(relu_1)
-to_3: f32[8, 16] = aten.to(select_6, f32)
+to_3: f32[8, 16] = aten.to(getitem_10, f32)
 linear_4: f32[s0, 8] = aten.linear(square_1, to_3)
-mul_4: f32[s0, 8] = aten.mul(linear_4, select_7)
-reshape_1: f32[s0, 1] = aten.reshape(sum_2, [-1, 1])
+mul_4: f32[s0, 8] = aten.mul(linear_4, getitem_11)
+reshape_1: f32[s0, 1] = aten.reshape(getitem_12, [-1, 1])
 mul_5: f32[s0, 8] = aten.mul(mul_4, reshape_1)
-any_1: bool[s0] = aten.any(eq_1, 1)
-unsqueeze_1: bool[s0, 1] = aten.unsqueeze(any_1, -1)
-scalar_tensor_3: f32[] = aten.scalar_tensor(0.0, dtype=f32)
-where_3: f32[s0, 8] = aten.where(unsqueeze_1, mul_5, scalar_tensor_3)
-add_1: f32[s0, 8] = aten.add(add, where_3)
-return (add_1,)
+getitem_13: bool[s0, 1] = getitem(unbind_1, 1)
+where_1: f32[s0, 8] = aten.where(getitem_13, mul_5, scalar_tensor)
+add: f32[s0, 8] = aten.add(where, where_1)
+return (add,)
 """,
     )
 
@@ -245,12 +227,7 @@ p_router: f32[2, 8]
 p_up: f32[2, 16, 8]
 p_down: f32[2, 8, 16]
 x: f32[s0, 8]
-linear: f32[s0, 2] = aten.linear(x, p_router)
-softmax: f32[s0, 2] = aten.softmax(linear, -1)
-topk = aten.topk(softmax, 2)
-getitem: f32[s0, 2] = getitem(topk, 0)
-getitem_1: i64[s0, 2] = getitem(topk, 1)
-sum: f32[s0, 1] = aten.sum(getitem, [-1], True)
+...
 div: f32[s0, 2] = aten.div(getitem, sum)
 reshape: i64[2*s0] = aten.reshape(getitem_1, [-1])
 unsqueeze: f32[s0, 1, 8] = aten.unsqueeze(x, 1)
@@ -286,12 +263,7 @@ b_up_scale: f32[2, 16]
 b_down_qdata: i8[2, 8, 16]
 b_down_scale: f32[2, 8]
 x: f32[s0, 8]
-linear: f32[s0, 2] = aten.linear(x, p_router)
-softmax: f32[s0, 2] = aten.softmax(linear, -1)
-topk = aten.topk(softmax, 2)
-getitem: f32[s0, 2] = getitem(topk, 0)
-getitem_1: i64[s0, 2] = getitem(topk, 1)
-sum: f32[s0, 1] = aten.sum(getitem, [-1], True)
+...
 div: f32[s0, 2] = aten.div(getitem, sum)
 reshape: i64[2*s0] = aten.reshape(getitem_1, [-1])
 unsqueeze: f32[s0, 1, 8] = aten.unsqueeze(x, 1)
@@ -347,11 +319,13 @@ def test_where_the_aten_op_does_not_fit_the_report_says_why(options, reason):
     assert program.graph.find_nodes(op="call_function", target=torch.ops.moe_fx.grouped_mm.default)
 
 
-def test_auto_chooses_by_token_count():
-    def why(**options):
-        (layer,) = moe_fx.report(moe_fx.transform(export(Gathered(), **options))).layers
+def test_auto_chooses_by_token_count_and_format():
+    def chosen(quantize=None, **options):
+        program = moe_fx.transform(export(Gathered(), **options), moe_fx.Config(quantize=quantize))
+        (layer,) = moe_fx.report(program).layers
         return layer.lowering, layer.why.split(":")[0]
 
-    assert why(tokens=1, dynamic=False) == ("gather", "one token at a time")
-    assert why(tokens=6, dynamic=False) == ("grouped_mm", "6 tokens")
-    assert why() == ("grouped_mm", "up to 512 tokens")
+    assert chosen(tokens=2, dynamic=False) == ("gather", "2 tokens are 4 slots for 4 experts")
+    assert chosen(tokens=2, dynamic=False, quantize=moe_fx.Int8WeightOnly()) == ("grouped_mm", "2 tokens")
+    assert chosen(tokens=6, dynamic=False) == ("grouped_mm", "6 tokens")
+    assert chosen() == ("grouped_mm", "up to 512 tokens")

@@ -47,6 +47,17 @@ def test_static_token_counts_small_and_large(toy):
         assert layer.error < 1e-9
 
 
+class CountedAsIntegers(Grouped):
+    """What transformers writes for a GPU; a CPU cannot run it."""
+
+    count_dtype = torch.int32
+
+
+def test_a_program_of_another_device_is_checked_all_the_same():
+    (layer,) = moe_fx.explain(export(CountedAsIntegers().to("meta"))).layers
+    assert layer.error < 1e-9
+
+
 def raised(model):
     work = Work(ExportedWork(export(model)), moe_fx.Config())
     work.written = functionalize(work.program.graph)

@@ -94,6 +94,8 @@ class Grouped(Toy):
     """Rows sorted by expert, multiplied group by group (bfloat16: the op exports in no other dtype)."""
 
     counted = None
+    #: histc counts floats on a CPU, integers on a GPU too
+    count_dtype = torch.float32
 
     def __init__(self, **options) -> None:
         super().__init__(dtype=torch.bfloat16, **options)
@@ -102,7 +104,7 @@ class Grouped(Toy):
         flat = ids.reshape(-1)
         ordered, perm = torch.sort(flat)
         last = (self.counted or self.E) - 1
-        offs = torch.histc(ordered.float(), bins=self.E, min=0, max=last).cumsum(0, dtype=torch.int32)
+        offs = torch.histc(ordered.to(self.count_dtype), bins=self.E, min=0, max=last).cumsum(0, dtype=torch.int32)
         rows, slot = x[perm // self.K], weights.reshape(-1)[self.slot_order(perm)].unsqueeze(-1)
         if self.weight_before:
             rows = rows * slot
@@ -115,7 +117,7 @@ class Grouped(Toy):
         y = y.masked_fill(none, 0)
         y = y if self.weight_before else y * slot
         inverse = torch.empty_like(perm)
-        inverse[perm] = torch.arange(perm.shape[0])
+        inverse[perm] = torch.arange(perm.shape[0], device=perm.device)
         return y[inverse].view(-1, self.K, y.shape[-1]).sum(1)
 
     def slot_order(self, perm):
@@ -123,8 +125,8 @@ class Grouped(Toy):
 
 
 def export(model: nn.Module, tokens: int = 6, dynamic: bool = True, hidden: int = 8) -> ExportedProgram:
-    dtype = next(model.parameters()).dtype
-    x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(1)).to(dtype)
+    parameter = next(model.parameters())
+    x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(1)).to(parameter)
     shapes = ({0: Dim("tokens", min=2, max=512)},) if dynamic else None
     with torch.no_grad():
         return torch.export.export(model.eval(), (x,), dynamic_shapes=shapes)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Unquantized", "WeightFormat", "known_formats"]
+__all__ = ["Unquantized", "WeightFormat", "known_formats", "slices_of_experts"]
+
+#: elements of a float32 working copy, 4 MiB
+WORKING_SIZE = 2**20
 
 _KNOWN: list[type[WeightFormat]] = []
 
@@ -59,3 +62,10 @@ class Unquantized(WeightFormat):
     def dequantize(self, *tensors: torch.Tensor) -> torch.Tensor:
         (weight,) = tensors
         return weight.transpose(-2, -1) if self.transposed else weight
+
+
+def slices_of_experts(weight: torch.Tensor) -> Iterator[slice]:
+    """Slices of dimension 0, few enough experts each that working copies stay small; one expert at least."""
+    count = max(1, WORKING_SIZE // max(1, weight[0].numel()))
+    for start in range(0, weight.shape[0], count):
+        yield slice(start, start + count)

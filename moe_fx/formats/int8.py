@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-from moe_fx.formats.base import WeightFormat
+from moe_fx.formats.base import WeightFormat, slices_of_experts
 
 __all__ = ["Int8WeightOnly"]
 
@@ -29,14 +30,13 @@ class Int8WeightOnly(WeightFormat):
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         qdata = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
         scale = torch.empty(weight.shape[:-1], dtype=weight.dtype, device=weight.device)
-        # One expert at a time: the float32 working copy stays the size of one expert.
-        for expert in range(weight.shape[0]):
-            rows = weight[expert].detach().float()
-            scale[expert] = rows.abs().amax(-1) / 127
+        for some in slices_of_experts(weight):
+            rows = weight[some].detach().float()
+            scale[some] = rows.abs().amax(-1) / 127
             # Divide by the scale as it is stored, so that its rounding is not an error of every weight.
-            step = scale[expert].float().unsqueeze(-1)
-            steps = torch.where(step > 0, rows / step, 0)
-            qdata[expert] = steps.round_().clamp_(-127, 127).to(torch.int8)
+            step = scale[some].float().unsqueeze(-1)
+            steps = rows / step.masked_fill(step == 0, math.inf)
+            qdata[some] = steps.round_().clamp_(-127, 127)
         return qdata, scale
 
     def dequantize(self, *tensors: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """Lowering linear: every expert is a few plain linears, applied to all token rows; rows not routed to it count zero.
 
+    met = zeros(T, E, bool).scatter(1, ids, True)
+    own = zeros(T, E).scatter(1, ids, s)
     for e in range(E):
-        hit = ids == e                                              # [T, K]
-        out += where(hit.any(1), body(x, where(hit, s, 0).sum(1), weight[e]), 0)
+        out += where(met[:, e], body(x, own[:, e], weight[e]), 0)
 
 No size depends on the routing, so it exports and compiles in one graph; that costs E/K times the multiplications. Any
 technique made for linears applies.
@@ -10,10 +11,11 @@ technique made for linears applies.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 
 import torch
-from moe_fx.passes.lowering.slots import flat, operands, rows_by_slot, sum_over_slots, zero_unless
+from moe_fx.passes.lowering.slots import flat, operands, rows_by_slot, sum_over_slots
 from moe_fx.passes.lowering.table import RoutedRows, expert_linear_call
 from torch.fx import Node
 
@@ -34,12 +36,17 @@ def lower_to_linear(layer: Layer, program: Program, emit: Emitter) -> tuple[Node
     tokens, ids, slots, params, shared = operands(layer)
     # A token that meets an expert at most once has one slot value for it; otherwise slots are rows of their own.
     by_token = layer.distinct
-    if not by_token:
+    if by_token:
+        columns, width = _expert_columns(emit, layer, ids)
+        own_slots = [_unbind(emit, _spread(emit, columns, width, slot), 1) for slot in slots]
+        met = _unbind(emit, _met(emit, columns, width), 1)
+    else:
         tokens, ids = rows_by_slot(emit, tokens, layer.top_k), flat(emit, ids)
-        slots = [flat(emit, slot) for slot in slots]
+        flat_slots = [flat(emit, slot) for slot in slots]
     routed = RoutedRows(emit)
-    split = [_split(layer, program, param) for param in params]
+    split = [_split(layer, program, param) or _unbind(emit, param, 0) for param in params]
     total: list[Node] = []
+    zero: list[Node] = []
 
     def linear(rows: Node, tensors: Sequence[Node], form: WeightFormat) -> Node:
         return expert_linear_call("linear", routed, rows, tensors, form)[0]
@@ -48,44 +55,70 @@ def lower_to_linear(layer: Layer, program: Program, emit: Emitter) -> tuple[Node
         return emit(aten.unsqueeze.default, param, 0)
 
     def write(expert: int) -> None:
-        hit = emit(aten.eq.Scalar, ids, expert)
-        weights = [
-            emit(aten.select.int, param, 0, expert) if parts is None else parts[expert]
-            for param, parts in zip(params, split, strict=True)
-        ]
-        own = [_slot_of_expert(emit, slot, hit) if by_token else slot for slot in slots]
+        weights = [parts(expert) for parts in split]
+        own = [slot(expert) for slot in own_slots] if by_token else flat_slots
         output = emit.inline(layer.body, [tokens, *own, *weights, *shared], {expert_linear: linear, per_row: shown})
-        met = emit(aten.any.dim, hit, 1) if by_token else hit
-        output = zero_unless(emit, met, output)
-        if tensor_of(output).dtype in (torch.bfloat16, torch.float16):
+        hit = met(expert) if by_token else emit(aten.unsqueeze.default, emit(aten.eq.Scalar, ids, expert), -1)
+        value = tensor_of(output)
+        zero[:] = zero or [emit(aten.scalar_tensor.default, 0.0, dtype=value.dtype, device=value.device)]
+        output = emit(aten.where.self, hit, output, zero[0])
+        if value.dtype in (torch.bfloat16, torch.float16):
             output = emit(aten.to.dtype, output, torch.float32)
-        first = total[-1] if total else emit(aten.zeros_like.default, output, pin_memory=False)
-        total.append(emit(aten.add.Tensor, first, output))
+        total[:] = [emit(aten.add.Tensor, total[0], output) if total else output]
 
-    emit.repeat(1, write)
+    write(0)
     emit.repeat(layer.num_experts - 1, lambda expert: write(expert + 1))
-    result = total[-1]
+    result = total[0]
     return (result if by_token else sum_over_slots(emit, result, layer.top_k)), []
 
 
-def _slot_of_expert(emit: Emitter, slot: Node, hit: Node) -> Node:
-    """``[T, K, ...]`` to ``[T, ...]``: the value of the one slot in which each token meets the expert."""
-    shape, value = shape_of(slot), tensor_of(slot)
+def _expert_columns(emit: Emitter, layer: Layer, ids: Node) -> tuple[Node, int]:
+    """Ids ``[T, K]`` as columns, and how many there are: a last one takes the ids that may name no expert."""
+    if layer.in_range:
+        return ids, layer.num_experts
+    below, above = emit(aten.lt.Scalar, ids, layer.num_experts), emit(aten.ge.Scalar, ids, 0)
+    beyond = emit(aten.full_like.default, ids, layer.num_experts, pin_memory=False)
+    columns = emit(aten.where.self, emit(aten.logical_and.default, below, above), ids, beyond)
+    return columns, layer.num_experts + 1
+
+
+def _met(emit: Emitter, columns: Node, width: int) -> Node:
+    """bool ``[T, width, 1]``: whether a token meets an expert."""
+    size = [_rows(emit, columns), width]
+    hits = emit(aten.new_zeros.default, columns, size, dtype=torch.bool, pin_memory=False)
+    return emit(aten.unsqueeze.default, emit(aten.scatter.value, hits, 1, columns, True), -1)
+
+
+def _spread(emit: Emitter, columns: Node, width: int, slot: Node) -> Node:
+    """``[T, K, ...]`` to ``[T, width, ...]``: the value of the one slot in which a token meets an expert."""
+    shape = shape_of(slot)
     assert shape is not None
-    assert value is not None
-    for _ in shape[2:]:
-        hit = emit(aten.unsqueeze.default, hit, -1)
-    zero = emit(aten.scalar_tensor.default, 0, dtype=value.dtype, device=value.device)
-    return emit(aten.sum.dim_IntList, emit(aten.where.self, hit, slot, zero), [1])
+    for place in range(2, len(shape)):
+        columns = emit(aten.unsqueeze.default, columns, -1)
+        columns = emit(aten.expand.default, columns, [-1] * place + [shape[place]])
+    size = [_rows(emit, slot), width, *shape[2:]]
+    return emit(aten.scatter.src, emit(aten.new_zeros.default, slot, size, pin_memory=False), 1, columns, slot)
 
 
-def _split(layer: Layer, program: Program, param: Node) -> list[Node] | None:
+def _rows(emit: Emitter, node: Node) -> int | Node:
+    (rows, *_) = shape_of(node) or (0,)
+    return rows if isinstance(rows, int) else emit(aten.sym_size.int, node, 0)
+
+
+def _unbind(emit: Emitter, stacked: Node, dim: int) -> Callable[[int], Node]:
+    """The parts of a tensor along a dimension, each written where it is first read."""
+    parts = emit(aten.unbind.int, stacked, dim)
+    return lambda place: emit(operator.getitem, parts, place)
+
+
+def _split(layer: Layer, program: Program, param: Node) -> Callable[[int], Node] | None:
     """One weight per expert, where the storage asks for it; None where experts are read from the stacked tensor."""
     weight = program.weights.get(param)
     if layer.storage != "per_expert" or weight is None:
         return None
     module, _, name = weight.fqn.rpartition(".")
-    return [
+    nodes = [
         program.add_weight(f"{module}.{expert}.{name}".lstrip("."), weight.tensor[expert])
         for expert in range(layer.num_experts)
     ]
+    return nodes.__getitem__

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from moe_fx.experts import expert_linear, experts, per_row
 from moe_fx.pipeline import Work
-from moe_fx.rewrite import Emitter, erase_dead, replace
+from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
 from moe_fx.shapes import tensor_of
 
 __all__ = ["leftover", "lower_layers"]
@@ -23,10 +23,10 @@ def lower_layers(work: Work) -> None:
     program = work.program
     # Only what the layers read may vanish with them; an input that nobody ever read stays.
     read = {param for layer in work.layers for param in (*layer.originals, *operands(layer)[3])}
-    fake_mode = program.fake_mode
+    values = FakeValues(program.fake_mode)
     for layer in work.layers:
         node, dtype = layer.node, tensor_of(layer.node).dtype
-        emit = Emitter(program.graph, node, fake_mode)
+        emit = Emitter(program.graph, node, values)
         lowered, reasons = LOWERINGS[layer.lowering](layer, program, emit)
         if tensor_of(lowered).dtype is not dtype:
             lowered = emit(torch.ops.aten.to.dtype, lowered, dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from moe_fx.config import Config
+from moe_fx.config import Config, FormatRules
 from moe_fx.formats import WeightFormat
 from moe_fx.pipeline import Layer, Work
 from moe_fx.shapes import Dim, shape_of, tensor_of, upper_bound
@@ -12,14 +12,22 @@ from moe_fx.shapes import Dim, shape_of, tensor_of, upper_bound
 __all__ = ["choose_lowering", "plan_layers"]
 
 
+#: up to how many routed slots per expert gather is the fastest, by device and by whether weights are quantized.
+#: Measured with benchmarks/lowerings.py: a GPU on an H200 (others are taken to be alike), a CPU of two cores.
+GATHER_LIMIT = {("cuda", False): 0.5, ("cuda", True): 4.0, ("cpu", False): 1.0, ("cpu", True): 0.0}
+
+
 def plan_layers(work: Work) -> None:
+    rules = FormatRules(work.config)
     for layer in work.layers:
-        layer.lowering, layer.why = choose_lowering(layer, work.config)
+        weights = [work.program.weights[node] for node in layer.originals]
+        quantized = any(rules.format_of(each.fqn, layer.fqn) for each in weights if each.tensor.dim() == 3)
+        layer.lowering, layer.why = choose_lowering(layer, work.config, quantized)
         per_expert = work.config.storage == "per_expert"
         layer.storage = "per_expert" if per_expert else "stacked"
 
 
-def choose_lowering(layer: Layer, config: Config) -> tuple[str, str]:
+def choose_lowering(layer: Layer, config: Config, quantized: bool) -> tuple[str, str]:
     """The lowering of a layer, and the reason in words."""
     if config.experts != "auto":
         return config.experts, "as configured"
@@ -31,9 +39,11 @@ def choose_lowering(layer: Layer, config: Config) -> tuple[str, str]:
     assert value is not None
     count: Dim = (shape_of(tokens) or (0,))[0]
     most = upper_bound(count)
-    if most == 1:
-        return "gather", "one token at a time: only the chosen experts' weights are read"
     how_many = f"{count}" if isinstance(count, int) else ("any number of" if most is None else f"up to {most}")
+    device = value.device.type if value.device.type == "cpu" else "cuda"
+    if most is not None and most * layer.top_k <= GATHER_LIMIT[device, quantized] * layer.num_experts:
+        slots = f"{how_many} tokens are {most * layer.top_k} slots for {layer.num_experts} experts"
+        return "gather", f"{slots}: only the chosen experts' weights are read"
     return "grouped_mm", f"{how_many} tokens: rows that share an expert read its weight once"
 
 

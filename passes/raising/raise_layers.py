@@ -22,7 +22,7 @@ from moe_fx.pattern import Last, Var, aten
 from moe_fx.pipeline import Layer, Work
 from moe_fx.program import Program
 from moe_fx.report import describe_miss, module_of
-from moe_fx.rewrite import PROVENANCE, Emitter, erase_dead, replace
+from moe_fx.rewrite import PROVENANCE, Emitter, FakeValues, erase_dead, replace
 
 __all__ = ["raise_layers"]
 
@@ -137,7 +137,7 @@ def _rewrite(program: Program, region: Region, clamp_ids: bool) -> Node:
 
 def _clamped(program: Program, region: Region) -> Node:
     """Ids as the original used them, where they may name no expert and it clamped them."""
-    emit = Emitter(program.graph, region.root, program.fake_mode)
+    emit = Emitter(program.graph, region.root, FakeValues(program.fake_mode))
     return emit(torch.ops.aten.clamp.default, region.ids, 0, region.num_experts - 1)
 
 

@@ -25,7 +25,7 @@ from torch.fx.node import map_arg
 from moe_fx.experts import per_row
 from moe_fx.matcher import Match, Miss, match, op_name
 from moe_fx.rewrite import ASSERTS
-from moe_fx.shapes import Dim, known_equal, same_shape, shape_of, tensor_of
+from moe_fx.shapes import Dim, is_number, known_equal, same_shape, shape_of, tensor_of
 
 __all__ = ["Region", "find_region"]
 
@@ -85,15 +85,21 @@ def find_region(root: Node, summed: Node, pieces: Sequence[Piece]) -> Region | M
 
 
 def is_anchor(node: Node) -> bool:
-    """Whether a call multiplies with weights that are stacked over experts."""
-    if op_name(node) not in ("aten::bmm", "aten::_grouped_mm", "transformers::grouped_mm_fallback"):
-        return False
-    return any(_stacked_weight(arg) for arg in node.args)
+    """Whether a call multiplies with weights that are stacked over experts and chosen by row."""
+    name = op_name(node)
+    if name == "aten::bmm":
+        return any(_stacked_weight(arg, gathered=True) for arg in node.args)
+    grouped = name in ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
+    return grouped and any(_stacked_weight(arg, gathered=False) for arg in node.args)
 
 
-def _stacked_weight(node: object) -> bool:
+def _stacked_weight(node: object, gathered: bool) -> bool:
+    steps = set()
     while isinstance(node, Node) and op_name(node) in ("aten::index", "aten::transpose", "aten::to"):
+        steps.add(op_name(node))
         node = node.args[0]
+    if gathered and "aten::index" not in steps:
+        return False
     shape = shape_of(node)
     return isinstance(node, Node) and node.op in ("placeholder", "get_attr") and shape is not None and len(shape) == 3
 
@@ -265,8 +271,10 @@ class _Builder:
         """One tensor operand of a row-local op: routed rows, or something that is the same for every row."""
         leading = 2 if layout == SLOTS else 1
         shape, mine = shape_of(operand), shape_of(node)
+        if is_number(operand):
+            return self.capture("h", operand)
         if shape is None and mine is not None and not isinstance(operand.meta.get("val"), list | tuple):
-            return self.miss("an operand that is a tensor", operand)
+            return self.miss("an operand that is a tensor or a number", operand)
         if elementwise and shape is not None and mine is not None and len(shape) <= len(mine):
             padded = (1,) * (len(mine) - len(shape)) + tuple(shape)
             same_for_all = all(isinstance(size, int) and size == 1 for size in padded[:leading])
