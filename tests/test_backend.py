@@ -34,6 +34,24 @@ def test_backend_is_found_by_name():
         torch.testing.assert_close(compiled(x(6)), model(x(6)), rtol=1e-5, atol=1e-6)
 
 
+class Limited(Gathered):
+    """A float attribute is a symbol under dynamic=True, and so an operand of the body."""
+
+    def __init__(self):
+        super().__init__(gated=False, activation=lambda h: h.clamp(-self.limit, self.limit))
+        self.limit = 0.1
+
+
+@pytest.mark.parametrize("lowering", ["grouped_mm", "linear", "gather"])
+def test_symbolic_numbers_in_the_body(lowering):
+    model, backend = Limited().eval(), moe_fx.backend(moe_fx.Config(experts=lowering, require="all"))
+    compiled = torch.compile(model, backend=backend, dynamic=True)
+    with torch.no_grad():
+        for limit in (0.1, 0.3):
+            model.limit = limit
+            torch.testing.assert_close(compiled(x(6)), model(x(6)), rtol=1e-5, atol=1e-6)
+
+
 def test_backend_quantizes():
     model, backend = Gathered().eval(), moe_fx.backend(moe_fx.Config(quantize={"*up": moe_fx.Int8WeightOnly()}))
     with torch.no_grad():

@@ -1,10 +1,11 @@
 """Out the other end: Inductor, AOTInductor, save and load, and the torch.compile backend, on whole models."""
 
 import io
+import itertools
 
 import pytest
 import torch
-from models import MAIN, NUM_LAYERS, build, exported, logits, relative_error
+from models import FORMS, MAIN, NUM_LAYERS, build, exported, logits, relative_error
 
 import moe_fx
 
@@ -12,64 +13,73 @@ pytest.importorskip("transformers", reason="the models come from transformers")
 
 SHAPES = ((2, 5), (3, 7))
 
+LOWERINGS = ("grouped_mm", "linear", "gather")
+FORMATS = {"none": None, "int8": moe_fx.Int8WeightOnly()}
+
 #: each family once, with the forms and lowerings spread over them: a compilation takes tens of seconds
-CASES = dict(
-    zip(
-        MAIN,
-        [("grouped_mm", "grouped_mm"), ("batched_mm", "linear"), ("grouped_mm", "gather"),
-         ("batched_mm", "grouped_mm"), ("grouped_mm", "linear")],
-        strict=True,
-    )
+CASES = {
+    "mixtral": ("grouped_mm", "grouped_mm"),
+    "qwen3_moe": ("batched_mm", "linear"),
+    "olmoe": ("grouped_mm", "gather"),
+    "gpt_oss": ("batched_mm", "grouped_mm"),
+    "deepseek_v3": ("grouped_mm", "linear"),
+}
+
+every_combination = pytest.mark.parametrize(
+    ("family", "form", "lowering"),
+    [
+        pytest.param(
+            family, form, lowering, marks=[] if CASES[family] == (form, lowering) else pytest.mark.exhaustive
+        )
+        for family, form, lowering in itertools.product(MAIN, FORMS, LOWERINGS)
+    ],
 )  # fmt: skip
 
 
-def transformed(family, quantize=None):
-    form, lowering = CASES[family]
+def transformed(family, form, lowering, quantize=None):
     return moe_fx.transform(exported(family, form), moe_fx.Config(experts=lowering, quantize=quantize, require="all"))
 
 
-def assert_equal_to_original(callable_model, family, form):
+def assert_equal_at_every_shape(actual, expected):
     for shape in SHAPES:
-        assert relative_error(logits(callable_model, shape), logits(build(family, form), shape)) < 1e-5
+        assert relative_error(logits(actual, shape), logits(expected, shape)) < 1e-5
 
 
 @pytest.mark.slow  # Inductor compiles a whole model
-@pytest.mark.parametrize("quantize", [None, moe_fx.Int8WeightOnly()], ids=["none", "int8"])
-@pytest.mark.parametrize("family", MAIN)
-def test_inductor_compiles_the_whole_graph(family, quantize):
-    program = transformed(family, quantize)
+@pytest.mark.parametrize("quantize", FORMATS.values(), ids=FORMATS)
+@every_combination
+def test_inductor_compiles_the_whole_graph(family, form, lowering, quantize):
+    program = transformed(family, form, lowering, quantize)
+    torch.compiler.reset()
     with torch.no_grad():
         compiled = torch.compile(program.module(), fullgraph=True)
-        for shape in SHAPES:
-            assert relative_error(logits(compiled, shape), logits(program.module(), shape)) < 1e-5
+        assert_equal_at_every_shape(compiled, program.module() if quantize else build(family, form))
 
 
 @pytest.mark.slow  # AOTInductor builds a package with a C++ compiler
-@pytest.mark.parametrize("family", MAIN)
-def test_aot_inductor_package_is_built_loaded_and_run(family, tmp_path):
-    program = transformed(family, moe_fx.Int8WeightOnly())
+@pytest.mark.parametrize("quantize", [FORMATS["int8"]], ids=["int8"])
+@every_combination
+def test_aot_inductor_package_is_built_loaded_and_run(family, form, lowering, quantize, tmp_path):
+    program = transformed(family, form, lowering, quantize)
     with torch.no_grad():
         package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-    loaded = torch._inductor.aoti_load_package(package)
-    for shape in SHAPES:
-        assert relative_error(logits(loaded, shape), logits(program.module(), shape)) < 1e-5
+    assert_equal_at_every_shape(torch._inductor.aoti_load_package(package), program.module())
 
 
 @pytest.mark.slow  # Dynamo and Inductor compile a whole model
-@pytest.mark.parametrize("family", MAIN)
-def test_backend_under_torch_compile(family):
-    torch._dynamo.reset()
-    form, lowering = CASES[family]
+@every_combination
+def test_backend_under_torch_compile(family, form, lowering):
+    torch.compiler.reset()
     backend = moe_fx.backend(moe_fx.Config(experts=lowering, require="all"))
     compiled = torch.compile(build(family, form), backend=backend, dynamic=True)
-    assert_equal_to_original(compiled, family, form)
+    assert_equal_at_every_shape(compiled, build(family, form))
     assert sum(len(report.layers) for report in backend.reports) >= NUM_LAYERS[family]
 
 
-@pytest.mark.parametrize("quantize", [None, moe_fx.Int8WeightOnly()], ids=["none", "int8"])
+@pytest.mark.parametrize("quantize", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("family", MAIN)
 def test_save_and_load_keep_program_and_report(family, quantize):
-    program = transformed(family, quantize)
+    program = transformed(family, *CASES[family], quantize)
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     buffer.seek(0)

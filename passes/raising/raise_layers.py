@@ -10,14 +10,16 @@ from __future__ import annotations
 import torch
 from moe_fx.passes.normalize.functional import memory_of
 from moe_fx.passes.raising import gathered, grouped
+from moe_fx.passes.raising.anchors import anchors_behind, anchors_near, is_anchor
 from moe_fx.passes.raising.pieces import COMMON
-from moe_fx.passes.raising.region import Region, find_region, is_anchor
+from moe_fx.passes.raising.region import Region
 from moe_fx.passes.raising.routing import describe_router, foreign_slot, selection_of
+from moe_fx.passes.raising.walk import find_region
 from torch.fx import Node
 
 from moe_fx.check import CheckResult, check_layer
 from moe_fx.experts import experts
-from moe_fx.matcher import Match, Miss, match
+from moe_fx.matcher import Miss, match
 from moe_fx.pattern import Last, Var, aten
 from moe_fx.pipeline import Layer, Work
 from moe_fx.program import Program
@@ -44,7 +46,7 @@ def raise_layers(work: Work) -> None:
         if isinstance(found, Miss):
             continue
         region = find_region(root, found["summed"], PIECES)
-        anchors = _anchors_behind(found)
+        anchors = anchors_behind(found["summed"])
         if isinstance(region, Region):
             covered |= region.interior
             failed = _raise(work, region)
@@ -58,29 +60,7 @@ def raise_layers(work: Work) -> None:
             users = ", ".join(user.name for user in node.users) or "nothing"
             miss = Miss("a sum over each token's slots behind this multiplication", f"only {users}", node)
             work.misses.append(describe_miss(UNKNOWN_FORM, miss))
-            covered.update(_anchors_near(node))
-
-
-def _anchors_behind(found: Match) -> set[Node]:
-    """Multiplications with stacked weights that the sum reads, a layer's depth back."""
-    seen: set[Node] = set()
-    pending = [found["summed"]]
-    anchors = set()
-    while pending and len(seen) < 400:
-        node = pending.pop()
-        if node in seen or node.op != "call_function":
-            continue
-        seen.add(node)
-        if is_anchor(node):
-            anchors.add(node)
-        pending.extend(node.all_input_nodes)
-    return anchors
-
-
-def _anchors_near(node: Node) -> set[Node]:
-    """Further multiplications of the same module: one miss speaks for all of them."""
-    module = module_of(node)
-    return {other for other in node.graph.nodes if is_anchor(other) and module_of(other) == module}
+            covered.update(anchors_near(node))
 
 
 def _raise(work: Work, region: Region) -> Miss | None:

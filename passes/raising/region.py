@@ -1,41 +1,16 @@
-"""From the sum over slots back to the tokens: everything between is one expert, written as the body."""
+"""A layer, found: the operands of its ``experts`` node and the body of one expert, and whether they fit together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from moe_fx.passes.raising.pieces import (
-    LOCAL,
-    SLOTS,
-    Dispatch,
-    ExpertLinear,
-    ExpertRow,
-    Mask,
-    Piece,
-    Slot,
-    View,
-)  # fmt: skip
-from moe_fx.passes.raising.row_local import row_op
-from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
+from torch.fx import GraphModule, Node
 
-from moe_fx.experts import per_row
-from moe_fx.matcher import Match, Miss, match, op_name
-from moe_fx.rewrite import ASSERTS
-from moe_fx.shapes import Dim, is_number, known_equal, same_shape, shape_of, tensor_of
+from moe_fx.matcher import Miss
+from moe_fx.shapes import Dim, known_equal, same_shape, shape_of
 
-__all__ = ["Region", "find_region"]
-
-aten = torch.ops.aten
-
-
-#: the calls of an expert linear through which the rows themselves pass
-ROW_STEPS = frozenset({
-    "aten::bmm", "aten::squeeze", "aten::unsqueeze", "aten::_grouped_mm", "transformers::grouped_mm_fallback",
-})  # fmt: skip
+__all__ = ["Region", "misfit"]
 
 
 @dataclass
@@ -75,286 +50,30 @@ class Region:
         return [self.tokens, self.ids, *self.slots, *self.params, *self.shared]
 
 
-def find_region(root: Node, summed: Node, pieces: Sequence[Piece]) -> Region | Miss:
-    """The layer whose slots ``summed [T, K, ...]`` are summed by ``root``."""
-    builder = _Builder(root, summed, pieces)
-    output = builder.value(summed, SLOTS)
-    if isinstance(output, Miss):
-        return builder.deepest if builder.deepest is not None else output
-    return builder.region(output)
+def misfit(region: Region, num_tokens: Dim, top_k: Dim) -> Miss | None:
+    """The side conditions: sizes that must be equal for the equation to hold. What is wrong, or None."""
+    found = region.bindings
+    tokens, ids = region.tokens, region.ids
 
+    def miss(wanted: str, node: Node, text: str) -> Miss:
+        return Miss(wanted, text, node, dict(found), depth=10**6)
 
-def is_anchor(node: Node) -> bool:
-    """Whether a call multiplies with weights that are stacked over experts and chosen by row."""
-    name = op_name(node)
-    if name == "aten::bmm":
-        return any(_stacked_weight(arg, gathered=True) for arg in node.args)
-    grouped = name in ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
-    return grouped and any(_stacked_weight(arg, gathered=False) for arg in node.args)
+    def size(node: Node, dim: int = 0) -> Dim:
+        return (shape_of(node) or (0,))[dim]
 
-
-def _stacked_weight(node: object, gathered: bool) -> bool:
-    steps = set()
-    while isinstance(node, Node) and op_name(node) in ("aten::index", "aten::transpose", "aten::to"):
-        steps.add(op_name(node))
-        node = node.args[0]
-    if gathered and "aten::index" not in steps:
-        return False
-    shape = shape_of(node)
-    return isinstance(node, Node) and node.op in ("placeholder", "get_attr") and shape is not None and len(shape) == 3
-
-
-@dataclass
-class _Builder:
-    root: Node
-    summed: Node
-    pieces: Sequence[Piece]
-    bindings: dict[str, Any] = field(default_factory=dict)
-    written: dict[tuple[Node, str], Node | Miss] = field(default_factory=dict)
-    interior: set[Node] = field(default_factory=set)
-    deepest: Miss | None = None
-    forms: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        self.graph = Graph()
-        self.captured: dict[str, dict[Node, Node]] = {"x": {}, "s": {}, "p": {}, "h": {}}
-        shape = shape_of(self.summed)
-        assert shape is not None
-        assert len(shape) == 3
-        self.T, self.K = shape[:2]
-
-    @property
-    def num_rows(self) -> Dim:
-        return self.T * self.K
-
-    def capture(self, kind: str, node: Node) -> Node:
-        """The body's placeholder for a value from outside."""
-        known = self.captured[kind]
-        if node not in known:
-            name = "x" if kind == "x" else f"{kind}{len(known)}"
-            # Placed first; `region` brings them into the order of the body's signature.
-            first = next(iter(self.graph.nodes), None)
-            before = self.graph.inserting_before(first) if first is not None else self.graph.inserting_after()
-            with before:
-                known[node] = self.graph.placeholder(name)
-        return known[node]
-
-    def write(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        return self.graph.call_function(target, args, kwargs)
-
-    def miss(self, wanted: str, node: Node, found: str | None = None, depth: int = 0) -> Miss:
-        text = found or f"{node.name} ({op_name(node) or node.op})"
-        return self.note(Miss(wanted, text, node, dict(self.bindings), depth + 100 * len(self.written)))
-
-    def note(self, miss: Miss) -> Miss:
-        if self.deepest is None or miss.depth >= self.deepest.depth:
-            self.deepest = miss
-        return miss
-
-    def value(self, node: Node, layout: str) -> Node | Miss:
-        """A value of routed rows, written into the body."""
-        key = (node, layout)
-        if key not in self.written:
-            self.written[key] = self.find(node, layout)
-        return self.written[key]
-
-    def find(self, node: Node, layout: str) -> Node | Miss:
-        shape = shape_of(node)
-        rows = (self.T, self.K) if layout == SLOTS else (self.num_rows,)
-        if shape is not None and not same_shape(shape[: len(rows)], rows):
-            return self.miss(f"{' x '.join(map(str, rows))} rows", node, f"{node.name} of shape {list(shape)}")
-        near: Miss | None = None
-        for piece in self.pieces:
-            if piece.layout != layout:
-                continue
-            found = match(piece.pattern, node, self.bindings)
-            if isinstance(found, Match):
-                return self.take(piece, node, found)
-            if near is None or found.depth >= near.depth:
-                near = found
-        inner = self.row_local(node, layout)
-        # Where a piece came further than its first op, its mismatch says more than "this op is not row-local".
-        if isinstance(inner, Miss) and near is not None and near.depth > 0:
-            self.note(
-                Miss(
-                    near.wanted,
-                    near.found,
-                    near.node,
-                    near.bindings,
-                    near.depth + 100 * len(self.written) + 50,
-                )
-            )
-        return inner
-
-    def take(self, piece: Piece, node: Node, found: Match) -> Node | Miss:
-        shared = {name: bound for name, bound in found.bindings.items() if name not in LOCAL}
-        match piece:
-            case Dispatch():
-                self.bindings = shared
-                if not self.captured["x"] or found["tokens"] in self.captured["x"]:
-                    return self.capture("x", found["tokens"])
-                return self.miss("one tensor of token rows", node)
-            case Slot():
-                shape = shape_of(found["slot"])
-                if shape is None or not same_shape(shape[:2], (self.T, self.K)):
-                    return self.miss("a value for every token and slot", found["slot"])
-                self.bindings = shared
-                inner = self.capture("s", found["slot"])
-                # [T, K] seen by the rows is [R]; dimensions that the reshape adds follow.
-                trailing = list((shape_of(node) or ())[1:])
-                return self.write(aten.reshape.default, inner, [-1, *trailing]) if trailing else inner
-            case View():
-                self.bindings = shared
-                self.interior.add(node)
-                return self.value(found["rows"], piece.to)
-            case Mask():
-                self.bindings = shared
-                self.interior.add(node)
-                return self.value(found["rows"], piece.layout)
-            case ExpertRow():
-                self.bindings = shared
-                param = self.capture("p", found["param"])
-                # How many rows there are, the tokens will tell: `region` fills them in.
-                return self.write(per_row, param, None)
-            case ExpertLinear():
-                return self.expert_linear(piece, node, found, shared)
-        raise AssertionError(f"a piece of unknown kind: {piece}")
-
-    def expert_linear(self, piece: ExpertLinear, node: Node, found: Match, shared: dict[str, Any]) -> Node | Miss:
-        self.bindings = shared
-        self.forms.add(piece.form)
-        between = [n for n in found.nodes if self.is_row_value(n)]
-        self.interior.update(between)
-        rows = self.value(found["rows"], piece.layout)
-        if isinstance(rows, Miss):
-            return rows
-        weight = self.capture("p", found["weight"])
-        matrix = self.write(aten.transpose.int, weight, 0, 1) if piece.transposed else weight
-        return self.write(aten.linear.default, rows, matrix)
-
-    def is_row_value(self, node: Node) -> bool:
-        """Whether a node of an expert linear holds routed rows, and not ids or weights."""
-        return op_name(node) in ROW_STEPS and tensor_of(node) is not None
-
-    def row_local(self, node: Node, layout: str) -> Node | Miss:
-        if node.op != "call_function":
-            return self.as_slot(node, layout) or self.miss("a value computed from the token rows", node)
-        if getattr(node.target, "__name__", "") == "getitem":
-            source = self.value(node.args[0], layout)
-            if isinstance(source, Miss):
-                return source
-            self.interior.add(node)
-            return self.write(node.target, source, node.args[1])
-        op = row_op(node, 2 if layout == SLOTS else 1)
-        if isinstance(op, str):
-            return self.as_slot(node, layout) or self.miss(op, node)
-        before = self.progress()
-        operands: dict[Node, Node] = {}
-        wanted: list[Node] = []
-        map_arg((op.args, op.kwargs), lambda n: wanted.append(n))
-        for operand in dict.fromkeys(wanted):
-            inner = self.operand(node, operand, layout, op.elementwise)
-            if isinstance(inner, Miss):
-                self.interior, self.captured, self.bindings, self.written = before
-                return self.as_slot(node, layout) or inner
-            operands[operand] = inner
-        self.interior.add(node)
-        args, kwargs = map_arg((op.args, op.kwargs), operands.__getitem__)
-        return self.write(node.target, *args, **kwargs)
-
-    def progress(self) -> tuple[set[Node], dict[str, dict[Node, Node]], dict[str, Any], dict[Any, Any]]:
-        """What a walk that turns out to lead outside has to give back."""
-        captured = {kind: dict(known) for kind, known in self.captured.items()}
-        return set(self.interior), captured, self.bindings, dict(self.written)
-
-    def operand(self, node: Node, operand: Node, layout: str, elementwise: bool) -> Node | Miss:
-        """One tensor operand of a row-local op: routed rows, or something that is the same for every row."""
-        leading = 2 if layout == SLOTS else 1
-        shape, mine = shape_of(operand), shape_of(node)
-        if is_number(operand):
-            return self.capture("h", operand)
-        if shape is None and mine is not None and not isinstance(operand.meta.get("val"), list | tuple):
-            return self.miss("an operand that is a tensor or a number", operand)
-        if elementwise and shape is not None and mine is not None and len(shape) <= len(mine):
-            padded = (1,) * (len(mine) - len(shape)) + tuple(shape)
-            same_for_all = all(isinstance(size, int) and size == 1 for size in padded[:leading])
-            if same_for_all and (len(shape) < len(mine) or not known_equal(self.num_rows, 1)):
-                if len(shape) <= len(mine) - leading:
-                    return self.capture("h", operand)
-                return self.write(aten.reshape.default, self.capture("h", operand), list(padded[leading:]))
-        return self.value(operand, layout)
-
-    def as_slot(self, node: Node, layout: str) -> Node | None:
-        """A value from outside that travels with the slot: [T, K, 1], or [T, 1] where K = 1 makes slots of tokens."""
-        shape = shape_of(node)
-        if shape is None or not known_equal(shape[-1], 1):
-            return None
-        if layout == SLOTS and len(shape) == 3:
-            return self.capture("s", node)
-        if layout != SLOTS and len(shape) == 2 and known_equal(self.K, 1):
-            return self.write(aten.reshape.default, self.capture("s", node), [-1, 1])
-        return None
-
-    def region(self, output: Node) -> Region | Miss:
-        """Everything was found: check that it fits together."""
-        if not self.forms:
-            return self.miss("a row that meets its expert's weight", self.summed, "no such op")
-        if not self.captured["x"]:
-            return self.miss("token rows sent to their experts", self.summed, "no dispatch")
-        used = self.outside_use()
-        if used is not None:
-            return used
-        self.graph.output(output)
-        ordered = [node for kind in self.captured.values() for node in kind.values()]
-        # Walks that led outside left calls that nobody reads, and perhaps inputs.
-        self.graph.eliminate_dead_code()
-        for placeholder in self.graph.find_nodes(op="placeholder"):
-            if placeholder not in ordered:
-                self.graph.erase_node(placeholder)
-        for placeholder in reversed(ordered):
-            first = next(iter(self.graph.nodes))
-            if first is not placeholder:
-                first.prepend(placeholder)
-        (x,) = self.captured["x"].values()
-        for node in self.graph.find_nodes(op="call_function", target=per_row):
-            node.args = (node.args[0], x)
-        return self.checked()
-
-    def outside_use(self) -> Miss | None:
-        for node in self.interior:
-            for user in node.users:
-                if user not in self.interior and user is not self.root and op_name(user) not in ASSERTS:
-                    return Miss(
-                        f"{node.name} to be read inside the layer only", f"{user.name} ({op_name(user) or user.op})",
-                        node, dict(self.bindings), 10**6,
-                    )  # fmt: skip
-        return None
-
-    def checked(self) -> Region | Miss:
-        """The side conditions: sizes that must be equal for the equation to hold."""
-        b = self.bindings
-        (tokens,) = self.captured["x"]
-        params = list(self.captured["p"])
-        ids = b["ids"]
-        shapes = {node: shape_of(node) or () for node in (tokens, ids, *params)}
-        if not same_shape(shapes[ids], (self.T, self.K)):
-            return self.miss(f"expert ids for each of {self.T} x {self.K} slots", ids, f"shape {list(shapes[ids])}")
-        if not known_equal(shapes[tokens][0], self.T):
-            return self.miss(f"{self.T} token rows", tokens, f"{shapes[tokens][0]} rows")
-        if "top_k" in b and b["top_k"] != self.K:
-            return self.miss(f"{self.K} rows for each token", tokens, f"{b['top_k']}")
-        experts = shapes[params[0]][0]
-        for param in params:
-            if not isinstance(experts, int) or not known_equal(shapes[param][0], experts):
-                return self.miss(f"parameters of {experts} experts", param, f"{shapes[param][0]} experts")
-        if b.get("num_experts", experts) != experts:
-            return self.miss(
-                f"rows counted for {experts} experts", ids, f"for {b['num_experts']}: an expert is missing"
-            )
-        if b.get("last_expert", experts - 1) != experts - 1:
-            last = b["last_expert"]
-            return self.miss(f"ids up to {experts - 1}", ids, f"ids clamped to {last}: an expert is missing")
-        return Region(
-            self.root, "+".join(sorted(self.forms)), tokens, ids, list(self.captured["s"]), params,
-            list(self.captured["h"]), GraphModule({}, self.graph), self.interior, b,
-        )  # fmt: skip
+    if not same_shape(shape_of(ids) or (), (num_tokens, top_k)):
+        return miss(f"expert ids for each of {num_tokens} x {top_k} slots", ids, f"shape {list(shape_of(ids) or ())}")
+    if not known_equal(size(tokens), num_tokens):
+        return miss(f"{num_tokens} token rows", tokens, f"{size(tokens)} rows")
+    if found.get("top_k", top_k) != top_k:
+        return miss(f"{top_k} rows for each token", tokens, f"{found['top_k']}")
+    experts = size(region.params[0])
+    for param in region.params:
+        if not isinstance(experts, int) or not known_equal(size(param), experts):
+            return miss(f"parameters of {experts} experts", param, f"{size(param)} experts")
+    if found.get("num_experts", experts) != experts:
+        return miss(f"rows counted for {experts} experts", ids, f"for {found['num_experts']}: an expert is missing")
+    last = found.get("last_expert", experts - 1)
+    if last != experts - 1:
+        return miss(f"ids up to {experts - 1}", ids, f"ids clamped to {last}: an expert is missing")
+    return None

@@ -1,0 +1,53 @@
+"""Anchors: calls that only an MoE layer contains. Where one is left over, a layer was nearly found."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from moe_fx.matcher import op_name
+from moe_fx.report import module_of
+from moe_fx.shapes import shape_of
+
+__all__ = ["anchors_behind", "anchors_near", "is_anchor"]
+
+
+def is_anchor(node: Node) -> bool:
+    """Whether a call multiplies with weights that are stacked over experts and chosen by row."""
+    name = op_name(node)
+    if name == "aten::bmm":
+        return any(_stacked_weight(arg, gathered=True) for arg in node.args)
+    grouped = name in ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
+    return grouped and any(_stacked_weight(arg, gathered=False) for arg in node.args)
+
+
+def _stacked_weight(node: object, gathered: bool) -> bool:
+    steps = set()
+    while isinstance(node, Node) and op_name(node) in ("aten::index", "aten::transpose", "aten::to"):
+        steps.add(op_name(node))
+        node = node.args[0]
+    if gathered and "aten::index" not in steps:
+        return False
+    shape = shape_of(node)
+    return isinstance(node, Node) and node.op in ("placeholder", "get_attr") and shape is not None and len(shape) == 3
+
+
+def anchors_behind(value: Node) -> set[Node]:
+    """Multiplications with stacked weights that a value is computed by, a layer's depth back."""
+    seen: set[Node] = set()
+    pending = [value]
+    anchors = set()
+    while pending and len(seen) < 400:
+        node = pending.pop()
+        if node in seen or node.op != "call_function":
+            continue
+        seen.add(node)
+        if is_anchor(node):
+            anchors.add(node)
+        pending.extend(node.all_input_nodes)
+    return anchors
+
+
+def anchors_near(node: Node) -> set[Node]:
+    """Further multiplications of the same module: one miss speaks for all of them."""
+    module = module_of(node)
+    return {other for other in node.graph.nodes if is_anchor(other) and module_of(other) == module}
