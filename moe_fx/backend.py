@@ -3,7 +3,7 @@
 Dynamo hands over a graph of Python-level calls. It is traced to ATen ops ahead of autograd, as torch.export does it,
 rewritten, and given to Inductor.
 
-Non-public torch API used here, tried on torch 2.11 and 2.13:
+Non-public torch API used here, tried on torch 2.11, 2.13 and 2.15:
 
 * ``FakeTensor.fake_mode``: the mode in which Dynamo traced, which knows the inputs' symbolic sizes (the mode of the
   ambient tracing context is another one, made afresh for the backend);

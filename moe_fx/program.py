@@ -2,7 +2,7 @@
 
 Non-public torch API used here: the constructor of ``torch.export.ExportedProgram`` (public class, private
 signature: nothing public builds a program from an edited graph and new parameters without tracing it again).
-Tried on torch 2.11 and 2.13.
+Tried on torch 2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def _native_unfit(rows: Node, tensors: Sequence[Node], form: WeightFormat) -> st
     assert weight is not None
     if dtype is not torch.bfloat16:
         name = str(dtype).removeprefix("torch.")
-        return f"aten._grouped_mm compiles in bfloat16 only, not {name}: moe_fx::grouped_mm, one matmul per expert"
+        return f"aten._grouped_mm compiles in bfloat16 only (before torch 2.15), not {name}: moe_fx::grouped_mm"
     if any(isinstance(size, int) and size % 8 for size in weight.shape[1:]):
         shape = " x ".join(str(size) for size in weight.shape[1:])
         return f"aten._grouped_mm needs strides of 16 bytes, weights are {shape}: moe_fx::grouped_mm"
