@@ -31,11 +31,11 @@ class Int8WeightOnly(WeightFormat):
         qdata = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
         scale = torch.empty(weight.shape[:-1], dtype=weight.dtype, device=weight.device)
         for some in slices_of_experts(weight):
-            rows = weight[some].detach().float()
-            scale[some] = rows.abs().amax(-1) / 127
+            low, high = weight[some].detach().aminmax(dim=-1)
+            scale[some] = torch.maximum(-low.float(), high.float()) / 127
             # Divide by the scale as it is stored, so that its rounding is not an error of every weight.
             step = scale[some].float().unsqueeze(-1)
-            steps = rows / step.masked_fill(step == 0, math.inf)
+            steps = torch.div(weight[some].detach(), step.masked_fill(step == 0, math.inf))
             qdata[some] = steps.round_().clamp_(-127, 127)
         return qdata, scale
 
