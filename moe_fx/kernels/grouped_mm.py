@@ -1,9 +1,9 @@
 """``moe_fx::grouped_mm``: one matrix per group of rows, for the dtypes in which ``aten::_grouped_mm`` does not compile.
 
-``aten::_grouped_mm`` goes through Inductor in bf16 only (torch 2.11 to 2.13; in 2.15 in other dtypes too on a CPU, where
-nothing is gained by it; not tried there on a GPU). This op takes any float dtype and
-int8 weights, reads one expert's matrix at a time, and is opaque to the compiler. It reads the group sizes on the
-host: free on CPU, a synchronisation on a GPU.
+``aten::_grouped_mm`` goes through Inductor in bf16 only (torch 2.11 to 2.13; in 2.15 in other dtypes too on a CPU,
+where nothing is gained; not tried on a GPU). This op takes any float dtype and int8 weights, reads one expert's
+matrix at a time, and is opaque to the compiler. It reads the group sizes on the host: free on CPU, a synchronisation
+on a GPU.
 """
 
 from __future__ import annotations
