@@ -7,11 +7,11 @@ q = moe_fx.transform(ep, moe_fx.Config(quantize=moe_fx.Int8WeightOnly()))
 from moe_fx.backend import backend
 from moe_fx.config import Config
 from moe_fx.errors import ConfigError, MoeFxError, ProgramError, RequirementError
-from moe_fx.formats import Int8WeightOnly
+from moe_fx.formats import Float8Dynamic, Float8WeightOnly, Int4WeightOnly, Int8Dynamic, Int8WeightOnly
 from moe_fx.report import Report
 from moe_fx.transform import explain, report, transform
 
 __all__ = [
-    "Config", "ConfigError", "Int8WeightOnly", "MoeFxError", "ProgramError", "Report", "RequirementError",
-    "backend", "explain", "report", "transform",
+    "Config", "ConfigError", "Float8Dynamic", "Float8WeightOnly", "Int4WeightOnly", "Int8Dynamic", "Int8WeightOnly",
+    "MoeFxError", "ProgramError", "Report", "RequirementError", "backend", "explain", "report", "transform",
 ]  # fmt: skip

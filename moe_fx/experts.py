@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from moe_fx.formats import WeightFormat
@@ -55,7 +54,7 @@ def experts(
 
 def expert_linear(rows: torch.Tensor, tensors: Sequence[torch.Tensor], weight_format: WeightFormat) -> torch.Tensor:
     """``rows [R, K]`` times one expert's weight ``[N, K]``, stored in ``weight_format``: ``[R, N]``."""
-    return F.linear(rows, weight_format.dequantize(*tensors).to(rows.dtype))
+    return weight_format.linear(rows, *tensors)
 
 
 def per_row(param: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

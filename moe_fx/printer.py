@@ -14,7 +14,8 @@ from moe_fx.formats import WeightFormat
 __all__ = ["format_graph"]
 
 _SHORT = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16",
-          torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.bool: "bool"}  # fmt: skip
+          torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8", torch.bool: "bool",
+          torch.float8_e4m3fn: "f8"}  # fmt: skip
 
 
 def format_graph(module: GraphModule | Graph, *, shapes: bool = True) -> str:

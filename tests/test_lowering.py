@@ -57,52 +57,6 @@ return (sum_1,)
     )
 
 
-def test_grouped_mm_int8():
-    assert_expected_inline(
-        lowered("grouped_mm", moe_fx.Int8WeightOnly()),
-        """\
-p_router: f32[2, 8]
-b_up_qdata: i8[2, 16, 8]
-b_up_scale: f32[2, 16]
-b_down_qdata: i8[2, 8, 16]
-b_down_scale: f32[2, 8]
-x: f32[s0, 8]
-...
-div: f32[s0, 2] = aten.div(getitem, sum)
-reshape: i64[2*s0] = aten.reshape(getitem_1, [-1])
-sort = aten.sort(reshape)
-getitem_2: i64[2*s0] = getitem(sort, 0)
-getitem_3: i64[2*s0] = getitem(sort, 1)
-arange: i64[2] = aten.arange(2, dtype=i64)
-searchsorted: i32[2] = aten.searchsorted(getitem_2, arange, out_int32=True, right=True)
-floor_divide: i64[2*s0] = aten.floor_divide(getitem_3, 2)
-index: f32[2*s0, 8] = aten.index(x, [floor_divide])
-reshape_1: f32[2*s0] = aten.reshape(div, [-1])
-index_1: f32[2*s0] = aten.index(reshape_1, [getitem_3])
-transpose: i8[2, 8, 16] = aten.transpose(b_up_qdata, -2, -1)
-grouped_mm: f32[2*s0, 16] = moe_fx.grouped_mm(index, transpose, searchsorted)
-index_2: f32[2*s0, 16] = aten.index(b_up_scale, [getitem_2])
-mul: f32[2*s0, 16] = aten.mul(grouped_mm, index_2)
-relu: f32[2*s0, 16] = aten.relu(mul)
-square: f32[2*s0, 16] = aten.square(relu)
-transpose_1: i8[2, 16, 8] = aten.transpose(b_down_qdata, -2, -1)
-grouped_mm_1: f32[2*s0, 8] = moe_fx.grouped_mm(square, transpose_1, searchsorted)
-index_3: f32[2*s0, 8] = aten.index(b_down_scale, [getitem_2])
-mul_1: f32[2*s0, 8] = aten.mul(grouped_mm_1, index_3)
-reshape_2: f32[2*s0, 1] = aten.reshape(index_1, [-1, 1])
-mul_2: f32[2*s0, 8] = aten.mul(mul_1, reshape_2)
-sym_size = aten.sym_size(getitem_3, 0)
-arange_1: i64[2*s0] = aten.arange(sym_size, dtype=i64)
-zeros_like: i64[2*s0] = aten.zeros_like(getitem_3)
-scatter: i64[2*s0] = aten.scatter(zeros_like, 0, getitem_3, arange_1)
-index_4: f32[2*s0, 8] = aten.index(mul_2, [scatter])
-reshape_3: f32[s0, 2, 8] = aten.reshape(index_4, [-1, 2, 8])
-sum_1: f32[s0, 8] = aten.sum(reshape_3, [1])
-return (sum_1,)
-""",
-    )
-
-
 def test_linear():
     assert_expected_inline(
         lowered("linear"),
@@ -153,72 +107,6 @@ return (add,)
     )
 
 
-def test_linear_int8():
-    assert_expected_inline(
-        lowered("linear", moe_fx.Int8WeightOnly()),
-        """\
-p_router: f32[2, 8]
-b_up_qdata: i8[2, 16, 8]
-b_up_scale: f32[2, 16]
-b_down_qdata: i8[2, 8, 16]
-b_down_scale: f32[2, 8]
-x: f32[s0, 8]
-...
-div: f32[s0, 2] = aten.div(getitem, sum)
-sym_size = aten.sym_size(div, 0)
-new_zeros: f32[s0, 2] = aten.new_zeros(div, [sym_size, 2])
-scatter: f32[s0, 2] = aten.scatter(new_zeros, 1, getitem_1, div)
-unbind = aten.unbind(scatter, 1)
-sym_size_1 = aten.sym_size(getitem_1, 0)
-new_zeros_1: bool[s0, 2] = aten.new_zeros(getitem_1, [sym_size_1, 2], dtype=bool)
-scatter_1: bool[s0, 2] = aten.scatter(new_zeros_1, 1, getitem_1, True)
-unsqueeze: bool[s0, 2, 1] = aten.unsqueeze(scatter_1, -1)
-unbind_1 = aten.unbind(unsqueeze, 1)
-unbind_2 = aten.unbind(b_up_qdata, 0)
-unbind_3 = aten.unbind(b_up_scale, 0)
-unbind_4 = aten.unbind(b_down_qdata, 0)
-unbind_5 = aten.unbind(b_down_scale, 0)
-getitem_2: i8[16, 8] = getitem(unbind_2, 0)
-getitem_3: f32[16] = getitem(unbind_3, 0)
-getitem_4: i8[8, 16] = getitem(unbind_4, 0)
-getitem_5: f32[8] = getitem(unbind_5, 0)
-getitem_6: f32[s0] = getitem(unbind, 0)
-to: f32[16, 8] = aten.to(getitem_2, f32)
-linear_1: f32[s0, 16] = aten.linear(x, to)
-mul: f32[s0, 16] = aten.mul(linear_1, getitem_3)
-relu: f32[s0, 16] = aten.relu(mul)
-square: f32[s0, 16] = aten.square(relu)
-to_1: f32[8, 16] = aten.to(getitem_4, f32)
-linear_2: f32[s0, 8] = aten.linear(square, to_1)
-mul_1: f32[s0, 8] = aten.mul(linear_2, getitem_5)
-reshape: f32[s0, 1] = aten.reshape(getitem_6, [-1, 1])
-mul_2: f32[s0, 8] = aten.mul(mul_1, reshape)
-getitem_7: bool[s0, 1] = getitem(unbind_1, 0)
-scalar_tensor: f32[] = aten.scalar_tensor(0.0, dtype=f32)
-where: f32[s0, 8] = aten.where(getitem_7, mul_2, scalar_tensor)
-getitem_8: i8[16, 8] = getitem(unbind_2, 1)
-getitem_9: f32[16] = getitem(unbind_3, 1)
-getitem_10: i8[8, 16] = getitem(unbind_4, 1)
-getitem_11: f32[8] = getitem(unbind_5, 1)
-getitem_12: f32[s0] = getitem(unbind, 1)
-to_2: f32[16, 8] = aten.to(getitem_8, f32)
-linear_3: f32[s0, 16] = aten.linear(x, to_2)
-mul_3: f32[s0, 16] = aten.mul(linear_3, getitem_9)
-relu_1: f32[s0, 16] = aten.relu(mul_3)
-square_1: f32[s0, 16] = aten.square(relu_1)
-to_3: f32[8, 16] = aten.to(getitem_10, f32)
-linear_4: f32[s0, 8] = aten.linear(square_1, to_3)
-mul_4: f32[s0, 8] = aten.mul(linear_4, getitem_11)
-reshape_1: f32[s0, 1] = aten.reshape(getitem_12, [-1, 1])
-mul_5: f32[s0, 8] = aten.mul(mul_4, reshape_1)
-getitem_13: bool[s0, 1] = getitem(unbind_1, 1)
-where_1: f32[s0, 8] = aten.where(getitem_13, mul_5, scalar_tensor)
-add: f32[s0, 8] = aten.add(where, where_1)
-return (add,)
-""",
-    )
-
-
 def test_gather():
     assert_expected_inline(
         lowered("gather"),
@@ -247,48 +135,6 @@ sum_2: f32[2*s0, 8] = aten.sum(mul_1, [-1])
 reshape_3: f32[2*s0, 1] = aten.reshape(reshape_2, [-1, 1])
 mul_2: f32[2*s0, 8] = aten.mul(sum_2, reshape_3)
 reshape_4: f32[s0, 2, 8] = aten.reshape(mul_2, [-1, 2, 8])
-sum_3: f32[s0, 8] = aten.sum(reshape_4, [1])
-return (sum_3,)
-""",
-    )
-
-
-def test_gather_int8():
-    assert_expected_inline(
-        lowered("gather", moe_fx.Int8WeightOnly()),
-        """\
-p_router: f32[2, 8]
-b_up_qdata: i8[2, 16, 8]
-b_up_scale: f32[2, 16]
-b_down_qdata: i8[2, 8, 16]
-b_down_scale: f32[2, 8]
-x: f32[s0, 8]
-...
-div: f32[s0, 2] = aten.div(getitem, sum)
-reshape: i64[2*s0] = aten.reshape(getitem_1, [-1])
-unsqueeze: f32[s0, 1, 8] = aten.unsqueeze(x, 1)
-expand: f32[s0, 2, 8] = aten.expand(unsqueeze, [-1, 2, 8])
-reshape_1: f32[2*s0, 8] = aten.reshape(expand, [-1, 8])
-reshape_2: f32[2*s0] = aten.reshape(div, [-1])
-index: i8[2*s0, 16, 8] = aten.index(b_up_qdata, [reshape])
-unsqueeze_1: f32[2*s0, 1, 8] = aten.unsqueeze(reshape_1, -2)
-to: f32[2*s0, 16, 8] = aten.to(index, f32)
-mul: f32[2*s0, 16, 8] = aten.mul(to, unsqueeze_1)
-sum_1: f32[2*s0, 16] = aten.sum(mul, [-1])
-index_1: f32[2*s0, 16] = aten.index(b_up_scale, [reshape])
-mul_1: f32[2*s0, 16] = aten.mul(sum_1, index_1)
-relu: f32[2*s0, 16] = aten.relu(mul_1)
-square: f32[2*s0, 16] = aten.square(relu)
-index_2: i8[2*s0, 8, 16] = aten.index(b_down_qdata, [reshape])
-unsqueeze_2: f32[2*s0, 1, 16] = aten.unsqueeze(square, -2)
-to_1: f32[2*s0, 8, 16] = aten.to(index_2, f32)
-mul_2: f32[2*s0, 8, 16] = aten.mul(to_1, unsqueeze_2)
-sum_2: f32[2*s0, 8] = aten.sum(mul_2, [-1])
-index_3: f32[2*s0, 8] = aten.index(b_down_scale, [reshape])
-mul_3: f32[2*s0, 8] = aten.mul(sum_2, index_3)
-reshape_3: f32[2*s0, 1] = aten.reshape(reshape_2, [-1, 1])
-mul_4: f32[2*s0, 8] = aten.mul(mul_3, reshape_3)
-reshape_4: f32[s0, 2, 8] = aten.reshape(mul_4, [-1, 2, 8])
 sum_3: f32[s0, 8] = aten.sum(reshape_4, [1])
 return (sum_3,)
 """,

@@ -1,12 +1,22 @@
 """Weight formats: how the weight of an expert linear is stored, and what it means.
 
-| format | tensors per projection | bits |
+| format | tensors per projection | bits per weight |
 |---|---|---|
 | none (`Unquantized`) | `weight [E, N, K]`, or `[E, K, N]` where the model stores it transposed | as the model's |
-| `Int8WeightOnly` | `qdata int8 [E, N, K]`, `scale [E, N]` | 8 |
+| `Int8WeightOnly`, `Int8Dynamic` | `qdata` int8 `[E, N, K]`, `scale` float32 `[E, N]` | 8 |
+| `Float8WeightOnly`, `Float8Dynamic` | `qdata` float8_e4m3fn `[E, N, K]`, `scale` float32 `[E, N]` | 8 |
+| `Int4WeightOnly(group_size)` | `qdata` uint8 `[E, N, K/2]`, `scale` (and `zero`) `[E, N, K/group_size]` | over 4 |
+
+Dynamic formats quantize activations too, row by row, when they come.
 """
 
 from moe_fx.formats.base import Unquantized, WeightFormat, known_formats
-from moe_fx.formats.int8 import Int8WeightOnly
+from moe_fx.formats.float8 import Float8Dynamic, Float8WeightOnly
+from moe_fx.formats.int4 import Int4WeightOnly
+from moe_fx.formats.int8 import Int8Dynamic, Int8WeightOnly
+from moe_fx.formats.per_channel import PerChannel
 
-__all__ = ["Int8WeightOnly", "Unquantized", "WeightFormat", "known_formats"]
+__all__ = [
+    "Float8Dynamic", "Float8WeightOnly", "Int4WeightOnly", "Int8Dynamic", "Int8WeightOnly", "PerChannel", "Unquantized",
+    "WeightFormat", "known_formats",
+]  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 __all__ = ["Unquantized", "WeightFormat", "known_formats", "slices_of_experts"]
 
@@ -30,13 +31,20 @@ class WeightFormat(ABC):
 
     #: what the report and the lowering table call it
     name: str
-    #: the suffixes under which the tensors appear in the state dict, in the order of ``quantize``
-    tensor_names: tuple[str, ...]
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        if getattr(cls, "user_facing", True):
+        if cls.__dict__.get("user_facing", True):
             _KNOWN.append(cls)
+
+    @property
+    @abstractmethod
+    def tensor_names(self) -> tuple[str, ...]:
+        """The suffixes under which the tensors appear in the state dict, in the order of ``quantize``."""
+
+    def unfit(self, weight: torch.Tensor) -> str | None:
+        """Why stacked weights ``[E, N, K]`` cannot be stored in this format, or None."""
+        return None
 
     @abstractmethod
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -45,6 +53,10 @@ class WeightFormat(ABC):
     @abstractmethod
     def dequantize(self, *tensors: torch.Tensor) -> torch.Tensor:
         """The weights ``[..., N, K]`` that the tensors (stacked, or of one expert) stand for."""
+
+    def linear(self, rows: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        """What an expert linear in this format means: ``rows [R, K]`` times one expert's weight, ``[R, N]``."""
+        return F.linear(rows, self.dequantize(*tensors).to(rows.dtype))
 
 
 @dataclass(frozen=True)

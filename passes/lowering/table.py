@@ -7,19 +7,33 @@ situation says so in words, and the next one of its cell is taken.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from moe_fx.passes.lowering.operands import cast, left_operand, rescaled, weight_operand
 from torch.fx import Node
 
-from moe_fx.formats import Int8WeightOnly, Unquantized, WeightFormat
-from moe_fx.kernels import grouped_mm as kernel
+from moe_fx.formats import (
+    Float8Dynamic,
+    Float8WeightOnly,
+    Int4WeightOnly,
+    Int8Dynamic,
+    Int8WeightOnly,
+    PerChannel,
+    Unquantized,
+    WeightFormat,
+)  # fmt: skip
+from moe_fx.kernels import grouped_int4, grouped_mm
 from moe_fx.rewrite import Emitter
 from moe_fx.shapes import tensor_of
 
 __all__ = ["RoutedRows", "expert_linear_call"]
 
 aten = torch.ops.aten
+
+FORMATS: tuple[type[WeightFormat], ...] = (
+    Unquantized, Int8WeightOnly, Int8Dynamic, Float8WeightOnly, Float8Dynamic, Int4WeightOnly,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,6 +48,14 @@ class RoutedRows:
     emit: Emitter
     offsets: Node | None = None
     expert_of_row: Node | None = None
+    #: activations that were quantized once for several experts
+    quantized: dict[tuple[Node, WeightFormat], tuple[Node, Node | None]] = field(default_factory=dict)
+
+    def left(self, rows: Node, form: WeightFormat) -> tuple[Node, Node | None]:
+        """The rows to multiply, and the scale of the product; see :func:`left_operand`."""
+        if (rows, form) not in self.quantized:
+            self.quantized[rows, form] = left_operand(self.emit, rows, form)
+        return self.quantized[rows, form]
 
 
 Emit = Callable[[RoutedRows, Node, Sequence[Node], WeightFormat], Node]
@@ -52,7 +74,7 @@ def expert_linear_call(
 ) -> tuple[Node, list[str]]:
     """Write an expert linear; also the reasons why better ways were passed over."""
     passed_over: list[str] = []
-    for cell in TABLE[lowering, type(form)]:
+    for cell in TABLE[lowering][type(form)]:
         reason = cell.unfit(rows, tensors, form)
         if reason is None:
             return cell.emit(routed, rows, tensors, form), passed_over
@@ -60,16 +82,17 @@ def expert_linear_call(
     raise AssertionError(f"the last cell of {lowering} x {form.name} fits everything")
 
 
-def _accumulation_dtype(rows: Node) -> torch.dtype:
-    dtype = tensor_of(rows).dtype
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+def _dtype(node: Node) -> torch.dtype:
+    value = tensor_of(node)
+    assert value is not None
+    return value.dtype
 
 
 # grouped_mm --------------------------------------------------------------------------------------------------------
 
 
 def _native_unfit(rows: Node, tensors: Sequence[Node], form: WeightFormat) -> str | None:
-    dtype, weight = tensor_of(rows).dtype, tensor_of(tensors[0])
+    dtype, weight = _dtype(rows), tensor_of(tensors[0])
     assert weight is not None
     if dtype is not torch.bfloat16:
         name = str(dtype).removeprefix("torch.")
@@ -80,12 +103,26 @@ def _native_unfit(rows: Node, tensors: Sequence[Node], form: WeightFormat) -> st
     return None
 
 
-def _native_int8_unfit(rows: Node, tensors: Sequence[Node], form: WeightFormat) -> str | None:
+def _widening_unfit(rows: Node, tensors: Sequence[Node], form: WeightFormat) -> str | None:
     if tensor_of(rows).device.type == "cpu":
-        return (
-            "on CPU moe_fx::grouped_mm widens one expert's int8 weights at a time, aten._grouped_mm needs all at once"
-        )
+        return "on CPU moe_fx::grouped_mm widens one expert's weights at a time, aten._grouped_mm needs all at once"
     return _native_unfit(rows, tensors, form)
+
+
+def _scaled_unfit(rows: Node, tensors: Sequence[Node], form: WeightFormat) -> str | None:
+    device = tensor_of(rows).device
+    if device.type != "cuda":
+        return f"torch._scaled_grouped_mm needs a GPU of compute capability 9.0, not {device.type}"
+    capability = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
+    if capability != (9, 0):
+        found = "none here" if capability is None else ".".join(map(str, capability))
+        return f"torch._scaled_grouped_mm needs a GPU of compute capability 9.0, found {found}"
+    if any(isinstance(size, int) and size % 16 for size in tensor_of(tensors[0]).shape[1:]):
+        shape = " x ".join(str(size) for size in tensor_of(tensors[0]).shape[1:])
+        return f"torch._scaled_grouped_mm needs multiples of 16, weights are {shape}"
+    if _dtype(rows) is not torch.bfloat16:
+        return f"torch._scaled_grouped_mm gives bfloat16, not {_dtype(rows)}"
+    return None
 
 
 def _matrices(routed: RoutedRows, weight: Node, form: WeightFormat) -> Node:
@@ -96,72 +133,88 @@ def _matrices(routed: RoutedRows, weight: Node, form: WeightFormat) -> Node:
 
 
 def _grouped_native(routed: RoutedRows, rows: Node, tensors: Sequence[Node], form: WeightFormat) -> Node:
-    return routed.emit(aten._grouped_mm.default, rows, _matrices(routed, tensors[0], form), routed.offsets)
+    left, row_scale = routed.left(rows, form)
+    weight = weight_operand(routed.emit, tensors, form, _dtype(left))
+    product = routed.emit(aten._grouped_mm.default, left, _matrices(routed, weight, form), routed.offsets)
+    return rescaled(routed.emit, product, _dtype(rows), row_scale, _chosen_scale(routed, tensors, form))
 
 
 def _grouped_own(routed: RoutedRows, rows: Node, tensors: Sequence[Node], form: WeightFormat) -> Node:
+    left, row_scale = routed.left(rows, form)
     matrices = _matrices(routed, tensors[0], form)
-    return routed.emit(torch.ops.moe_fx.grouped_mm.default, rows, matrices, routed.offsets)
+    product = routed.emit(torch.ops.moe_fx.grouped_mm.default, left, matrices, routed.offsets)
+    return rescaled(routed.emit, product, _dtype(rows), row_scale, _chosen_scale(routed, tensors, form))
 
 
-def _grouped_int8_native(routed: RoutedRows, rows: Node, tensors: Sequence[Node], form: WeightFormat) -> Node:
-    dtype = tensor_of(rows).dtype
-    widened = routed.emit(aten.to.dtype, tensors[0], dtype)
-    return _scaled_rows(routed, _grouped_native(routed, rows, [widened], form), tensors[1])
+def _grouped_own_int4(routed: RoutedRows, rows: Node, tensors: Sequence[Node], form: WeightFormat) -> Node:
+    qdata, scale, *zero = tensors
+    target = torch.ops.moe_fx.grouped_mm_int4.default
+    return routed.emit(target, rows, qdata, scale, zero[0] if zero else None, routed.offsets)
 
 
-def _grouped_int8_own(routed: RoutedRows, rows: Node, tensors: Sequence[Node], form: WeightFormat) -> Node:
-    return _scaled_rows(routed, _grouped_own(routed, rows, tensors[:1], form), tensors[1])
+def _grouped_scaled(routed: RoutedRows, rows: Node, tensors: Sequence[Node], form: WeightFormat) -> Node:
+    emit = routed.emit
+    left, row_scale = left_operand(emit, rows, form, torch.float8_e4m3fn)
+    return emit(
+        aten._scaled_grouped_mm.default, left, emit(aten.transpose.int, tensors[0], -2, -1),
+        emit(aten.squeeze.dim, row_scale, -1), tensors[1], routed.offsets,
+        out_dtype=torch.bfloat16, use_fast_accum=True,
+    )  # fmt: skip
 
 
-def _scaled_rows(routed: RoutedRows, rows: Node, scale: Node) -> Node:
-    """Each row times the output scales of its expert."""
-    return routed.emit(aten.mul.Tensor, rows, routed.emit(aten.index.Tensor, scale, [routed.expert_of_row]))
+def _chosen_scale(routed: RoutedRows, tensors: Sequence[Node], form: WeightFormat) -> Node | None:
+    """The output scales of each row's expert: ``[R, N]``."""
+    if not isinstance(form, PerChannel):
+        return None
+    return routed.emit(aten.index.Tensor, tensors[1], [routed.expert_of_row])
 
 
 # linear: tensors are those of one expert ---------------------------------------------------------------------------
 
 
 def _linear(routed: RoutedRows, rows: Node, tensors: Sequence[Node], form: WeightFormat) -> Node:
-    weight = tensors[0]
+    emit = routed.emit
+    left, row_scale = routed.left(rows, form)
+    weight = weight_operand(emit, tensors, form, _dtype(left))
     if isinstance(form, Unquantized) and form.transposed:
-        weight = routed.emit(aten.transpose.int, weight, 0, 1)
-    return routed.emit(aten.linear.default, rows, weight)
-
-
-def _linear_int8(routed: RoutedRows, rows: Node, tensors: Sequence[Node], form: WeightFormat) -> Node:
-    widened = routed.emit(aten.to.dtype, tensors[0], tensor_of(rows).dtype)
-    return routed.emit(aten.mul.Tensor, routed.emit(aten.linear.default, rows, widened), tensors[1])
+        weight = emit(aten.transpose.int, weight, 0, 1)
+    product = emit(aten.linear.default, left, weight)
+    return rescaled(emit, product, _dtype(rows), row_scale, tensors[1] if isinstance(form, PerChannel) else None)
 
 
 # gather: multiply and sum, which Inductor fuses with the reading of the chosen weights -------------------------------
 
 
 def _gather(routed: RoutedRows, rows: Node, tensors: Sequence[Node], form: WeightFormat) -> Node:
-    emit, wide = routed.emit, _accumulation_dtype(rows)
+    emit = routed.emit
     transposed = isinstance(form, Unquantized) and form.transposed
-    chosen = emit(aten.index.Tensor, tensors[0], [routed.expert_of_row])
+    left, row_scale = routed.left(rows, form)
+    # Sums of products are kept in float32; float64 stays what it is.
+    wide = _dtype(left) if _dtype(left) is torch.float64 else torch.float32
+    weights = tensors[:1] if isinstance(form, PerChannel) else tensors
+    chosen = [emit(aten.index.Tensor, tensor, [routed.expert_of_row]) for tensor in weights]
+    weight = weight_operand(emit, chosen, form, wide)
     beside, summed = (-1, -2) if transposed else (-2, -1)
-    column = emit(aten.unsqueeze.default, rows, beside)
-    product = emit(aten.mul.Tensor, _cast(emit, chosen, wide), _cast(emit, column, wide))
-    return _cast(emit, emit(aten.sum.dim_IntList, product, [summed]), tensor_of(rows).dtype)
+    column = emit(aten.unsqueeze.default, left, beside)
+    product = emit(aten.mul.Tensor, weight, cast(emit, column, wide))
+    result = emit(aten.sum.dim_IntList, product, [summed])
+    return rescaled(emit, result, _dtype(rows), row_scale, _chosen_scale(routed, tensors, form))
 
 
-def _gather_int8(routed: RoutedRows, rows: Node, tensors: Sequence[Node], form: WeightFormat) -> Node:
-    return _scaled_rows(routed, _gather(routed, rows, tensors, form), tensors[1])
+_WIDENED = (Cell(_grouped_native, _widening_unfit), Cell(_grouped_own))
 
-
-def _cast(emit: Emitter, node: Node, dtype: torch.dtype) -> Node:
-    return node if tensor_of(node).dtype is dtype else emit(aten.to.dtype, node, dtype)
-
-
-TABLE: dict[tuple[str, type[WeightFormat]], tuple[Cell, ...]] = {
-    ("grouped_mm", Unquantized): (Cell(_grouped_native, _native_unfit), Cell(_grouped_own)),
-    ("grouped_mm", Int8WeightOnly): (Cell(_grouped_int8_native, _native_int8_unfit), Cell(_grouped_int8_own)),
-    ("linear", Unquantized): (Cell(_linear),),
-    ("linear", Int8WeightOnly): (Cell(_linear_int8),),
-    ("gather", Unquantized): (Cell(_gather),),
-    ("gather", Int8WeightOnly): (Cell(_gather_int8),),
+TABLE: dict[str, dict[type[WeightFormat], tuple[Cell, ...]]] = {
+    "grouped_mm": {
+        Unquantized: (Cell(_grouped_native, _native_unfit), Cell(_grouped_own)),
+        Int8WeightOnly: _WIDENED,
+        Int8Dynamic: _WIDENED,
+        Float8WeightOnly: _WIDENED,
+        Float8Dynamic: (Cell(_grouped_scaled, _scaled_unfit), *_WIDENED),
+        Int4WeightOnly: (Cell(_grouped_native, _widening_unfit), Cell(_grouped_own_int4)),
+    },
+    "linear": dict.fromkeys(FORMATS, (Cell(_linear),)),
+    "gather": dict.fromkeys(FORMATS, (Cell(_gather),)),
 }
 
-assert kernel is not None  # importing it registers the op
+assert grouped_mm is not None  # importing them registers the ops
+assert grouped_int4 is not None

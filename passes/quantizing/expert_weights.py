@@ -36,6 +36,7 @@ def quantize_experts(work: Work) -> None:
             layer.formats[weight.fqn] = chosen or Unquantized()
             if chosen is not None:
                 _check_values(weight)
+                _check_fit(linear, weight, chosen)
                 _quantize(program, layer, linear, weight, chosen, quantized)
         params = [program.weights[p] for p in layer.node.args[3] if p in program.weights]
         layer.bytes_after = sum(weight.tensor.numel() * weight.tensor.element_size() for weight in params)
@@ -77,6 +78,14 @@ def _check_values(weight: Weight) -> None:
         )
     if not all(bound.isfinite() for bound in weight.tensor.aminmax()):  # NaN is passed on
         raise ProgramError(f"{weight.fqn} holds NaN or infinite values, so it cannot be quantized")
+
+
+def _check_fit(linear: Node, weight: Weight, chosen: WeightFormat) -> None:
+    call: Any = linear.args
+    (stacked,) = call[2].quantize(weight.tensor)
+    reason = chosen.unfit(stacked)
+    if reason is not None:
+        raise ProgramError(f"{weight.fqn} cannot be stored as {chosen!r}: {reason}")
 
 
 def _quantize(
