@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from moe_fx.errors import ConfigError
-from moe_fx.formats import WeightFormat, known_formats
+from moe_fx.formats import AnyLinear, Torchao, WeightFormat, from_torchao, is_torchao_config, known_formats
 
 __all__ = ["Config", "FormatRules"]
 
@@ -35,11 +35,16 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def _check_format(name: str, value: object) -> None:
-    if value is None or isinstance(value, WeightFormat):
+    if value is None or isinstance(value, WeightFormat) or is_torchao_config(value):
+        return
+    if callable(value) and not isinstance(value, type):
         return
     hint = " (did you mean to call it?)" if isinstance(value, type) and issubclass(value, WeightFormat) else ""
     listed = ", ".join(f"moe_fx.{f.__name__}()" for f in known_formats())
-    raise ConfigError(f"{name}={value!r} is not a weight format{hint}; the formats are None, {listed}")
+    raise ConfigError(
+        f"{name}={value!r} is not a weight format{hint}; the formats are None, {listed}, "
+        "a torchao configuration, or a function that quantizes an nn.Linear"
+    )
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,8 @@ class Config(metaclass=_NamedFields):
             ``moe_fx.Int8WeightOnly()`` takes all experts, and a dict maps name patterns (shell style: ``*``,
             ``?``, ``[...]``) to a format or ``None``. A pattern is compared with the full name of each expert
             parameter and of its layer; the most specific one wins (most characters that are not
-            wildcards), among equals the later. A pattern that matches nothing is an error.
+            wildcards), among equals the later. A pattern that matches nothing is an error. In place of a
+            format, a torchao configuration, or any function that quantizes an ``nn.Linear`` in place.
         storage: ``"stacked"`` keeps one ``[E, ...]`` tensor per projection, ``"per_expert"`` one tensor per
             expert (lowering ``"linear"`` only), ``"auto"`` what the lowering reads best.
         validate: run the numeric check of every raised layer (original against replacement, on random
@@ -67,7 +73,7 @@ class Config(metaclass=_NamedFields):
     """
 
     experts: str = "auto"
-    quantize: WeightFormat | Mapping[str, WeightFormat | None] | None = None
+    quantize: Any = None
     storage: str = "auto"
     validate: bool = True
     require: int | str | None = None
@@ -106,6 +112,14 @@ class Config(metaclass=_NamedFields):
         return self.quantize is not None
 
 
+def _as_format(value: Any) -> WeightFormat | Torchao | None:
+    if value is None or isinstance(value, WeightFormat):
+        return value
+    if is_torchao_config(value):
+        return from_torchao(value)
+    return AnyLinear(value, getattr(value, "__name__", type(value).__name__))
+
+
 class FormatRules:
     """``Config.quantize`` as a question: which format does this parameter of this layer get?
 
@@ -114,13 +128,15 @@ class FormatRules:
 
     def __init__(self, config: Config) -> None:
         wanted = config.quantize
-        self._rules = dict(wanted) if isinstance(wanted, Mapping) else {"*": wanted}
+        named = wanted if isinstance(wanted, Mapping) else {"*": wanted}
+        self._rules = {pattern: _as_format(value) for pattern, value in named.items()}
         self._named = isinstance(wanted, Mapping)
         self._used: set[str] = set()
 
-    def format_of(self, param_fqn: str, layer_fqn: str) -> WeightFormat | None:
+    def format_of(self, param_fqn: str, layer_fqn: str) -> WeightFormat | Torchao | None:
         """The format of the most specific matching pattern; ``None`` where none matches."""
-        best, best_score = None, -1
+        best: WeightFormat | Torchao | None = None
+        best_score = -1
         for pattern, value in self._rules.items():
             names = (param_fqn, layer_fqn)
             if any(fnmatch.fnmatchcase(name, pattern) for name in names):

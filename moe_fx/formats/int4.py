@@ -9,7 +9,7 @@ import torch
 from moe_fx.errors import ConfigError
 from moe_fx.formats.base import WeightFormat, slices_of_experts
 
-__all__ = ["Int4WeightOnly"]
+__all__ = ["Int4WeightOnly", "packed"]
 
 SMALLEST_SCALE = torch.finfo(torch.float32).eps
 
@@ -79,9 +79,8 @@ class Int4WeightOnly(WeightFormat):
             if not self.symmetric:
                 zero[some] = (-8 - torch.round(low / step)).clamp_(-8, 7)
             steps = torch.round(grouped * (1 / step).unsqueeze(-1)) + zero[some].unsqueeze(-1)
-            nibbles = steps.clamp_(-8, 7).flatten(-2).to(torch.int8).add_(8).view(torch.uint8)
             scale[some] = step
-            qdata[some] = nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+            qdata[some] = packed(steps.clamp_(-8, 7).flatten(-2).to(torch.int8))
         return (qdata, scale) if self.symmetric else (qdata, scale, zero)
 
     def dequantize(self, *tensors: torch.Tensor) -> torch.Tensor:
@@ -91,3 +90,9 @@ class Int4WeightOnly(WeightFormat):
         if not self.symmetric:
             steps = steps - tensors[2].to(scale.dtype).unsqueeze(-1)
         return (steps * scale.unsqueeze(-1)).flatten(-2)
+
+
+def packed(steps: torch.Tensor) -> torch.Tensor:
+    """int8 values ``[..., K]`` within [-8, 7] as uint8 ``[..., K / 2]``, two to a byte."""
+    nibbles = (steps + 8).view(torch.uint8)
+    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)

@@ -14,6 +14,7 @@ from moe_fx.passes.lowering.operands import cast, left_operand, rescaled, weight
 from torch.fx import Node
 
 from moe_fx.formats import (
+    AnyLinear,
     Float8Dynamic,
     Float8WeightOnly,
     Int4WeightOnly,
@@ -182,6 +183,12 @@ def _linear(routed: RoutedRows, rows: Node, tensors: Sequence[Node], form: Weigh
     return rescaled(emit, product, _dtype(rows), row_scale, tensors[1] if isinstance(form, PerChannel) else None)
 
 
+def _linear_as_traced(routed: RoutedRows, rows: Node, tensors: Sequence[Node], form: WeightFormat) -> Node:
+    assert isinstance(form, AnyLinear)
+    node: Node = routed.emit.inline(form.graph_of([tensor_of(tensor) for tensor in tensors]), [rows, *tensors], {})
+    return node
+
+
 # gather: multiply and sum, which Inductor fuses with the reading of the chosen weights -------------------------------
 
 
@@ -212,7 +219,7 @@ TABLE: dict[str, dict[type[WeightFormat], tuple[Cell, ...]]] = {
         Float8Dynamic: (Cell(_grouped_scaled, _scaled_unfit), *_WIDENED),
         Int4WeightOnly: (Cell(_grouped_native, _widening_unfit), Cell(_grouped_own_int4)),
     },
-    "linear": dict.fromkeys(FORMATS, (Cell(_linear),)),
+    "linear": {**dict.fromkeys(FORMATS, (Cell(_linear),)), AnyLinear: (Cell(_linear_as_traced),)},
     "gather": dict.fromkeys(FORMATS, (Cell(_gather),)),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from moe_fx.config import Config, FormatRules
-from moe_fx.formats import WeightFormat
+from moe_fx.formats import AnyLinear, WeightFormat
 from moe_fx.pipeline import Layer, Work
 from moe_fx.shapes import Dim, shape_of, tensor_of, upper_bound
 
@@ -21,8 +21,11 @@ def plan_layers(work: Work) -> None:
     rules = FormatRules(work.config)
     for layer in work.layers:
         weights = [work.program.weights[node] for node in layer.originals]
-        quantized = any(rules.format_of(each.fqn, layer.fqn) for each in weights if each.tensor.dim() == 3)
-        layer.lowering, layer.why = choose_lowering(layer, work.config, quantized)
+        formats = [rules.format_of(each.fqn, layer.fqn) for each in weights if each.tensor.dim() == 3]
+        techniques = [form.name for form in formats if isinstance(form, AnyLinear)]
+        layer.lowering, layer.why = choose_lowering(layer, work.config, any(formats))
+        if techniques and layer.lowering != "linear":
+            layer.lowering, layer.why = "linear", f"{techniques[0]} is a technique for linears"
         per_expert = work.config.storage == "per_expert"
         layer.storage = "per_expert" if per_expert else "stacked"
 

@@ -13,7 +13,7 @@ from torch.fx import Node
 from moe_fx.config import FormatRules
 from moe_fx.errors import ProgramError
 from moe_fx.experts import expert_linear
-from moe_fx.formats import Unquantized, WeightFormat
+from moe_fx.formats import Torchao, Unquantized, WeightFormat
 from moe_fx.pipeline import Layer, Work
 from moe_fx.program import Program, Weight
 
@@ -30,19 +30,27 @@ def quantize_experts(work: Work) -> None:
     program, rules = work.program, FormatRules(work.config)
     plans = [(layer, _plan(layer, program, rules)) for layer in work.layers]
     rules.check_all_used([weight.fqn for _, plan in plans for _, weight, _ in plan])
-    quantized: dict[tuple[Node, WeightFormat], list[Node]] = {}
+    quantized: dict[tuple[Node, WeightFormat | Torchao], list[Node]] = {}
     for layer, plan in plans:
         for linear, weight, chosen in plan:
-            layer.formats[weight.fqn] = chosen or Unquantized()
+            layer.formats[weight.fqn] = _stored_form(chosen)
             if chosen is not None:
                 _check_values(weight)
-                _check_fit(linear, weight, chosen)
+                _check_fit(linear, weight, _stored_form(chosen))
                 _quantize(program, layer, linear, weight, chosen, quantized)
         params = [program.weights[p] for p in layer.node.args[3] if p in program.weights]
         layer.bytes_after = sum(weight.tensor.numel() * weight.tensor.element_size() for weight in params)
 
 
-def _plan(layer: Layer, program: Program, rules: FormatRules) -> list[tuple[Node, Weight, WeightFormat | None]]:
+def _stored_form(chosen: WeightFormat | Torchao | None) -> WeightFormat:
+    if chosen is None:
+        return Unquantized()
+    return chosen.form if isinstance(chosen, Torchao) else chosen
+
+
+def _plan(
+    layer: Layer, program: Program, rules: FormatRules
+) -> list[tuple[Node, Weight, WeightFormat | Torchao | None]]:
     """The body's linears, each with its weight and the format it shall have."""
     plan = []
     for linear in layer.body.graph.find_nodes(op="call_function", target=expert_linear):
@@ -54,7 +62,7 @@ def _plan(layer: Layer, program: Program, rules: FormatRules) -> list[tuple[Node
             if chosen is not None:
                 raise ProgramError(
                     f"the expert weight {source.name} of {layer.fqn} is computed by the program "
-                    f"({source.format_node()}), so it cannot be stored as {chosen.name}; "
+                    f"({source.format_node()}), so it cannot be stored as {_stored_form(chosen).name}; "
                     f"leave it out: Config(quantize={{..., {layer.fqn!r}: None}})"
                 )
             continue
@@ -80,31 +88,31 @@ def _check_values(weight: Weight) -> None:
         raise ProgramError(f"{weight.fqn} holds NaN or infinite values, so it cannot be quantized")
 
 
-def _check_fit(linear: Node, weight: Weight, chosen: WeightFormat) -> None:
+def _check_fit(linear: Node, weight: Weight, form: WeightFormat) -> None:
     call: Any = linear.args
     (stacked,) = call[2].quantize(weight.tensor)
-    reason = chosen.unfit(stacked)
+    reason = form.unfit(stacked)
     if reason is not None:
-        raise ProgramError(f"{weight.fqn} cannot be stored as {chosen!r}: {reason}")
+        raise ProgramError(f"{weight.fqn} cannot be stored as {form!r}: {reason}")
 
 
 def _quantize(
-    program: Program, layer: Layer, linear: Node, weight: Weight, chosen: WeightFormat,
-    known: dict[tuple[Node, WeightFormat], list[Node]],
+    program: Program, layer: Layer, linear: Node, weight: Weight, chosen: WeightFormat | Torchao,
+    known: dict[tuple[Node, WeightFormat | Torchao], list[Node]],
 ) -> None:  # fmt: skip
     call: Any = linear.args
     rows, (placeholder,), stored = call
-    source = _operand(layer, placeholder)
+    source, form = _operand(layer, placeholder), _stored_form(chosen)
     if (source, chosen) not in known:
         (stacked,) = stored.quantize(weight.tensor)
         tensors = chosen.quantize(stacked)
-        names = [f"{weight.fqn}_{name}" for name in chosen.tensor_names]
+        names = [f"{weight.fqn}_{name}" for name in form.tensor_names]
         known[source, chosen] = [program.add_weight(n, t) for n, t in zip(names, tensors, strict=True)]
     nodes = known[source, chosen]
     graph = layer.body.graph
     with graph.inserting_before(placeholder):
-        inputs = [graph.placeholder(f"{placeholder.name}_{name}") for name in chosen.tensor_names]
-    linear.args = (rows, tuple(inputs), chosen)  # type: ignore[assignment]
+        inputs = [graph.placeholder(f"{placeholder.name}_{name}") for name in form.tensor_names]
+    linear.args = (rows, tuple(inputs), form)  # type: ignore[assignment]
     args = list(layer.node.args)
     params = list(args[3])
     place = params.index(source)
