@@ -52,6 +52,11 @@ class Layer:
     why: str = ""
     storage: str = "stacked"
     formats: dict[str, WeightFormat] = field(default_factory=dict)
+    #: by a parameter's name, those of the tensors that took its place
+    names: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    #: the node of the ids; the node that yielded the layer's output, and the one that does now
+    ids: str = ""
+    output: tuple[str, str] = ("", "")
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from moe_fx.matcher import Miss
 
-__all__ = ["LayerReport", "MissReport", "Report"]
+__all__ = ["LayerReport", "MissReport", "Report", "table"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,10 @@ class LayerReport:
         format: the weight formats, by parameter where they differ.
         bytes_before, bytes_after: of the expert parameters.
         error: the numeric check's largest difference over the output's range; None if not validated.
+        formats: by the original parameter's name, the format as data: its class and options.
+        names: by the original parameter's name, the tensors of the state dict that took its place.
+        ids: the node that yields the expert ids. output: the node that yielded the layer's output, and the one
+            that does now.
     """
 
     fqn: str
@@ -42,6 +46,10 @@ class LayerReport:
     bytes_after: int
     error: float | None
     check_seconds: float
+    formats: dict[str, dict[str, Any]]
+    names: dict[str, tuple[str, ...]]
+    ids: str
+    output: tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -78,12 +86,20 @@ class Report:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     config: str = ""
 
+    @property
+    def names(self) -> dict[str, tuple[str, ...]]:
+        """By original name, the tensors of the state dict that took the place of a parameter of any layer."""
+        return {name: new for layer in self.layers for name, new in layer.names.items()}
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
 
     @staticmethod
     def from_json(text: str) -> Report:
         data: dict[str, Any] = json.loads(text)
+        for layer in data["layers"]:
+            layer["names"] = {name: tuple(new) for name, new in layer["names"].items()}
+            layer["output"] = tuple(layer["output"])
         return Report(
             tuple(LayerReport(**layer) for layer in data["layers"]),
             tuple(MissReport(**miss) for miss in data["misses"]),
@@ -94,7 +110,7 @@ class Report:
     def __str__(self) -> str:
         lines = []
         if self.layers:
-            lines += _table(
+            lines += table(
                 ["layer", "form", "E", "K", "router", "lowering", "format", "bytes", "after", "check error"],
                 [
                     [layer.fqn, layer.source_form, str(layer.num_experts), str(layer.top_k), layer.router,
@@ -124,7 +140,8 @@ def _bytes(count: int) -> str:
     return f"{count:.2f} GiB"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of text: a head, a rule, and the rows in columns."""
     widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
     return [

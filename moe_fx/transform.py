@@ -6,6 +6,7 @@ from torch.export import ExportedProgram
 
 from moe_fx.config import Config
 from moe_fx.errors import ProgramError, RequirementError
+from moe_fx.formats import format_record
 from moe_fx.passes.lowering import leftover as not_lowered
 from moe_fx.passes.lowering import lower_layers
 from moe_fx.passes.normalize import drop_no_ops, functionalize, spell
@@ -128,5 +129,6 @@ def _layer_report(layer: Layer) -> LayerReport:
     return LayerReport(
         layer.fqn, layer.source_form, layer.num_experts, layer.top_k, layer.router, layer.lowering, layer.why,
         format_name(layer.formats), layer.storage, layer.bytes_before, layer.bytes_after, layer.error,
-        layer.check_seconds,
+        layer.check_seconds, {name: format_record(form) for name, form in layer.formats.items()}, dict(layer.names),
+        layer.ids, layer.output,
     )  # fmt: skip

@@ -143,7 +143,7 @@ reshape_1: f32[2*s0, 8] = aten.reshape(expand, [-1, 8])
 reshape_2: f32[2*s0] = aten.reshape(div, [-1])
 abs: f32[2*s0, 8] = aten.abs(reshape_1)
 amax: f32[2*s0, 1] = aten.amax(abs, [-1], True)
-div_1: f32[2*s0, 1] = aten.div(amax, 127.5)
+div_1: f32[2*s0, 1] = aten.div(amax, 127.0)
 clamp_min: f32[2*s0, 1] = aten.clamp_min(div_1, 1.1920928955078125e-07)
 reciprocal: f32[2*s0, 1] = aten.reciprocal(clamp_min)
 mul: f32[2*s0, 8] = aten.mul(reshape_1, reciprocal)
@@ -161,7 +161,7 @@ relu: f32[2*s0, 16] = aten.relu(mul_3)
 square: f32[2*s0, 16] = aten.square(relu)
 abs_1: f32[2*s0, 16] = aten.abs(square)
 amax_1: f32[2*s0, 1] = aten.amax(abs_1, [-1], True)
-div_2: f32[2*s0, 1] = aten.div(amax_1, 127.5)
+div_2: f32[2*s0, 1] = aten.div(amax_1, 127.0)
 clamp_min_1: f32[2*s0, 1] = aten.clamp_min(div_2, 1.1920928955078125e-07)
 reciprocal_1: f32[2*s0, 1] = aten.reciprocal(clamp_min_1)
 mul_4: f32[2*s0, 16] = aten.mul(square, reciprocal_1)
@@ -401,7 +401,10 @@ class Defined(Gathered):
     """The layer as the format's own ``linear`` defines it, row by row."""
 
     def apply(self, rows, weight, ids):
-        stored = self.form.quantize(weight)
+        if weight is self.down and self.only_up:
+            return super().apply(rows, weight, ids)
+        # On the device of the program: a division rounds as the device does, and a weight between two steps follows.
+        stored = [tensor.cpu() for tensor in self.form.quantize(weight.to(self.device))]
         return torch.cat(
             [
                 self.form.linear(row.unsqueeze(0), *(tensor[e] for tensor in stored))
@@ -410,9 +413,9 @@ class Defined(Gathered):
         )
 
 
-def defined(model, form):
+def defined(model, form, device="cpu", only_up=False):
     twin = copy.copy(model)
-    twin.__class__, twin.form = Defined, form
+    twin.__class__, twin.form, twin.device, twin.only_up = Defined, form, device, only_up
     return twin
 
 

@@ -12,7 +12,7 @@ Dynamic formats quantize activations too, row by row, when they come.
 """
 
 from moe_fx.formats.any_linear import AnyLinear
-from moe_fx.formats.base import Unquantized, WeightFormat, known_formats
+from moe_fx.formats.base import Unquantized, WeightFormat, format_from_record, format_record, known_formats
 from moe_fx.formats.float8 import Float8Dynamic, Float8WeightOnly
 from moe_fx.formats.int4 import Int4WeightOnly
 from moe_fx.formats.int8 import Int8Dynamic, Int8WeightOnly
@@ -21,5 +21,6 @@ from moe_fx.formats.torchao import Torchao, from_torchao, is_torchao_config
 
 __all__ = [
     "AnyLinear", "Float8Dynamic", "Float8WeightOnly", "Int4WeightOnly", "Int8Dynamic", "Int8WeightOnly", "PerChannel",
-    "Torchao", "Unquantized", "WeightFormat", "from_torchao", "is_torchao_config", "known_formats",
+    "Torchao", "Unquantized", "WeightFormat", "format_from_record", "format_record", "from_torchao",
+    "is_torchao_config", "known_formats",
 ]  # fmt: skip

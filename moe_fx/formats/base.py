@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-__all__ = ["Unquantized", "WeightFormat", "known_formats", "slices_of_experts"]
+__all__ = [
+    "Unquantized", "WeightFormat", "format_from_record", "format_record", "known_formats", "slices_of_experts",
+]  # fmt: skip
 
 #: elements of a float32 working copy, 4 MiB
 WORKING_SIZE = 2**20
@@ -81,3 +85,19 @@ def slices_of_experts(weight: torch.Tensor) -> Iterator[slice]:
     count = max(1, WORKING_SIZE // max(1, weight[0].numel()))
     for start in range(0, weight.shape[0], count):
         yield slice(start, start + count)
+
+
+def format_record(form: WeightFormat) -> dict[str, Any]:
+    """A format as data that JSON can hold: its class's name, and its options."""
+    options = {each.name: getattr(form, each.name) for each in dataclasses.fields(form) if each.init}
+    plain = {name: value for name, value in options.items() if isinstance(value, bool | int | float | str)}
+    return {"format": type(form).__name__, **plain}
+
+
+def format_from_record(record: dict[str, Any]) -> WeightFormat | None:
+    """The format of a record; None if it is not one that a user can name."""
+    options = {name: value for name, value in record.items() if name != "format"}
+    for known in known_formats():
+        if known.__name__ == record["format"]:
+            return known(**options)
+    return None

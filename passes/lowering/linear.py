@@ -117,8 +117,10 @@ def _split(layer: Layer, program: Program, param: Node) -> Callable[[int], Node]
     if layer.storage != "per_expert" or weight is None:
         return None
     module, _, name = weight.fqn.rpartition(".")
-    nodes = [
-        program.add_weight(f"{module}.{expert}.{name}".lstrip("."), weight.tensor[expert])
-        for expert in range(layer.num_experts)
-    ]
+    names = [f"{module}.{expert}.{name}".lstrip(".") for expert in range(layer.num_experts)]
+    nodes = [program.add_weight(new, weight.tensor[expert]) for expert, new in enumerate(names)]
+    # The stacked tensor may itself be what quantizing made of a parameter.
+    origin = next((old for old, new in layer.names.items() if weight.fqn in new), weight.fqn)
+    earlier = layer.names.get(origin, (weight.fqn,))
+    layer.names[origin] = tuple(new for each in earlier for new in (names if each == weight.fqn else [each]))
     return nodes.__getitem__

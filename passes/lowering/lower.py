@@ -31,6 +31,7 @@ def lower_layers(work: Work) -> None:
         if tensor_of(lowered).dtype is not dtype:
             lowered = emit(torch.ops.aten.to.dtype, lowered, dtype)
         layer.why = "; ".join([layer.why, *dict.fromkeys(reasons)])
+        layer.output = (layer.output[0], lowered.name)
         replace(node, lowered)
         erase_dead(program.graph, [node])
     program.drop_weights({param for param in read if param in program.weights})

@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from moe_fx.formats import Int4WeightOnly, PerChannel, Unquantized, WeightFormat
-from moe_fx.formats.per_channel import LARGEST, SMALLEST_SCALE
+from moe_fx.formats.per_channel import LARGEST_ACTIVATION, SMALLEST_SCALE
 from moe_fx.rewrite import Emitter
 from moe_fx.shapes import shape_of, tensor_of
 
@@ -38,13 +38,14 @@ def left_operand(
         return rows, None
     # In float32, so that eager and compiled code agree on every rounding.
     wide = cast(emit, rows, torch.float32)
+    bound = LARGEST_ACTIVATION[form.dtype]
     largest = emit(aten.amax.default, emit(aten.abs.default, wide), [-1], True)
-    scale = emit(aten.clamp_min.default, emit(aten.div.Scalar, largest, LARGEST[form.dtype]), SMALLEST_SCALE)
+    scale = emit(aten.clamp_min.default, emit(aten.div.Scalar, largest, bound), SMALLEST_SCALE)
     if form.dtype is torch.int8:
         steps = emit(aten.round.default, emit(aten.mul.Tensor, wide, emit(aten.reciprocal.default, scale)))
         values = emit(aten.clamp.default, steps, -128, 127)
     else:
-        steps = emit(aten.clamp.default, emit(aten.div.Tensor, wide, scale), -LARGEST[form.dtype], LARGEST[form.dtype])
+        steps = emit(aten.clamp.default, emit(aten.div.Tensor, wide, scale), -bound, bound)
         values = emit(aten.to.dtype, steps, form.dtype)
     # bfloat16 holds every int8 and every float8 value; float16 does too, but not the sum of their products.
     exact = torch.bfloat16 if tensor_of(rows).dtype is torch.bfloat16 else torch.float32

@@ -26,7 +26,7 @@ from moe_fx.formats import (
 )  # fmt: skip
 from moe_fx.kernels import grouped_int4, grouped_mm
 from moe_fx.rewrite import Emitter
-from moe_fx.shapes import tensor_of
+from moe_fx.shapes import shape_of, tensor_of
 
 __all__ = ["RoutedRows", "expert_linear_call"]
 
@@ -92,15 +92,23 @@ def _dtype(node: Node) -> torch.dtype:
 # grouped_mm --------------------------------------------------------------------------------------------------------
 
 
+def _sizes(tensors: Sequence[Node], form: WeightFormat) -> list[int]:
+    """The last two sizes of the weights, unpacked."""
+    *_, outputs, inputs = shape_of(tensors[0]) or ()
+    return [int(outputs), int(inputs) * (2 if isinstance(form, Int4WeightOnly) else 1)]
+
+
+def _shape(tensors: Sequence[Node], form: WeightFormat) -> str:
+    return " x ".join(map(str, _sizes(tensors, form)))
+
+
 def _native_unfit(rows: Node, tensors: Sequence[Node], form: WeightFormat) -> str | None:
-    dtype, weight = _dtype(rows), tensor_of(tensors[0])
-    assert weight is not None
+    dtype = _dtype(rows)
     if dtype is not torch.bfloat16:
         name = str(dtype).removeprefix("torch.")
         return f"aten._grouped_mm compiles in bfloat16 only (before torch 2.15), not {name}: moe_fx::grouped_mm"
-    if any(isinstance(size, int) and size % 8 for size in weight.shape[1:]):
-        shape = " x ".join(str(size) for size in weight.shape[1:])
-        return f"aten._grouped_mm needs strides of 16 bytes, weights are {shape}: moe_fx::grouped_mm"
+    if any(size % 8 for size in _sizes(tensors, form)):
+        return f"aten._grouped_mm needs strides of 16 bytes, weights are {_shape(tensors, form)}: moe_fx::grouped_mm"
     return None
 
 
@@ -118,9 +126,8 @@ def _scaled_unfit(rows: Node, tensors: Sequence[Node], form: WeightFormat) -> st
     if capability != (9, 0):
         found = "none here" if capability is None else ".".join(map(str, capability))
         return f"torch._scaled_grouped_mm needs a GPU of compute capability 9.0, found {found}"
-    if any(isinstance(size, int) and size % 16 for size in tensor_of(tensors[0]).shape[1:]):
-        shape = " x ".join(str(size) for size in tensor_of(tensors[0]).shape[1:])
-        return f"torch._scaled_grouped_mm needs multiples of 16, weights are {shape}"
+    if any(size % 16 for size in _sizes(tensors, form)):
+        return f"torch._scaled_grouped_mm needs multiples of 16, weights are {_shape(tensors, form)}"
     if _dtype(rows) is not torch.bfloat16:
         return f"torch._scaled_grouped_mm gives bfloat16, not {_dtype(rows)}"
     return None

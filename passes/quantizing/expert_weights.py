@@ -109,6 +109,7 @@ def _quantize(
         names = [f"{weight.fqn}_{name}" for name in form.tensor_names]
         known[source, chosen] = [program.add_weight(n, t) for n, t in zip(names, tensors, strict=True)]
     nodes = known[source, chosen]
+    layer.names[weight.fqn] = tuple(program.weights[node].fqn for node in nodes)
     graph = layer.body.graph
     with graph.inserting_before(placeholder):
         inputs = [graph.placeholder(f"{placeholder.name}_{name}") for name in form.tensor_names]
