@@ -1,8 +1,8 @@
 """One scale per output channel of a weight, or per row of activations: what the int8 and float8 formats share.
 
 Weights are quantized as torchao does for ``PerRow()``: the largest absolute value of a channel, divided by the largest
-of the target dtype in the weight's own dtype, is the scale, kept in float32. A channel of zeros gets the smallest scale,
-and stays zero. Symmetric int8 is that of Jacob et al. 2018, section 2.1, with zero point 0.
+of the target dtype in the weight's own dtype, is the scale, kept in float32. A channel of zeros gets the smallest
+scale, and stays zero. Symmetric int8 is that of Jacob et al. 2018, section 2.1, with zero point 0.
 """
 
 from __future__ import annotations
