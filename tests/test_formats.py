@@ -16,7 +16,7 @@ def weight(dtype=torch.float32):
 
 
 def by_name(value):
-    return repr(value) if isinstance(value, moe_fx.formats.WeightFormat) else str(value)
+    return "torchao" if callable(value) else str(value)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=by_name)
