@@ -9,12 +9,16 @@ Non-public torch API used here, tried on torch 2.11, 2.13 and 2.15:
   ambient tracing context is another one, made afresh for the backend);
 * ``make_fx(..., pre_dispatch=True)``: the tracer that torch.export itself uses for training IR;
 * ``torch._inductor.compile_fx.compile_fx``: what ``backend="inductor"`` calls;
+* ``torch._inductor.lowering.register_lowering`` and ``constant_folding.add_dont_constant_fold``: that
+  ``moe_fx::kept`` costs nothing and is not folded;
 * ``node.meta["grapharg"]``: where Dynamo notes which attribute of the model an input is.
 """
 
 from __future__ import annotations
 
+import functools
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +28,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from moe_fx.config import Config
 from moe_fx.errors import ConfigError, ProgramError
+from moe_fx.kernels import kept
 from moe_fx.pipeline import Work, run_passes
 from moe_fx.program import Program, Weight, check_inference
 from moe_fx.report import Report
@@ -89,6 +94,24 @@ class Backend:
             delattr(traced, name)
         traced.recompile()
         return traced, work_report(work)
+
+
+@functools.cache
+def _teach() -> None:
+    from torch._inductor.constant_folding import add_dont_constant_fold
+    from torch._inductor.lowering import register_lowering
+
+    register_lowering(torch.ops.moe_fx.kept.default, type_promotion_kind=None)(lambda weight: weight)
+    add_dont_constant_fold(torch.ops.moe_fx.kept.default)
+
+
+def teach_inductor() -> None:
+    """Say what ``moe_fx::kept`` means, once Inductor is there: importing it takes seconds."""
+    if "torch._inductor.compile_fx" in sys.modules:
+        _teach()
+
+
+kept.ON_TRACE.append(teach_inductor)
 
 
 def backend(config: Config | None = None) -> Backend:

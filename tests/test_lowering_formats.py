@@ -88,12 +88,14 @@ getitem_3: f32[16] = getitem(unbind_3, 0)
 getitem_4: i8[8, 16] = getitem(unbind_4, 0)
 getitem_5: f32[8] = getitem(unbind_5, 0)
 getitem_6: f32[s0] = getitem(unbind, 0)
-to: f32[16, 8] = aten.to(getitem_2, f32)
+kept: i8[16, 8] = moe_fx.kept(getitem_2)
+to: f32[16, 8] = aten.to(kept, f32)
 linear_1: f32[s0, 16] = aten.linear(x, to)
 mul: f32[s0, 16] = aten.mul(linear_1, getitem_3)
 relu: f32[s0, 16] = aten.relu(mul)
 square: f32[s0, 16] = aten.square(relu)
-to_1: f32[8, 16] = aten.to(getitem_4, f32)
+kept_1: i8[8, 16] = moe_fx.kept(getitem_4)
+to_1: f32[8, 16] = aten.to(kept_1, f32)
 linear_2: f32[s0, 8] = aten.linear(square, to_1)
 mul_1: f32[s0, 8] = aten.mul(linear_2, getitem_5)
 reshape: f32[s0, 1] = aten.reshape(getitem_6, [-1, 1])
@@ -106,12 +108,14 @@ getitem_9: f32[16] = getitem(unbind_3, 1)
 getitem_10: i8[8, 16] = getitem(unbind_4, 1)
 getitem_11: f32[8] = getitem(unbind_5, 1)
 getitem_12: f32[s0] = getitem(unbind, 1)
-to_2: f32[16, 8] = aten.to(getitem_8, f32)
+kept_2: i8[16, 8] = moe_fx.kept(getitem_8)
+to_2: f32[16, 8] = aten.to(kept_2, f32)
 linear_3: f32[s0, 16] = aten.linear(x, to_2)
 mul_3: f32[s0, 16] = aten.mul(linear_3, getitem_9)
 relu_1: f32[s0, 16] = aten.relu(mul_3)
 square_1: f32[s0, 16] = aten.square(relu_1)
-to_3: f32[8, 16] = aten.to(getitem_10, f32)
+kept_3: i8[8, 16] = moe_fx.kept(getitem_10)
+to_3: f32[8, 16] = aten.to(kept_3, f32)
 linear_4: f32[s0, 8] = aten.linear(square_1, to_3)
 mul_4: f32[s0, 8] = aten.mul(linear_4, getitem_11)
 reshape_1: f32[s0, 1] = aten.reshape(getitem_12, [-1, 1])
@@ -222,7 +226,8 @@ div_2: f32[s0, 8] = aten.div(x, clamp_min)
 clamp: f32[s0, 8] = aten.clamp(div_2, -448.0, 448.0)
 to: f8[s0, 8] = aten.to(clamp, f8)
 to_1: f32[s0, 8] = aten.to(to, f32)
-to_2: f32[16, 8] = aten.to(getitem_2, f32)
+kept: f8[16, 8] = moe_fx.kept(getitem_2)
+to_2: f32[16, 8] = aten.to(kept, f32)
 linear_1: f32[s0, 16] = aten.linear(to_1, to_2)
 mul: f32[s0, 16] = aten.mul(linear_1, clamp_min)
 mul_1: f32[s0, 16] = aten.mul(mul, getitem_3)
@@ -236,7 +241,8 @@ div_4: f32[s0, 16] = aten.div(square, clamp_min_1)
 clamp_1: f32[s0, 16] = aten.clamp(div_4, -448.0, 448.0)
 to_3: f8[s0, 16] = aten.to(clamp_1, f8)
 to_4: f32[s0, 16] = aten.to(to_3, f32)
-to_5: f32[8, 16] = aten.to(getitem_4, f32)
+kept_1: f8[8, 16] = moe_fx.kept(getitem_4)
+to_5: f32[8, 16] = aten.to(kept_1, f32)
 linear_2: f32[s0, 8] = aten.linear(to_4, to_5)
 mul_2: f32[s0, 8] = aten.mul(linear_2, clamp_min_1)
 mul_3: f32[s0, 8] = aten.mul(mul_2, getitem_5)
@@ -250,7 +256,8 @@ getitem_9: f32[16] = getitem(unbind_3, 1)
 getitem_10: f8[8, 16] = getitem(unbind_4, 1)
 getitem_11: f32[8] = getitem(unbind_5, 1)
 getitem_12: f32[s0] = getitem(unbind, 1)
-to_6: f32[16, 8] = aten.to(getitem_8, f32)
+kept_2: f8[16, 8] = moe_fx.kept(getitem_8)
+to_6: f32[16, 8] = aten.to(kept_2, f32)
 linear_3: f32[s0, 16] = aten.linear(to_1, to_6)
 mul_5: f32[s0, 16] = aten.mul(linear_3, clamp_min)
 mul_6: f32[s0, 16] = aten.mul(mul_5, getitem_9)
@@ -264,7 +271,8 @@ div_6: f32[s0, 16] = aten.div(square_1, clamp_min_2)
 clamp_2: f32[s0, 16] = aten.clamp(div_6, -448.0, 448.0)
 to_7: f8[s0, 16] = aten.to(clamp_2, f8)
 to_8: f32[s0, 16] = aten.to(to_7, f32)
-to_9: f32[8, 16] = aten.to(getitem_10, f32)
+kept_3: f8[8, 16] = moe_fx.kept(getitem_10)
+to_9: f32[8, 16] = aten.to(kept_3, f32)
 linear_4: f32[s0, 8] = aten.linear(to_8, to_9)
 mul_7: f32[s0, 8] = aten.mul(linear_4, clamp_min_2)
 mul_8: f32[s0, 8] = aten.mul(mul_7, getitem_11)
@@ -494,3 +502,30 @@ def test_float8_on_a_cpu_says_why_the_scaled_op_is_not_used():
     config = moe_fx.Config(experts="grouped_mm", quantize=moe_fx.Float8Dynamic())
     why = moe_fx.report(moe_fx.transform(export(layer(torch.bfloat16), hidden=32), config)).layers[0].why
     assert "torch._scaled_grouped_mm needs a GPU of compute capability 9.0, not cpu" in why
+
+
+@pytest.mark.slow  # Inductor compiles a layer
+@pytest.mark.parametrize("form", [moe_fx.Int8WeightOnly(), moe_fx.Int4WeightOnly(16)], ids=repr)
+def test_freezing_does_not_widen_weights(form, monkeypatch):
+    import torch._inductor.config as inductor
+    from torch._inductor import constant_folding, freezing
+
+    folded = []
+    original = constant_folding.replace_node_with_constant
+
+    def replace(module, node, constant=None, name=None):
+        if constant is not None:
+            folded.append(constant)
+        return original(module, node, constant, name)
+
+    monkeypatch.setattr(constant_folding, "replace_node_with_constant", replace)
+    monkeypatch.setattr(freezing, "replace_node_with_constant", replace)
+    program = moe_fx.transform(export(layer(torch.float32), hidden=32), moe_fx.Config(experts="linear", quantize=form))
+    torch.compiler.reset()
+    with inductor.patch(freezing=True), torch.no_grad():
+        actual = torch.compile(program.module(), fullgraph=True)(x(6, torch.float32))
+        assert sqnr(actual, program.module()(x(6, torch.float32))) > 120
+    assert folded  # the hook is still where it was
+    weights = {tuple(program.state_dict[name].shape[1:]) for name in ("up_qdata", "down_qdata")} | {(96, 32), (32, 48)}
+    wide = [tensor.shape for tensor in folded if tensor.dtype.itemsize > 1]
+    assert not weights & {tuple(shape) for shape in wide} | weights & {tuple(reversed(shape)) for shape in wide}

@@ -24,7 +24,7 @@ from moe_fx.formats import (
     Unquantized,
     WeightFormat,
 )  # fmt: skip
-from moe_fx.kernels import grouped_int4, grouped_mm
+from moe_fx.kernels import grouped_int4, grouped_mm, kept
 from moe_fx.rewrite import Emitter
 from moe_fx.shapes import shape_of, tensor_of
 
@@ -133,6 +133,14 @@ def _scaled_unfit(rows: Node, tensors: Sequence[Node], form: WeightFormat) -> st
     return None
 
 
+def _kept(routed: RoutedRows, tensors: Sequence[Node]) -> list[Node]:
+    """Tensors narrower than a float that computes, as the compiler must keep them; the others as they are."""
+    return [
+        routed.emit(torch.ops.moe_fx.kept.default, tensor) if _dtype(tensor).itemsize == 1 else tensor
+        for tensor in tensors
+    ]
+
+
 def _matrices(routed: RoutedRows, weight: Node, form: WeightFormat) -> Node:
     """``[E, K, N]``."""
     if isinstance(form, Unquantized) and form.transposed:
@@ -142,7 +150,7 @@ def _matrices(routed: RoutedRows, weight: Node, form: WeightFormat) -> Node:
 
 def _grouped_native(routed: RoutedRows, rows: Node, tensors: Sequence[Node], form: WeightFormat) -> Node:
     left, row_scale = routed.left(rows, form)
-    weight = weight_operand(routed.emit, tensors, form, _dtype(left))
+    weight = weight_operand(routed.emit, _kept(routed, tensors), form, _dtype(left))
     product = routed.emit(aten._grouped_mm.default, left, _matrices(routed, weight, form), routed.offsets)
     return rescaled(routed.emit, product, _dtype(rows), row_scale, _chosen_scale(routed, tensors, form))
 
@@ -183,7 +191,7 @@ def _chosen_scale(routed: RoutedRows, tensors: Sequence[Node], form: WeightForma
 def _linear(routed: RoutedRows, rows: Node, tensors: Sequence[Node], form: WeightFormat) -> Node:
     emit = routed.emit
     left, row_scale = routed.left(rows, form)
-    weight = weight_operand(emit, tensors, form, _dtype(left))
+    weight = weight_operand(emit, _kept(routed, tensors), form, _dtype(left))
     if isinstance(form, Unquantized) and form.transposed:
         weight = emit(aten.transpose.int, weight, 0, 1)
     product = emit(aten.linear.default, left, weight)
@@ -192,6 +200,7 @@ def _linear(routed: RoutedRows, rows: Node, tensors: Sequence[Node], form: Weigh
 
 def _linear_as_traced(routed: RoutedRows, rows: Node, tensors: Sequence[Node], form: WeightFormat) -> Node:
     assert isinstance(form, AnyLinear)
+    tensors = _kept(routed, tensors)
     node: Node = routed.emit.inline(form.graph_of([tensor_of(tensor) for tensor in tensors]), [rows, *tensors], {})
     return node
 
@@ -232,3 +241,4 @@ TABLE: dict[str, dict[type[WeightFormat], tuple[Cell, ...]]] = {
 
 assert grouped_mm is not None  # importing them registers the ops
 assert grouped_int4 is not None
+assert kept is not None
