@@ -92,4 +92,5 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def sqnr(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Signal to quantization noise ratio, in dB."""
+    actual, expected = actual.double(), expected.double()
     return float(10 * torch.log10(expected.pow(2).mean() / (actual - expected).pow(2).mean()))

@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from test_lowering_formats import sqnr
+from models import sqnr
 from toys import Gathered, export
 
 import moe_fx

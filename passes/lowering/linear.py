@@ -20,7 +20,7 @@ from moe_fx.passes.lowering.table import RoutedRows, expert_linear_call
 from torch.fx import Node
 
 from moe_fx.experts import expert_linear, per_row
-from moe_fx.formats import WeightFormat
+from moe_fx.formats import Unquantized, WeightFormat
 from moe_fx.pipeline import Layer
 from moe_fx.program import Program
 from moe_fx.rewrite import Emitter
@@ -44,7 +44,8 @@ def lower_to_linear(layer: Layer, program: Program, emit: Emitter) -> tuple[Node
         tokens, ids = rows_by_slot(emit, tokens, layer.top_k), flat(emit, ids)
         flat_slots = [flat(emit, slot) for slot in slots]
     routed = RoutedRows(emit)
-    split = [_split(layer, program, param) or _unbind(emit, param, 0) for param in params]
+    quantized = _quantized(layer)
+    split = [_by_expert(emit, layer, program, param, kept=param in quantized) for param in params]
     total: list[Node] = []
     zero: list[Node] = []
 
@@ -109,6 +110,27 @@ def _unbind(emit: Emitter, stacked: Node, dim: int) -> Callable[[int], Node]:
     """The parts of a tensor along a dimension, each written where it is first read."""
     parts = emit(aten.unbind.int, stacked, dim)
     return lambda place: emit(operator.getitem, parts, place)
+
+
+def _quantized(layer: Layer) -> set[Node]:
+    """The params that expert linears read in a format other than the model's own."""
+    linears = layer.body.graph.find_nodes(op="call_function", target=expert_linear)
+    read = {tensor for node in linears if not isinstance(node.args[2], Unquantized) for tensor in node.args[1]}
+    params = layer.node.args[3]
+    placeholders = layer.body.graph.find_nodes(op="placeholder")[1 + len(layer.node.args[2]) :]
+    return {param for param, placeholder in zip(params, placeholders, strict=False) if placeholder in read}
+
+
+def _by_expert(emit: Emitter, layer: Layer, program: Program, param: Node, kept: bool) -> Callable[[int], Node]:
+    """One expert's part of a param. What is quantized is kept so by compilers that fold constants.
+
+    A stack is kept as a whole: folded, each part would be a constant that holds the memory of all.
+    """
+    keep = torch.ops.moe_fx.kept.default
+    parts = _split(layer, program, param)
+    if parts is None:
+        return _unbind(emit, emit(keep, param) if kept else param, 0)
+    return (lambda expert: emit(keep, parts(expert))) if kept else parts
 
 
 def _split(layer: Layer, program: Program, param: Node) -> Callable[[int], Node] | None:

@@ -16,9 +16,9 @@ from torch.fx import Node
 from moe_fx.formats import Int4WeightOnly, PerChannel, Unquantized, WeightFormat
 from moe_fx.formats.per_channel import LARGEST_ACTIVATION, SMALLEST_SCALE
 from moe_fx.rewrite import Emitter
-from moe_fx.shapes import shape_of, tensor_of
+from moe_fx.shapes import Dim, shape_of, tensor_of
 
-__all__ = ["cast", "left_operand", "rescaled", "weight_operand"]
+__all__ = ["cast", "int4_halves", "left_operand", "rescaled", "weight_operand"]
 
 aten = torch.ops.aten
 
@@ -57,18 +57,39 @@ def weight_operand(emit: Emitter, tensors: Sequence[Node], form: WeightFormat, d
     if isinstance(form, Unquantized | PerChannel):
         return cast(emit, tensors[0], dtype)
     assert isinstance(form, Int4WeightOnly), form
-    qdata, scale = tensors[:2]
-    *_, outputs, half = shape_of(qdata) or ()
-    shifts = emit(aten.arange.start_step, 0, 8, 4, dtype=torch.uint8, device=tensor_of(qdata).device, pin_memory=False)
-    pairs = emit(aten.bitwise_right_shift.Tensor, emit(aten.unsqueeze.default, qdata, -1), shifts)
+    *lead, outputs, half = shape_of(tensors[0]) or ()
+    shifts = emit(
+        aten.arange.start_step, 0, 8, 4, dtype=torch.uint8, device=tensor_of(tensors[0]).device, pin_memory=False
+    )
+    pairs = emit(aten.bitwise_right_shift.Tensor, emit(aten.unsqueeze.default, tensors[0], -1), shifts)
     nibbles = emit(aten.bitwise_and.Scalar, pairs, 15)
-    lead = [-1] if len(shape_of(qdata) or ()) == 3 else []
-    groups = [*lead, outputs, 2 * half // form.group_size, form.group_size]
+    return _scaled_groups(emit, nibbles, tensors, form, dtype, [*[-1 for _ in lead], outputs, 2 * half])
+
+
+def int4_halves(emit: Emitter, tensors: Sequence[Node], form: Int4WeightOnly, dtype: torch.dtype) -> tuple[Node, Node]:
+    """The weights of the even inputs and those of the odd ones, each ``[R, N, K / 2]``: every byte is read once."""
+    _, outputs, half = shape_of(tensors[0]) or ()
+    low = emit(aten.bitwise_and.Scalar, tensors[0], 15)
+    high = emit(aten.bitwise_right_shift.Tensor_Scalar, tensors[0], 4)
+    size = [-1, outputs, half]
+    return (
+        _scaled_groups(emit, low, tensors, form, dtype, size),
+        _scaled_groups(emit, high, tensors, form, dtype, size),
+    )
+
+
+def _scaled_groups(
+    emit: Emitter, nibbles: Node, tensors: Sequence[Node], form: Int4WeightOnly, dtype: torch.dtype, size: Sequence[Dim]
+) -> Node:
+    """What nibbles stand for, in ``size``: its last dimension is cut into as many groups as there are scales."""
+    scale = tensors[1]
+    (*_, count) = shape_of(scale) or ()
+    groups = [*size[:-1], count, size[-1] // count]
     steps = emit(aten.sub.Scalar, cast(emit, emit(aten.reshape.default, nibbles, groups), dtype), 8)
     if not form.symmetric:
         steps = emit(aten.sub.Tensor, steps, cast(emit, emit(aten.unsqueeze.default, tensors[2], -1), dtype))
     weight = emit(aten.mul.Tensor, steps, cast(emit, emit(aten.unsqueeze.default, scale, -1), dtype))
-    return emit(aten.reshape.default, weight, [*lead, outputs, 2 * half])
+    return emit(aten.reshape.default, weight, size)
 
 
 def rescaled(emit: Emitter, product: Node, dtype: torch.dtype, *scales: Node | None) -> Node:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from moe_fx.passes.lowering.operands import cast, left_operand, rescaled, weight_operand
+from moe_fx.passes.lowering.operands import cast, int4_halves, left_operand, rescaled, weight_operand
 from torch.fx import Node
 
 from moe_fx.formats import (
@@ -133,14 +133,6 @@ def _scaled_unfit(rows: Node, tensors: Sequence[Node], form: WeightFormat) -> st
     return None
 
 
-def _kept(routed: RoutedRows, tensors: Sequence[Node]) -> list[Node]:
-    """Tensors narrower than a float that computes, as the compiler must keep them; the others as they are."""
-    return [
-        routed.emit(torch.ops.moe_fx.kept.default, tensor) if _dtype(tensor).itemsize == 1 else tensor
-        for tensor in tensors
-    ]
-
-
 def _matrices(routed: RoutedRows, weight: Node, form: WeightFormat) -> Node:
     """``[E, K, N]``."""
     if isinstance(form, Unquantized) and form.transposed:
@@ -150,7 +142,9 @@ def _matrices(routed: RoutedRows, weight: Node, form: WeightFormat) -> Node:
 
 def _grouped_native(routed: RoutedRows, rows: Node, tensors: Sequence[Node], form: WeightFormat) -> Node:
     left, row_scale = routed.left(rows, form)
-    weight = weight_operand(routed.emit, _kept(routed, tensors), form, _dtype(left))
+    if not isinstance(form, Unquantized):
+        tensors = [routed.emit(torch.ops.moe_fx.kept.default, tensor) for tensor in tensors]
+    weight = weight_operand(routed.emit, tensors, form, _dtype(left))
     product = routed.emit(aten._grouped_mm.default, left, _matrices(routed, weight, form), routed.offsets)
     return rescaled(routed.emit, product, _dtype(rows), row_scale, _chosen_scale(routed, tensors, form))
 
@@ -191,7 +185,7 @@ def _chosen_scale(routed: RoutedRows, tensors: Sequence[Node], form: WeightForma
 def _linear(routed: RoutedRows, rows: Node, tensors: Sequence[Node], form: WeightFormat) -> Node:
     emit = routed.emit
     left, row_scale = routed.left(rows, form)
-    weight = weight_operand(emit, _kept(routed, tensors), form, _dtype(left))
+    weight = weight_operand(emit, tensors, form, _dtype(left))
     if isinstance(form, Unquantized) and form.transposed:
         weight = emit(aten.transpose.int, weight, 0, 1)
     product = emit(aten.linear.default, left, weight)
@@ -200,7 +194,6 @@ def _linear(routed: RoutedRows, rows: Node, tensors: Sequence[Node], form: Weigh
 
 def _linear_as_traced(routed: RoutedRows, rows: Node, tensors: Sequence[Node], form: WeightFormat) -> Node:
     assert isinstance(form, AnyLinear)
-    tensors = _kept(routed, tensors)
     node: Node = routed.emit.inline(form.graph_of([tensor_of(tensor) for tensor in tensors]), [rows, *tensors], {})
     return node
 
@@ -216,12 +209,24 @@ def _gather(routed: RoutedRows, rows: Node, tensors: Sequence[Node], form: Weigh
     wide = _dtype(left) if _dtype(left) is torch.float64 else torch.float32
     weights = tensors[:1] if isinstance(form, PerChannel) else tensors
     chosen = [emit(aten.index.Tensor, tensor, [routed.expert_of_row]) for tensor in weights]
-    weight = weight_operand(emit, chosen, form, wide)
     beside, summed = (-1, -2) if transposed else (-2, -1)
-    column = emit(aten.unsqueeze.default, left, beside)
-    product = emit(aten.mul.Tensor, weight, cast(emit, column, wide))
+    column = cast(emit, emit(aten.unsqueeze.default, left, beside), wide)
+    if isinstance(form, Int4WeightOnly):
+        product = _pairwise_product(emit, int4_halves(emit, chosen, form, wide), column)
+    else:
+        product = emit(aten.mul.Tensor, weight_operand(emit, chosen, form, wide), column)
     result = emit(aten.sum.dim_IntList, product, [summed])
     return rescaled(emit, result, _dtype(rows), row_scale, _chosen_scale(routed, tensors, form))
+
+
+def _pairwise_product(emit: Emitter, halves: tuple[Node, Node], column: Node) -> Node:
+    """Weights of even and odd inputs ``[R, N, K / 2]`` times their inputs ``[R, 1, K]``, added in pairs."""
+    *_, inputs = shape_of(column) or ()
+    pairs = emit(aten.reshape.default, column, [-1, 1, inputs // 2, 2])
+    even, odd = (
+        emit(aten.mul.Tensor, half, emit(aten.select.int, pairs, -1, place)) for place, half in enumerate(halves)
+    )
+    return emit(aten.add.Tensor, even, odd)
 
 
 _WIDENED = (Cell(_grouped_native, _widening_unfit), Cell(_grouped_own))
