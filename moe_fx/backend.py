@@ -11,6 +11,7 @@ Non-public torch API used here, tried on torch 2.11, 2.13 and 2.15:
 * ``torch._inductor.compile_fx.compile_fx``: what ``backend="inductor"`` calls;
 * ``torch._inductor.lowering.register_lowering`` and ``constant_folding.add_dont_constant_fold``: that
   ``moe_fx::kept`` costs nothing and is not folded;
+* ``Tensor._version``: whether a weight was written since it was quantized;
 * ``node.meta["grapharg"]``: where Dynamo notes which attribute of the model an input is.
 """
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import functools
 import re
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,20 +39,37 @@ from moe_fx.transform import FIND, WRITE, check_requirement, work_report
 __all__ = ["Backend", "backend", "named_backend"]
 
 
+#: by name and format, the tensor that was quantized, which version of it, and the result
+Made = dict[Any, tuple[weakref.ref[torch.Tensor], int, tuple[torch.Tensor, ...]]]
+
+
 class CapturedWork(Program):
     """A Dynamo graph, traced to ATen. Its inputs stay as they are: the compiled code is called with all of them."""
 
-    def __init__(self, graph_module: GraphModule, weights: dict[Node, Weight]) -> None:
+    def __init__(self, graph_module: GraphModule, weights: dict[Node, Weight], made: Made) -> None:
         self.graph_module = graph_module
         self.weights = weights
+        self.made = made
 
-    def add_weight(self, fqn: str, tensor: torch.Tensor) -> Node:
+    def remembered(
+        self, weight: Weight, key: object, make: Callable[[], tuple[torch.Tensor, ...]]
+    ) -> tuple[torch.Tensor, ...]:
+        """Dynamo compiles a model again for other shapes; its weights are quantized once, unless they change."""
+        tensor = weight.tensor
+        if tensor.is_inference():  # nobody counts its versions
+            return make()
+        known = self.made.get((weight.fqn, key))
+        if known is None or known[0]() is not tensor or known[1] != tensor._version:
+            known = self.made[weight.fqn, key] = (weakref.ref(tensor), tensor._version, make())
+        return known[2]
+
+    def add_weight(self, fqn: str, tensor: torch.Tensor, device: torch.device | None = None) -> Node:
         name = "moe_weight_" + re.sub(r"\W", "_", fqn)
         self.graph_module.register_buffer(name, tensor)
         first = next(node for node in self.graph.nodes if node.op != "placeholder")
         with self.graph.inserting_before(first):
             node = self.graph.get_attr(name)
-        node.meta["val"] = self.fake_mode.from_tensor(tensor, static_shapes=True)
+        node.meta["val"] = self.fake_weight(tensor, device)
         self.weights[node] = Weight(fqn, tensor)
         return node
 
@@ -64,6 +83,7 @@ class Backend:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.reports: list[Report] = []
+        self._made: Made = {}
 
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
@@ -84,10 +104,10 @@ class Backend:
             for node, name, value in zip(traced.graph.find_nodes(op="placeholder"), names, example_inputs, strict=True)
             if name and isinstance(value, torch.Tensor)
         }
-        work = Work(CapturedWork(traced, weights), self.config)
+        work = Work(CapturedWork(traced, weights, self._made), self.config)
         run_passes(FIND, work)
         check_requirement(work)
-        if not work.layers:
+        if not work.layers and self.config.linears is None:
             return graph_module, work_report(work)
         run_passes(WRITE, work)
         for name in [name for name, _ in traced.named_children() if name.startswith("moe_body_")]:
@@ -120,10 +140,12 @@ def backend(config: Config | None = None) -> Backend:
     Weights are quantized when the model is first called; later changes of the model's parameters are not seen.
 
     Raises:
-        ConfigError: ``config`` is no :class:`moe_fx.Config`.
+        ConfigError: ``config`` is no :class:`moe_fx.Config`, or would consume the model.
     """
     if config is not None and not isinstance(config, Config):
         raise ConfigError(f"moe_fx.backend takes a moe_fx.Config, not {type(config).__name__}")
+    if config is not None and config.consume:
+        raise ConfigError("Config.consume=True is for moe_fx.transform: a model under torch.compile keeps its weights")
     return Backend(config if config is not None else Config())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,12 +45,14 @@ class Comparison:
 
     Attributes:
         layers: by layer.
+        linears: the SQNR in dB of every other linear that was quantized, by parameter; None if not measurable.
         output_sqnr: of the program's first floating point output (the logits of a language model), in dB.
         kl_divergence: mean over positions of KL(original || transformed) of the softmax of that output, in nats.
         top1_agreement: fraction of positions whose largest output is the same.
     """
 
     layers: tuple[LayerComparison, ...]
+    linears: dict[str, float | None]
     output_sqnr: float
     kl_divergence: float
     top1_agreement: float
@@ -70,6 +72,9 @@ class Comparison:
             for layer in self.layers
         ]
         lines = table(["layer", "weights, dB", "output, dB", "router agrees", "idle experts"], rows)
+        measured = [value for value in self.linears.values() if value is not None]
+        if measured:
+            lines.append(f"other linears: {len(measured)}, weights {min(measured):.1f} to {max(measured):.1f} dB")
         lines.append(
             f"output: SQNR {_db(self.output_sqnr)} dB, KL divergence {self.kl_divergence:.2e} nats, "
             f"same top entry {self.top1_agreement:.1%}"
@@ -92,8 +97,8 @@ def compare(original: ExportedProgram, transformed: ExportedProgram, inputs: Any
         if not isinstance(given, ExportedProgram):
             raise ProgramError(f"moe_fx.compare: {name} is an ExportedProgram, not {type(given).__name__}")
     done = report(transformed)
-    if done is None or not done.layers:
-        raise ProgramError("moe_fx.compare: no layer of `transformed` was written by moe_fx.transform")
+    if done is None or not (done.layers or done.linears):
+        raise ProgramError("moe_fx.compare: nothing of `transformed` was written by moe_fx.transform")
     batches = inputs if isinstance(inputs, list) else [inputs]
     before = _Recorder(original, [name for layer in done.layers for name in (layer.output[0], layer.ids)])
     after = _Recorder(transformed, [name for layer in done.layers for name in (layer.output[1], layer.ids)])
@@ -104,6 +109,7 @@ def compare(original: ExportedProgram, transformed: ExportedProgram, inputs: Any
     log_p, log_q = expected.log_softmax(-1), actual.log_softmax(-1)
     return Comparison(
         tuple(_layer(layer, original, transformed, before, after) for layer in done.layers),
+        {each.fqn: _weight_sqnr(each.fqn, each.record, each.names, original, transformed) for each in done.linears},
         sqnr(actual, expected),
         float((log_p.exp() * (log_p - log_q)).sum(-1).mean()),
         float((expected.argmax(-1) == actual.argmax(-1)).double().mean()),
@@ -173,7 +179,12 @@ def _layer(
     measured = expected is not None and actual is not None
     return LayerComparison(
         layer.fqn,
-        {name: _weight_sqnr(name, layer, original, transformed) for name in layer.formats},
+        {
+            name: _weight_sqnr(name, record, layer.names[name], original, transformed)
+            if name in layer.names
+            else float("inf")
+            for name, record in layer.formats.items()
+        },
         sqnr(actual, expected) if measured else None,
         agreement,
         idle,
@@ -181,16 +192,14 @@ def _layer(
 
 
 def _weight_sqnr(
-    name: str, layer: LayerReport, original: ExportedProgram, transformed: ExportedProgram
+    name: str, record: dict[str, Any], names: Sequence[str], original: ExportedProgram, transformed: ExportedProgram
 ) -> float | None:
-    if name not in layer.names:
-        return float("inf")
-    form = format_from_record(layer.formats[name])
+    form = format_from_record(record)
     held = {**original.state_dict, **original.constants}
     if form is None or name not in held:
         return None
     weight = held[name]
-    stored = form.dequantize(*(transformed.state_dict[new] for new in layer.names[name]))
+    stored = form.dequantize(*(transformed.state_dict[new] for new in names))
     return sqnr(stored if stored.shape == weight.shape else stored.transpose(-2, -1), weight)
 
 

@@ -47,6 +47,16 @@ def _check_format(name: str, value: object) -> None:
     )
 
 
+def _check_formats(name: str, value: object) -> None:
+    if not isinstance(value, Mapping):
+        _check_format(name, value)
+        return
+    for pattern, each in value.items():
+        if not isinstance(pattern, str):
+            raise ConfigError(f"{name} has the key {pattern!r}, which is not a name pattern")
+        _check_format(f"{name}[{pattern!r}]", each)
+
+
 @dataclass(frozen=True)
 class Config(metaclass=_NamedFields):
     """How MoE layers are rewritten.
@@ -61,12 +71,19 @@ class Config(metaclass=_NamedFields):
             parameter and of its layer; the most specific one wins (most characters that are not
             wildcards), among equals the later. A pattern that matches nothing is an error. In place of a
             format, a torchao configuration, or any function that quantizes an ``nn.Linear`` in place.
+        linears: the format of the program's other linears (attention, shared experts, ...): ``None`` leaves them, a
+            format takes all but routers and output heads, and a dict works as that of ``quantize``. A router (what
+            only decides on ids and routing weights) and a head (whose result is an output) are taken only where
+            a pattern names them: its last part has no wildcard, as in ``"*.gate"`` or ``"lm_head.weight"``.
         storage: ``"stacked"`` keeps one ``[E, ...]`` tensor per projection, ``"per_expert"`` one tensor per
             expert (lowering ``"linear"`` only), ``"auto"`` what the lowering reads best.
         validate: run the numeric check of every raised layer (original against replacement, on random
             inputs in float64); a layer that fails it is left as it was.
         require: ``None`` accepts any number of layers; an int is the least number that must be rewritten;
             ``"all"`` means that at least one layer is found and none is nearly missed.
+        consume: empty the input's tensors (those of the model it was exported from, too) as soon as their quantized
+            forms exist, so that memory never holds a weight twice; the input cannot be run again. The one exception
+            to the rule that a transform leaves its input alone. Not for the backend.
 
     Raises:
         ConfigError: an unknown option or value, with the valid ones listed.
@@ -74,23 +91,21 @@ class Config(metaclass=_NamedFields):
 
     experts: str = "auto"
     quantize: Any = None
+    linears: Any = None
     storage: str = "auto"
     validate: bool = True
     require: int | str | None = None
+    consume: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("experts", self.experts, EXPERTS)
         _check_choice("storage", self.storage, STORAGE)
-        if not isinstance(self.validate, bool):
-            raise ConfigError(f"Config.validate={self.validate!r} is not True or False")
+        for name in ("validate", "consume"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"Config.{name}={getattr(self, name)!r} is not True or False")
         self._check_require()
-        if isinstance(self.quantize, Mapping):
-            for pattern, value in self.quantize.items():
-                if not isinstance(pattern, str):
-                    raise ConfigError(f"Config.quantize has the key {pattern!r}, which is not a name pattern")
-                _check_format(f"Config.quantize[{pattern!r}]", value)
-        else:
-            _check_format("Config.quantize", self.quantize)
+        _check_formats("Config.quantize", self.quantize)
+        _check_formats("Config.linears", self.linears)
         if self.storage == "per_expert" and self.experts not in ("auto", "linear"):
             raise ConfigError(
                 f"Config.storage='per_expert' needs experts='linear' (or 'auto'), not {self.experts!r}: "
@@ -107,9 +122,10 @@ class Config(metaclass=_NamedFields):
     @property
     def quantizes(self) -> bool:
         """Whether any weight may change its format."""
-        if isinstance(self.quantize, Mapping):
-            return any(value is not None for value in self.quantize.values())
-        return self.quantize is not None
+        wanted = (self.quantize, self.linears)
+        return any(
+            value is not None for each in wanted for value in (each.values() if isinstance(each, Mapping) else [each])
+        )
 
 
 def _as_format(value: Any) -> WeightFormat | Torchao | None:
@@ -121,24 +137,30 @@ def _as_format(value: Any) -> WeightFormat | Torchao | None:
 
 
 class FormatRules:
-    """``Config.quantize`` as a question: which format does this parameter of this layer get?
+    """``Config.quantize`` or ``Config.linears`` as a question: which format does this parameter get?
 
     Remembers which patterns matched something, so that those that never did can be refused.
     """
 
-    def __init__(self, config: Config) -> None:
-        wanted = config.quantize
+    def __init__(self, config: Config, option: str = "quantize") -> None:
+        wanted = getattr(config, option)
         named = wanted if isinstance(wanted, Mapping) else {"*": wanted}
+        self._option = option
         self._rules = {pattern: _as_format(value) for pattern, value in named.items()}
         self._named = isinstance(wanted, Mapping)
         self._used: set[str] = set()
 
-    def format_of(self, param_fqn: str, layer_fqn: str) -> WeightFormat | Torchao | None:
-        """The format of the most specific matching pattern; ``None`` where none matches."""
+    def format_of(self, param_fqn: str, module_fqn: str, only_named: bool = False) -> WeightFormat | Torchao | None:
+        """The format of the most specific matching pattern; ``None`` where none matches.
+
+        With ``only_named``, patterns whose last part has a wildcard do not match.
+        """
         best: WeightFormat | Torchao | None = None
         best_score = -1
         for pattern, value in self._rules.items():
-            names = (param_fqn, layer_fqn)
+            if only_named and set("*?[]") & set(pattern.removesuffix(".weight").rpartition(".")[2]):
+                continue
+            names = (param_fqn, module_fqn)
             if any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 self._used.add(pattern)
                 score = sum(char not in "*?[]" for char in pattern)
@@ -146,13 +168,13 @@ class FormatRules:
                     best, best_score = value, score
         return best
 
-    def check_all_used(self, param_fqns: list[str]) -> None:
-        """Raise ConfigError if a pattern the user named matched no expert parameter and no layer."""
+    def check_all_used(self, kind: str, fqns: list[str]) -> None:
+        """Raise ConfigError if a pattern the user named matched no parameter and no module."""
         unused = [pattern for pattern in self._rules if pattern not in self._used]
         if not self._named or not unused:
             return
-        listed = ", ".join(param_fqns[:8]) + (", ..." if len(param_fqns) > 8 else "")
+        listed = ", ".join(fqns[:8]) + (", ..." if len(fqns) > 8 else "")
         raise ConfigError(
-            f"Config.quantize pattern {unused[0]!r} matches no expert parameter; "
-            f"the parameters found are: {listed or 'none (no MoE layer was found)'}"
+            f"Config.{self._option} pattern {unused[0]!r} matches no {kind}; "
+            f"the parameters found are: {listed or 'none'}"
         )

@@ -15,7 +15,7 @@ from moe_fx.formats import WeightFormat
 from moe_fx.program import Program
 from moe_fx.report import MissReport
 
-__all__ = ["Layer", "Pass", "Stage", "Work", "run_passes"]
+__all__ = ["Layer", "OtherLinear", "Pass", "Stage", "Work", "run_passes"]
 
 
 class Stage(IntEnum):
@@ -59,6 +59,18 @@ class Layer:
     output: tuple[str, str] = ("", "")
 
 
+@dataclass(frozen=True)
+class OtherLinear:
+    """A linear beside the experts that was quantized; see :class:`moe_fx.report.LinearReport`."""
+
+    node: Node
+    fqn: str
+    form: WeightFormat
+    names: tuple[str, ...]
+    bytes_before: int
+    bytes_after: int
+
+
 @dataclass
 class Work:
     """A program on its way through the stages, with what the passes found out about it."""
@@ -67,6 +79,7 @@ class Work:
     config: Config
     stage: Stage = Stage.EXPORTED
     layers: list[Layer] = field(default_factory=list)
+    linears: list[OtherLinear] = field(default_factory=list)
     misses: list[MissReport] = field(default_factory=list)
     #: memory that in-place ops still write: nothing that reads it may be moved
     written: set[Node] = field(default_factory=set)

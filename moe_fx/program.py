@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,24 +71,43 @@ class Program(ABC):
         return name
 
     @abstractmethod
-    def add_weight(self, fqn: str, tensor: torch.Tensor) -> Node:
-        """A new weight, readable from the whole graph."""
+    def add_weight(self, fqn: str, tensor: torch.Tensor, device: torch.device | None = None) -> Node:
+        """A new weight, readable from the whole graph; on ``device``, if its tensor has no values yet."""
 
     @abstractmethod
     def drop_weights(self, nodes: set[Node]) -> None:
         """Remove those of the weights that nobody reads any longer."""
 
+    def release(self, node: Node) -> None:
+        """Remove a weight that nobody reads any longer, because others were made of it."""
+        self.drop_weights({node})
+
+    def remembered(
+        self, weight: Weight, key: object, make: Callable[[], tuple[torch.Tensor, ...]]
+    ) -> tuple[torch.Tensor, ...]:
+        """What ``make`` makes of a weight; a program that is rewritten more than once may know it already."""
+        return make()
+
+    def fake_weight(self, tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
+        """A weight as the graph sees it: its sizes and dtype, on the device where the program runs."""
+        if tensor.device.type != "meta" or device is None:
+            fake: torch.Tensor = self.fake_mode.from_tensor(tensor, static_shapes=True)
+            return fake
+        with self.fake_mode:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
 
 class ExportedWork(Program):
     """The working copy of an ExportedProgram. The program itself is never changed."""
 
-    def __init__(self, ep: object) -> None:
+    def __init__(self, ep: object, consume: bool = False) -> None:
         if not isinstance(ep, ExportedProgram):
             raise ProgramError(
                 f"moe_fx.transform takes a torch.export.ExportedProgram, not {type(ep).__name__}: "
                 "call torch.export.export(model, args) first, or use torch.compile(model, backend=moe_fx.backend())"
             )
         self.source = ep
+        self.consume = consume
         # A deepcopy of a graph copies its nodes and shares their (fake) values.
         self.graph_module = GraphModule(ep.graph_module, copy.deepcopy(ep.graph))
         for copied, original in zip(self.graph.nodes, ep.graph.nodes, strict=True):
@@ -103,7 +123,7 @@ class ExportedWork(Program):
                 tensors = self.state_dict if spec.target in self.state_dict else self.constants
                 self.weights[node] = Weight(spec.target, tensors[spec.target])
 
-    def add_weight(self, fqn: str, tensor: torch.Tensor) -> Node:
+    def add_weight(self, fqn: str, tensor: torch.Tensor, device: torch.device | None = None) -> Node:
         if fqn in self.state_dict or fqn in self.constants:
             raise ProgramError(f"the program already has a tensor named {fqn!r}, which its quantized form would take")
         # State comes before constants and user inputs.
@@ -115,7 +135,7 @@ class ExportedWork(Program):
         else:
             with self.graph.inserting_before(next(iter(self.graph.nodes))):
                 node = self.graph.placeholder(name)
-        node.meta["val"] = self.fake_mode.from_tensor(tensor, static_shapes=True)
+        node.meta["val"] = self.fake_weight(tensor, device)
         spec = InputSpec(InputKind.BUFFER, TensorArgument(node.name), fqn, persistent=True)
         self.inputs.insert(place, (node, spec))
         self.state_dict[fqn] = tensor
@@ -134,6 +154,13 @@ class ExportedWork(Program):
                 self.constants.pop(fqn, None)
         self.inputs = kept
 
+    def release(self, node: Node) -> None:
+        tensor = self.weights[node].tensor
+        self.drop_weights({node})
+        held = [*self.state_dict.values(), *self.constants.values()]
+        if self.consume and not any(isinstance(each, torch.Tensor) and _share_memory(each, tensor) for each in held):
+            tensor.data = tensor.new_empty(0)
+
     def output_specs(self) -> list[OutputSpec]:
         """The outputs as before, under the names of the nodes that yield them now."""
         (output,) = self.graph.find_nodes(op="output")
@@ -145,13 +172,14 @@ class ExportedWork(Program):
             specs.append(dataclasses.replace(spec, arg=argument))
         return specs
 
-    def finish(self, report: str) -> ExportedProgram:
-        """The rewritten graph as a new program that carries ``report`` (text)."""
+    def finish(self, report: str | None) -> ExportedProgram:
+        """The rewritten graph as a new program that carries ``report`` (text; None: what it carried before)."""
         graph_module = self.graph_module
         for name in [name for name, _ in graph_module.named_children() if name.startswith("moe_body_")]:
             delattr(graph_module, name)
         meta = dict(graph_module.meta)
-        meta["custom"] = {**meta.get("custom", {}), META_KEY: report}
+        if report is not None:
+            meta["custom"] = {**meta.get("custom", {}), META_KEY: report}
         signature = ExportGraphSignature([spec for _, spec in self.inputs], self.output_specs())
         program = ExportedProgram(
             root=graph_module,
@@ -166,6 +194,10 @@ class ExportedWork(Program):
         )
         program.graph_module.meta.update(meta)
         return program
+
+
+def _share_memory(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
 
 
 def check_inference(graph: Graph) -> None:

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from moe_fx.matcher import Miss
 
-__all__ = ["LayerReport", "MissReport", "Report", "table"]
+__all__ = ["LayerReport", "LinearReport", "MissReport", "Report", "table"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,23 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class LinearReport:
+    """A linear beside the experts that was quantized.
+
+    Attributes:
+        fqn: the parameter. format: its format in a word. record: the format as data: its class and options.
+        bytes_before, bytes_after: of the parameter. names: the tensors of the state dict that took its place.
+    """
+
+    fqn: str
+    format: str
+    record: dict[str, Any]
+    bytes_before: int
+    bytes_after: int
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class MissReport:
     """Something that looks like an MoE layer and was left alone.
 
@@ -77,19 +94,21 @@ class Report:
     """Everything that a transform did, or (from ``explain``) would do.
 
     Attributes:
-        layers: the layers rewritten. misses: the near misses. seconds: time by pass.
-        config: the configuration, as text.
+        layers: the layers rewritten. linears: the other linears quantized. misses: the near misses.
+        seconds: time by pass. config: the configuration, as text.
     """
 
     layers: tuple[LayerReport, ...] = ()
+    linears: tuple[LinearReport, ...] = ()
     misses: tuple[MissReport, ...] = ()
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     config: str = ""
 
     @property
     def names(self) -> dict[str, tuple[str, ...]]:
-        """By original name, the tensors of the state dict that took the place of a parameter of any layer."""
-        return {name: new for layer in self.layers for name, new in layer.names.items()}
+        """By original name, the tensors of the state dict that took the place of a parameter."""
+        experts = {name: new for layer in self.layers for name, new in layer.names.items()}
+        return experts | {linear.fqn: linear.names for linear in self.linears}
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -100,8 +119,11 @@ class Report:
         for layer in data["layers"]:
             layer["names"] = {name: tuple(new) for name, new in layer["names"].items()}
             layer["output"] = tuple(layer["output"])
+        for linear in data["linears"]:
+            linear["names"] = tuple(linear["names"])
         return Report(
             tuple(LayerReport(**layer) for layer in data["layers"]),
+            tuple(LinearReport(**linear) for linear in data["linears"]),
             tuple(MissReport(**miss) for miss in data["misses"]),
             data["seconds"],
             data["config"],
@@ -123,6 +145,13 @@ class Report:
                 lines.append(f"why {why}")
         else:
             lines.append("no MoE layer was found")
+        if self.linears:
+            before, after = (
+                sum(each.bytes_before for each in self.linears),
+                sum(each.bytes_after for each in self.linears),
+            )
+            count, names = len(self.linears), ", ".join(dict.fromkeys(each.format for each in self.linears))
+            lines.append(f"other linears: {count} as {names}, {_bytes(before)} -> {_bytes(after)}")
         if self.misses:
             lines.append(f"{len(self.misses)} near miss{'es' if len(self.misses) > 1 else ''}:")
             for miss in self.misses:

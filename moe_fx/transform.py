@@ -13,11 +13,11 @@ from moe_fx.passes.normalize import drop_no_ops, functionalize, spell
 from moe_fx.passes.normalize.spelling import leftover as not_normal
 from moe_fx.passes.packing import name_linears, plan_layers
 from moe_fx.passes.packing.plan import format_name
-from moe_fx.passes.quantizing import quantize_experts
+from moe_fx.passes.quantizing import quantize_experts, quantize_linears
 from moe_fx.passes.raising import raise_layers
 from moe_fx.pipeline import Layer, Pass, Stage, Work, run_passes
 from moe_fx.program import META_KEY, ExportedWork, check_inference
-from moe_fx.report import LayerReport, Report
+from moe_fx.report import LayerReport, LinearReport, Report
 
 __all__ = ["FIND", "WRITE", "check_requirement", "explain", "report", "transform", "work_report"]
 
@@ -36,6 +36,7 @@ WRITE = (
     Pass("plan", Stage.RAISED, Stage.RAISED, plan_layers),
     Pass("name linears", Stage.RAISED, Stage.PACKED, name_linears),
     Pass("quantize", Stage.PACKED, Stage.QUANTIZED, quantize_experts),
+    Pass("quantize other linears", Stage.QUANTIZED, Stage.QUANTIZED, quantize_linears),
     Pass("lower", Stage.QUANTIZED, Stage.LOWERED, lower_layers, not_lowered),
 )
 
@@ -59,15 +60,15 @@ def transform(ep: ExportedProgram, config: Config | None = None) -> ExportedProg
     config = config if config is not None else Config()
     if not isinstance(config, Config):
         raise ProgramError(f"the configuration is a moe_fx.Config, not {type(config).__name__}")
-    program = ExportedWork(ep)
+    program = ExportedWork(ep, config.consume)
     earlier = report(ep)
-    if earlier is not None and earlier.layers:
+    if earlier is not None and (earlier.layers or earlier.linears):
         return _transformed_again(program, earlier, config)
     check_inference(program.graph)
     work = Work(program, config)
     run_passes(FIND, work)
     check_requirement(work)
-    if not work.layers:
+    if not work.layers and config.linears is None:
         if config.quantizes:
             quantize_experts(work)  # a named pattern that matches nothing is an error here too
         return ExportedWork(ep).finish(work_report(work).to_json())
@@ -122,7 +123,14 @@ def _transformed_again(program: ExportedWork, earlier: Report, config: Config) -
 
 
 def work_report(work: Work) -> Report:
-    return Report(tuple(map(_layer_report, work.layers)), tuple(work.misses), dict(work.seconds), repr(work.config))
+    linears = [
+        LinearReport(
+            each.fqn, each.form.name, format_record(each.form), each.bytes_before, each.bytes_after, each.names
+        )
+        for each in work.linears
+    ]
+    layers, misses = tuple(map(_layer_report, work.layers)), tuple(work.misses)
+    return Report(layers, tuple(linears), misses, dict(work.seconds), repr(work.config))
 
 
 def _layer_report(layer: Layer) -> LayerReport:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from models import relative_error
 from toys import Gathered, Grouped
 
 import moe_fx
@@ -91,3 +92,25 @@ def test_bfloat16_groups():
 def test_configuration_of_another_type_is_an_error():
     with pytest.raises(moe_fx.ConfigError, match=r"takes a moe_fx\.Config, not dict"):
         moe_fx.backend({"experts": "gather"})
+
+
+def test_weights_are_quantized_once_for_all_shapes_and_anew_when_they_change(monkeypatch):
+    calls = []
+    original = moe_fx.Int8WeightOnly.quantize
+    monkeypatch.setattr(
+        moe_fx.Int8WeightOnly, "quantize", lambda form, weight: (calls.append(weight.shape), original(form, weight))[1]
+    )
+    torch.compiler.reset()
+    model = Gathered().eval()
+    compiled = torch.compile(
+        model, backend=moe_fx.backend(moe_fx.Config(quantize=moe_fx.Int8WeightOnly())), dynamic=False
+    )
+    with torch.no_grad():
+        for count in (5, 6):
+            x = torch.randn(count, 8)
+            assert relative_error(compiled(x), model(x)) < 0.05
+        assert len(calls) == 2  # up and down
+        model.up.mul_(2)
+        x = torch.randn(7, 8)
+        assert relative_error(compiled(x), model(x)) < 0.05
+    assert len(calls) == 3

@@ -100,5 +100,5 @@ def test_text_and_dict_hold_every_layer(program):
 def test_what_cannot_be_compared_is_an_error(program):
     with pytest.raises(moe_fx.ProgramError, match="original is an ExportedProgram, not TwoLayers"):
         moe_fx.compare(TwoLayers(), program, (x(6),))
-    with pytest.raises(moe_fx.ProgramError, match="no layer of `transformed` was written by moe_fx"):
+    with pytest.raises(moe_fx.ProgramError, match="nothing of `transformed` was written by moe_fx"):
         moe_fx.compare(program, program, (x(6),))

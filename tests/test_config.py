@@ -15,13 +15,15 @@ INT8 = moe_fx.Int8WeightOnly()
     [
         ({"experts": "groupedmm"}, "Config.experts='groupedmm' is not one of 'auto', 'grouped_mm', 'linear', 'gather'"),
         ({"storage": "split"}, "Config.storage='split' is not one of 'auto', 'stacked', 'per_expert'"),
-        ({"expert": "auto"}, "Config has no option 'expert'; the options are experts, quantize, storage"),
+        ({"expert": "auto"}, "Config has no option 'expert'; the options are experts, quantize, linears"),
         ({"quantize": "int8"}, "Config.quantize='int8' is not a weight format"),
         ({"quantize": moe_fx.Int8WeightOnly}, "did you mean to call it?"),
         ({"quantize": {"*": 8}}, "Config.quantize['*']=8 is not a weight format"),
         ({"require": "some"}, "Config.require='some' is not None, 'all' or a number of layers"),
         ({"require": True}, "Config.require=True"),
         ({"validate": 1}, "Config.validate=1 is not True or False"),
+        ({"consume": None}, "Config.consume=None is not True or False"),
+        ({"linears": {"*": 8}}, "Config.linears['*']=8 is not a weight format"),
         ({"storage": "per_expert", "experts": "gather"}, "needs experts='linear' (or 'auto'), not 'gather'"),
     ],
 )

@@ -95,24 +95,6 @@ def test_requirement_not_met_is_an_error_with_the_report(require):
     assert isinstance(error.value.report, moe_fx.Report)
 
 
-def test_weights_without_values_can_be_rewritten_but_not_quantized():
-    from torch._subclasses import FakeTensorMode
-
-    with FakeTensorMode(), torch.device("cpu"):
-        program = torch.export.export(Gathered().eval(), (torch.empty(6, 8),))
-    assert len(moe_fx.report(moe_fx.transform(program)).layers) == 1
-    with pytest.raises(moe_fx.ProgramError, match=r"up has no values .* cannot be quantized"):
-        moe_fx.transform(program, moe_fx.Config(quantize=INT8))
-
-
-def test_infinite_weights_are_not_quantized():
-    model = Gathered()
-    with torch.no_grad():
-        model.down[1, 2, 3] = float("inf")
-    with pytest.raises(moe_fx.ProgramError, match="down holds NaN or infinite values"):
-        moe_fx.transform(export(model), moe_fx.Config(quantize=INT8))
-
-
 def test_without_validation_no_error_is_reported():
     (layer,) = moe_fx.report(moe_fx.transform(export(Gathered()), moe_fx.Config(validate=False))).layers
     assert layer.error is None

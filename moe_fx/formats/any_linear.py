@@ -136,7 +136,7 @@ def _trace(module: nn.Module, matrix: torch.Tensor, title: str) -> tuple[GraphMo
     fqns = {spec.arg.name: spec.target for spec in exported.graph_signature.input_specs if spec.target is not None}
     graph = Graph()
     given = {"rows": graph.placeholder("rows")}
-    given.update({name: graph.placeholder(name) for name in names})
+    given.update({name: graph.placeholder(f"tensor_{name}") for name in names})
     copied: dict[Node, Node] = {}
     for node in exported.graph.nodes:
         if node.op == "placeholder":

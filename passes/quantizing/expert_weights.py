@@ -8,51 +8,48 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from moe_fx.passes.quantizing.store import Store, stored_form
 from torch.fx import Node
 
 from moe_fx.config import FormatRules
 from moe_fx.errors import ProgramError
 from moe_fx.experts import expert_linear
-from moe_fx.formats import Torchao, Unquantized, WeightFormat
+from moe_fx.formats import Torchao, WeightFormat
 from moe_fx.pipeline import Layer, Work
 from moe_fx.program import Program, Weight
 
 __all__ = ["quantize_experts"]
 
+#: a linear of a body, its weight, and the format it shall have
+Planned = tuple[Node, Weight, WeightFormat | Torchao | None]
+
 
 def quantize_experts(work: Work) -> None:
-    """Quantize, layer by layer.
+    """Quantize, layer by layer, once all of it is known to be possible.
 
     Raises:
         ConfigError: a name pattern matches nothing.
-        ProgramError: a weight to be quantized has no values (meta, fake), or is computed by the program.
+        ProgramError: a weight cannot be quantized, or is computed by the program.
     """
-    program, rules = work.program, FormatRules(work.config)
+    program, rules, store = work.program, FormatRules(work.config), Store(work.program)
     plans = [(layer, _plan(layer, program, rules)) for layer in work.layers]
-    rules.check_all_used([weight.fqn for _, plan in plans for _, weight, _ in plan])
-    quantized: dict[tuple[Node, WeightFormat | Torchao], list[Node]] = {}
+    rules.check_all_used("expert parameter", [weight.fqn for _, plan in plans for _, weight, _ in plan])
+    for _, plan in plans:
+        for linear, weight, chosen in plan:
+            if chosen is not None:
+                store.check(weight, _matrices(linear, weight), chosen)
     for layer, plan in plans:
         for linear, weight, chosen in plan:
-            layer.formats[weight.fqn] = _stored_form(chosen)
+            layer.formats[weight.fqn] = stored_form(chosen)
             if chosen is not None:
-                _check_values(weight)
-                _check_fit(linear, weight, _stored_form(chosen))
-                _quantize(program, layer, linear, weight, chosen, quantized)
+                _quantize(layer, linear, weight, chosen, store)
         params = [program.weights[p] for p in layer.node.args[3] if p in program.weights]
         layer.bytes_after = sum(weight.tensor.numel() * weight.tensor.element_size() for weight in params)
 
 
-def _stored_form(chosen: WeightFormat | Torchao | None) -> WeightFormat:
-    if chosen is None:
-        return Unquantized()
-    return chosen.form if isinstance(chosen, Torchao) else chosen
-
-
-def _plan(
-    layer: Layer, program: Program, rules: FormatRules
-) -> list[tuple[Node, Weight, WeightFormat | Torchao | None]]:
-    """The body's linears, each with its weight and the format it shall have."""
-    plan = []
+def _plan(layer: Layer, program: Program, rules: FormatRules) -> list[Planned]:
+    plan: list[Planned] = []
     for linear in layer.body.graph.find_nodes(op="call_function", target=expert_linear):
         source = _operand(layer, linear.args[1][0])
         weight = program.weights.get(source)
@@ -62,7 +59,7 @@ def _plan(
             if chosen is not None:
                 raise ProgramError(
                     f"the expert weight {source.name} of {layer.fqn} is computed by the program "
-                    f"({source.format_node()}), so it cannot be stored as {_stored_form(chosen).name}; "
+                    f"({source.format_node()}), so it cannot be stored as {stored_form(chosen).name}; "
                     f"leave it out: Config(quantize={{..., {layer.fqn!r}: None}})"
                 )
             continue
@@ -78,42 +75,23 @@ def _operand(layer: Layer, placeholder: Node) -> Node:
     return given[layer.body.graph.find_nodes(op="placeholder").index(placeholder)]
 
 
-def _check_values(weight: Weight) -> None:
-    if not weight.has_values:
-        raise ProgramError(
-            f"{weight.fqn} has no values (its tensor is on {weight.tensor.device} or fake), so it cannot be "
-            "quantized; export a model with real weights, or use quantize=None"
-        )
-    if not all(bound.isfinite() for bound in weight.tensor.aminmax()):  # NaN is passed on
-        raise ProgramError(f"{weight.fqn} holds NaN or infinite values, so it cannot be quantized")
-
-
-def _check_fit(linear: Node, weight: Weight, form: WeightFormat) -> None:
+def _matrices(linear: Node, weight: Weight) -> torch.Tensor:
+    """A stacked weight as ``[E, N, K]``."""
     call: Any = linear.args
     (stacked,) = call[2].quantize(weight.tensor)
-    reason = form.unfit(stacked)
-    if reason is not None:
-        raise ProgramError(f"{weight.fqn} cannot be stored as {form!r}: {reason}")
+    return stacked
 
 
-def _quantize(
-    program: Program, layer: Layer, linear: Node, weight: Weight, chosen: WeightFormat | Torchao,
-    known: dict[tuple[Node, WeightFormat | Torchao], list[Node]],
-) -> None:  # fmt: skip
+def _quantize(layer: Layer, linear: Node, weight: Weight, chosen: WeightFormat | Torchao, store: Store) -> None:
     call: Any = linear.args
-    rows, (placeholder,), stored = call
-    source, form = _operand(layer, placeholder), _stored_form(chosen)
-    if (source, chosen) not in known:
-        (stacked,) = stored.quantize(weight.tensor)
-        tensors = chosen.quantize(stacked)
-        names = [f"{weight.fqn}_{name}" for name in form.tensor_names]
-        known[source, chosen] = [program.add_weight(n, t) for n, t in zip(names, tensors, strict=True)]
-    nodes = known[source, chosen]
-    layer.names[weight.fqn] = tuple(program.weights[node].fqn for node in nodes)
+    rows, (placeholder,), _ = call
+    source, form = _operand(layer, placeholder), stored_form(chosen)
+    nodes = store.nodes(source, _matrices(linear, weight), chosen)
+    layer.names[weight.fqn] = tuple(store.program.weights[node].fqn for node in nodes)
     graph = layer.body.graph
     with graph.inserting_before(placeholder):
         inputs = [graph.placeholder(f"{placeholder.name}_{name}") for name in form.tensor_names]
-    linear.args = (rows, tuple(inputs), form)  # type: ignore[assignment]
+    linear.args = (rows, tuple(inputs), form)
     args = list(layer.node.args)
     params = list(args[3])
     place = params.index(source)
@@ -125,3 +103,4 @@ def _quantize(
         graph.erase_node(placeholder)
     args[3] = tuple(params)
     layer.node.args = tuple(args)
+    store.let_go(source)

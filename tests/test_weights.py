@@ -1,0 +1,152 @@
+"""The weights of a program: filled later, saved and loaded, given up while they are quantized."""
+
+import pytest
+import torch
+from models import exported, logits
+from test_format_product import FORMATS
+from toys import Gathered, Grouped, export
+
+import moe_fx
+
+INT8 = moe_fx.Int8WeightOnly()
+
+
+def rows(count=6):
+    return torch.randn(count, 8, generator=torch.Generator().manual_seed(count))
+
+
+def run(program):
+    with torch.no_grad():
+        return program.module()(rows())
+
+
+def valueless(device):
+    if device == "meta":
+        model = Gathered().to("meta").eval()
+        return torch.export.export(model, (torch.empty(6, 8, device="meta"),))
+    with torch._subclasses.FakeTensorMode(), torch.device("cpu"):
+        return torch.export.export(Gathered().eval(), (torch.empty(6, 8),))
+
+
+@pytest.mark.parametrize("form", [None, INT8, moe_fx.Float8Dynamic(), moe_fx.Int4WeightOnly(8, False)], ids=repr)
+@pytest.mark.parametrize("lowering", ["grouped_mm", "linear", "gather"])
+@pytest.mark.parametrize("device", ["fake", "meta"])
+def test_a_program_without_weights_is_filled_from_a_quantized_state_dict(device, lowering, form, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    config = moe_fx.Config(experts=lowering, quantize=form, require="all")
+    original = moe_fx.transform(export(Gathered()), config)
+    safetensors.save_file(
+        {name: tensor.detach() for name, tensor in original.state_dict.items()}, tmp_path / "weights.safetensors"
+    )
+    empty = moe_fx.transform(valueless(device), config)
+    assert {n: (t.shape, t.dtype) for n, t in empty.state_dict.items()} == {
+        n: (t.shape, t.dtype) for n, t in original.state_dict.items()
+    }
+    filled = moe_fx.fill(empty, safetensors.load_file(tmp_path / "weights.safetensors"))
+    assert torch.equal(run(filled), run(original))
+    assert moe_fx.report(filled) == moe_fx.report(empty)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("up_scale"), "up_scale has no values, and none are given"),
+        (lambda tensors: tensors.update(side=torch.zeros(1)), "the program has no weight 'side'; its weights are "),
+        (lambda tensors: tensors.update(up_scale=torch.zeros(3)), r"up_scale is torch.float32 \(4, 32\), the given"),
+    ],
+)
+def test_only_what_fits_is_filled_in(change, message):
+    tensors = dict(moe_fx.transform(export(Gathered()), moe_fx.Config(quantize=INT8)).state_dict)
+    change(tensors)
+    with pytest.raises(moe_fx.ProgramError, match=message):
+        moe_fx.fill(moe_fx.transform(valueless("fake"), moe_fx.Config(quantize=INT8)), tensors)
+
+
+def test_a_technique_needs_values():
+    def halve(linear):
+        linear.weight.data.mul_(0.5)
+
+    with pytest.raises(moe_fx.ProgramError, match=r"up has no values .* so halve cannot quantize it"):
+        moe_fx.transform(valueless("fake"), moe_fx.Config(quantize=halve))
+
+
+@pytest.mark.parametrize("storage", ["stacked", "per_expert"])
+@pytest.mark.parametrize("form", FORMATS, ids=repr)
+def test_names_lead_from_the_original_parameters_to_the_new_and_back(form, storage):
+    original = export(Gathered(hidden=32, inner=48), hidden=32)
+    config = moe_fx.Config(experts="linear", quantize=form, storage=storage)
+    program = moe_fx.transform(original, config)
+    names = moe_fx.report(program).names
+    assert set(names) == {"up", "down"}
+    back = {new: old for old, each in names.items() for new in each}
+    assert len(back) == sum(map(len, names.values()))
+    assert set(program.state_dict) == {"router", *back}
+    for old, weight in original.state_dict.items():
+        if old in names and storage == "per_expert":
+            count = len(names[old]) // 4
+            by_expert = [names[old][expert::4] for expert in range(4)]
+            assert all(len(each) == count for each in by_expert)
+            wide = torch.stack([form.dequantize(*(program.state_dict[n] for n in each)) for each in by_expert])
+            assert (wide - weight).abs().max() < 0.1 * weight.abs().max()
+
+
+def test_the_input_keeps_its_weights():
+    original = export(Gathered())
+    before = {name: tensor.clone() for name, tensor in original.state_dict.items()}
+    moe_fx.transform(original, moe_fx.Config(quantize=INT8))
+    assert all(torch.equal(original.state_dict[name], tensor) for name, tensor in before.items())
+
+
+def test_consume_empties_what_was_quantized_and_nothing_else():
+    model = Gathered()
+    original = export(model)
+    expected = run(moe_fx.transform(original, moe_fx.Config(quantize={"*up": INT8})))
+    program = moe_fx.transform(original, moe_fx.Config(quantize={"*up": INT8}, consume=True))
+    assert original.state_dict["up"].numel() == model.up.numel() == 0
+    assert model.down.numel() > 0
+    assert torch.equal(run(program), expected)
+
+
+def test_consume_spares_what_the_program_still_reads():
+    class Penalised(Gathered):
+        def forward(self, x):
+            return super().forward(x) + self.up.abs().mean()
+
+    model = Penalised()
+    original = export(model)
+    expected = run(moe_fx.transform(original, moe_fx.Config(quantize=INT8)))
+    program = moe_fx.transform(original, moe_fx.Config(quantize=INT8, consume=True))
+    assert model.up.numel() > 0
+    assert model.down.numel() == 0
+    assert torch.equal(run(program), expected)
+
+
+def test_nothing_is_consumed_when_a_later_weight_cannot_be_quantized():
+    model = Gathered()
+    with torch.no_grad():
+        model.down[1, 2, 3] = float("nan")
+    original = export(model)
+    with pytest.raises(moe_fx.ProgramError, match="down holds NaN or infinite values"):
+        moe_fx.transform(original, moe_fx.Config(quantize=INT8, consume=True))
+    assert model.up.numel() > 0
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_infinite_weights_are_not_quantized(value):
+    model = Grouped(hidden=16)
+    with torch.no_grad():
+        model.down[1, 2, 3] = value
+    with pytest.raises(moe_fx.ProgramError, match="down holds NaN or infinite values"):
+        moe_fx.transform(export(model, hidden=16), moe_fx.Config(quantize=INT8))
+
+
+def test_a_consumed_model_is_the_quantized_one():
+    pytest.importorskip("transformers", reason="the models come from transformers")
+    import copy
+
+    program = copy.deepcopy(exported("mixtral", "grouped_mm"))
+    expected = moe_fx.transform(program, moe_fx.Config(quantize=INT8, linears=INT8))
+    consumed = moe_fx.transform(program, moe_fx.Config(quantize=INT8, linears=INT8, consume=True))
+    assert torch.equal(logits(consumed.module(), (2, 5)), logits(expected.module(), (2, 5)))
+    taken = moe_fx.report(consumed).names
+    assert all((program.state_dict[name].numel() == 0) == (name in taken) for name in program.state_dict)
