@@ -18,6 +18,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from moe_fx.constants import filled_with
 from moe_fx.experts import experts
 from moe_fx.matcher import op_name
 from moe_fx.shapes import is_number, shape_of
@@ -79,7 +80,7 @@ def check_layer(
     assert isinstance(count, int)
     routing = _Routing(count, in_range, distinct)
     nodes = _between(root, [tokens, ids, *slots, *params, *shared])
-    sizes = _Sizes(tokens, ids, _affordable(params, ids, count))
+    sizes = _Sizes(ids, count, _affordable(params, ids, count))
     generator = torch.Generator().manual_seed(0)
     env: dict[Node, Any] = {}
     for node in (tokens, *slots, *shared):
@@ -119,8 +120,8 @@ def _between(root: Node, inputs: list[Node]) -> list[Node]:
             continue
         found.add(node)
         order.append(node)
-        # Sizes are given numbers directly, whatever they were computed from.
-        if not isinstance(node.meta.get("val"), torch.SymInt | int):
+        # Sizes are given numbers directly, whatever they were computed from; constants their value.
+        if not isinstance(node.meta.get("val"), torch.SymInt | int) and filled_with(node) is None:
             pending.extend(node.all_input_nodes)
     return sorted(order)
 
@@ -128,13 +129,14 @@ def _between(root: Node, inputs: list[Node]) -> list[Node]:
 class _Sizes:
     """Numbers for symbolic sizes; for a large static token count, a smaller one."""
 
-    def __init__(self, tokens: Node, ids: Node, wanted: int) -> None:
+    def __init__(self, ids: Node, num_experts: int, wanted: int) -> None:
         total, top_k = ids.meta["val"].shape
         self.symbols: dict[Any, int] = {}
         self.rows: dict[int, int] = {}
+        self.num_experts = num_experts
         if isinstance(total, int):
             if total > 4 * wanted:
-                self.rows = {total: wanted, total * top_k: wanted * top_k}
+                self.rows = {total * many: wanted * many for many in (num_experts, top_k, 1)}
         else:
             # The first symbol makes up the count, all others are 1 (or what makes the count a number).
             free = sorted(total.node.expr.free_symbols, key=str)
@@ -155,10 +157,12 @@ class _Sizes:
         return value
 
     def leading(self, shape: Any) -> Any:
-        """A shape whose dimension 0 may be a static number of rows."""
+        """A shape whose dimension 0, or the one behind the experts, may be a static number of rows."""
         shape = list(self.evaluate(shape))
         if shape and shape[0] in self.rows:
             shape[0] = self.rows[shape[0]]
+        elif len(shape) > 1 and shape[0] == self.num_experts and shape[1] in self.rows:
+            shape[1] = self.rows[shape[1]]
         return shape
 
 
@@ -215,6 +219,10 @@ class _Interpreter:
         if isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
             number = self.sizes.evaluate(value)
             return self.sizes.rows.get(number, number)
+        filled = filled_with(node)
+        if filled is not None:
+            assert isinstance(value, torch.Tensor)
+            return torch.full(self.sizes.leading(value.shape), filled, dtype=_widened(value.dtype))
         args: Any = map_arg(node.args, self.env.__getitem__)
         kwargs: Any = map_arg(node.kwargs, self.env.__getitem__)
         name = op_name(node) or ""
@@ -229,6 +237,9 @@ class _Interpreter:
         if name == "aten::bmm" and any(isinstance(arg, _Gathered) for arg in args):
             return _gathered_bmm(*args)
         args = tuple(arg.materialize() if isinstance(arg, _Gathered) else arg for arg in args)
+        if name in ("aten::bmm", "aten::matmul") and len(args[1].shape) == 3 and args[0].shape[0] == args[1].shape[0]:
+            # Matrix by matrix: a batched product would first copy overlapping windows to memory of their own.
+            return torch.stack([left @ right for left, right in zip(*args, strict=True)])
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def literal(self, op: str, place: int, arg: Any) -> Any:

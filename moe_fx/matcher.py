@@ -159,7 +159,10 @@ class _Search:
             return isinstance(value, int) and value >= pattern.least
         if isinstance(pattern, p.Last):
             shape = shape_of(at.args[0]) if at is not None else None
-            return shape is not None and isinstance(value, int) and (value - pattern.dim) % len(shape) == 0
+            if shape is None or not isinstance(value, int):
+                return False
+            rank = len(shape) + (op_name(at) == "aten::unsqueeze")  # a new dimension is counted among the result's
+            return (value - pattern.dim) % rank == 0
         return bool(value == pattern) and isinstance(value, bool) == isinstance(pattern, bool)
 
     def solve_var(

@@ -115,7 +115,7 @@ class Either(Pattern):
 
 @dataclass(frozen=True)
 class Last(Pattern):
-    """A dimension of the op's first argument, however it is counted."""
+    """A dimension of the op's first argument (of ``unsqueeze``: of its result), however it is counted."""
 
     dim: int
 

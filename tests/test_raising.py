@@ -58,7 +58,7 @@ def test_a_program_of_another_device_is_checked_all_the_same():
     assert layer.error < 1e-9
 
 
-def raised(model):
+def raised(model, export=export):
     work = Work(ExportedWork(export(model)), moe_fx.Config())
     work.written = functionalize(work.program.graph)
     spell(work.program.graph)

@@ -152,7 +152,7 @@ _RULES: dict[str, Callable[[Node, dict[str, Any]], Spelling | None]] = {
 
 
 def drop_no_ops(graph: Graph, written: set[Node]) -> None:
-    """Drop casts to the dtype a value has, reshapes to the shape it has, and asserts about metadata.
+    """Drop casts to the dtype a value has, changes to the shape it has, and asserts about metadata.
 
     ``written`` is memory that ops in place still write: a copy of a value is then more than the value.
     """
@@ -168,7 +168,7 @@ def drop_no_ops(graph: Graph, written: set[Node]) -> None:
 def is_no_op(node: Node) -> bool:
     """Whether a call returns its first argument, value for value, with nothing else to it."""
     name = op_name(node)
-    if name not in ("aten::to", "aten::reshape", "aten::detach", "aten::alias"):
+    if name not in ("aten::to", "aten::reshape", "aten::expand", "aten::detach", "aten::alias"):
         return False
     source, result = tensor_of(node.args[0]), tensor_of(node)
     if source is None or result is None or any(user.op == "output" for user in node.users):

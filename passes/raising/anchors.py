@@ -11,11 +11,14 @@ from moe_fx.shapes import shape_of
 __all__ = ["anchors_behind", "anchors_near", "is_anchor"]
 
 
-def is_anchor(node: Node) -> bool:
-    """Whether a call multiplies with weights that are stacked over experts and chosen by row."""
+def is_anchor(node: Node, chosen: bool = True) -> bool:
+    """Whether a call multiplies with weights that are stacked over experts and chosen by row.
+
+    Not ``chosen``: all experts on all rows, which other layers do too (heads, blocks, adapters).
+    """
     name = op_name(node)
-    if name == "aten::bmm":
-        return any(_stacked_weight(arg, gathered=True) for arg in node.args)
+    if name in ("aten::bmm", "aten::matmul"):
+        return any(_stacked_weight(arg, gathered=chosen) for arg in node.args)
     grouped = name in ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
     return grouped and any(_stacked_weight(arg, gathered=False) for arg in node.args)
 
@@ -31,7 +34,7 @@ def _stacked_weight(node: object, gathered: bool) -> bool:
     return isinstance(node, Node) and node.op in ("placeholder", "get_attr") and shape is not None and len(shape) == 3
 
 
-def anchors_behind(value: Node) -> set[Node]:
+def anchors_behind(value: Node, chosen: bool = True) -> set[Node]:
     """Multiplications with stacked weights that a value is computed by, a layer's depth back."""
     seen: set[Node] = set()
     pending = [value]
@@ -41,7 +44,7 @@ def anchors_behind(value: Node) -> set[Node]:
         if node in seen or node.op != "call_function":
             continue
         seen.add(node)
-        if is_anchor(node):
+        if is_anchor(node, chosen):
             anchors.add(node)
         pending.extend(node.all_input_nodes)
     return anchors

@@ -1,10 +1,12 @@
 """What disguises are made of: kinds of pieces, and the order in which routed rows stand.
 
-Routed rows stand in one of three layouts on their way from the tokens to the sum:
+Routed rows stand in one of these layouts on their way from the tokens to the sum:
 
     slots         [T, K, ...]   one row per token and slot
     token_major   [T*K, ...]    the same, flat: row t*K + k
     sorted        [T*K, ...]    ordered by expert: row i is slot perm[i]
+    experts       [E, T, ...]   every expert on every token; what it was not chosen for must count zero
+    expert_major  [E*T, ...]    the same, flat: row e*T + t
 
 A piece says what a value in one layout may be: the place where token rows come in, where a routing weight comes
 in, where a row meets its expert's weight, ... What is none of these and is row-local belongs to the body.
@@ -19,14 +21,15 @@ from dataclasses import dataclass
 from moe_fx.pattern import ANY, Pattern, Var, aten, either
 
 __all__ = [
-    "SLOTS", "SORTED", "TOKEN_MAJOR", "Dispatch", "ExpertLinear", "ExpertRow", "Mask", "Piece", "Slot", "View",
-    "arange",
+    "EXPERTS", "EXPERT_MAJOR", "SLOTS", "SORTED", "TOKEN_MAJOR", "Dispatch", "ExpertLinear", "ExpertRow", "Mask",
+    "Piece", "Slot", "Table", "View", "arange",
 ]  # fmt: skip
 
 SLOTS, TOKEN_MAJOR, SORTED = "slots", "token_major", "sorted"
+EXPERTS, EXPERT_MAJOR = "experts", "expert_major"
 
 #: names whose values differ from piece to piece
-LOCAL = ("rows", "slot", "weight", "param")
+LOCAL = ("rows", "slot", "table", "weight", "param")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,11 @@ class Dispatch(Piece):
 @dataclass(frozen=True)
 class Slot(Piece):
     """What travels with a slot comes in, such as the routing weight: captures ``slot [T, K, ...]``."""
+
+
+@dataclass(frozen=True)
+class Table(Piece):
+    """The routing weights come in by token and expert: captures ``table [T, E]``, zero where none was routed."""
 
 
 @dataclass(frozen=True)

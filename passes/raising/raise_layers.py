@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 from moe_fx.passes.normalize.functional import memory_of
-from moe_fx.passes.raising import gathered, grouped
+from moe_fx.passes.raising import dense, gathered, grouped
 from moe_fx.passes.raising.anchors import anchors_behind, anchors_near, is_anchor
-from moe_fx.passes.raising.pieces import COMMON
+from moe_fx.passes.raising.pieces import COMMON, EXPERTS, SLOTS
 from moe_fx.passes.raising.region import Region
 from moe_fx.passes.raising.routing import describe_router, foreign_slot, selection_of
 from moe_fx.passes.raising.walk import find_region
@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from moe_fx.check import CheckResult, check_layer
 from moe_fx.experts import experts
-from moe_fx.matcher import Miss, match
+from moe_fx.matcher import Match, Miss, match
 from moe_fx.pattern import Last, Var, aten
 from moe_fx.pipeline import Layer, Work
 from moe_fx.program import Program
@@ -28,10 +28,11 @@ from moe_fx.rewrite import PROVENANCE, Emitter, FakeValues, erase_dead, replace
 
 __all__ = ["raise_layers"]
 
-#: the end of every disguise known so far: a sum over the slots of each token
-COMBINE = aten.sum(Var("summed", rank=3), [Last(1)])
-
-PIECES = (*grouped.PIECES, *gathered.PIECES, *COMMON)
+#: the end of a disguise, a sum over each token's slots or over all experts: how the summed rows stand, and the pieces
+COMBINES = (
+    (aten.sum(Var("summed", rank=3), [Last(1)]), SLOTS, (*grouped.PIECES, *gathered.PIECES, *COMMON)),
+    (aten.sum(Var("summed", rank=3), [Last(0)]), EXPERTS, dense.PIECES),
+)
 
 #: what a miss is filed under when no piece says which disguise it would have been
 UNKNOWN_FORM = "experts"
@@ -42,11 +43,14 @@ def raise_layers(work: Work) -> None:
     graph = work.program.graph
     covered: set[Node] = set()
     for root in [node for node in graph.nodes if node.op == "call_function"]:
-        found = match(COMBINE, root)
-        if isinstance(found, Miss):
+        found, layout, pieces = next(
+            ((found, *rest) for pattern, *rest in COMBINES if isinstance(found := match(pattern, root), Match)),
+            (None, "", ()),
+        )
+        if found is None:
             continue
-        region = find_region(root, found["summed"], PIECES)
-        anchors = anchors_behind(found["summed"])
+        region = find_region(root, found["summed"], layout, pieces)
+        anchors = anchors_behind(found["summed"], chosen=layout == SLOTS)
         if isinstance(region, Region):
             covered |= region.interior
             failed = _raise(work, region)
@@ -71,6 +75,8 @@ def _raise(work: Work, region: Region) -> Miss | None:
             return Miss("operands that nobody writes in place", f"{node.name}, whose memory is written", node)
     given_ids = region.ids
     selection = selection_of(given_ids, region.num_experts)
+    if region.distinct and not selection.distinct:
+        return Miss("ids that are certainly distinct for each token", f"{given_ids.name}, which may repeat", given_ids)
     for slot in region.slots:
         foreign = foreign_slot(slot, given_ids, selection)
         if foreign is not None:

@@ -17,7 +17,8 @@ __all__ = ["Region", "misfit"]
 class Region:
     """A layer, found: the operands of its ``experts`` node, and the nodes it replaces.
 
-    ``interior`` are the values that exist only inside the layer; ``bindings`` what the pieces captured.
+    ``interior`` are the values that exist only inside the layer; ``bindings`` what the pieces captured; ``distinct``
+    says that the layer means the equation only if a token's ids differ.
     """
 
     root: Node
@@ -30,6 +31,7 @@ class Region:
     body: GraphModule
     interior: set[Node]
     bindings: dict[str, Any]
+    distinct: bool = False
 
     @property
     def num_experts(self) -> int:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from moe_fx.passes.raising.pieces import (
-    LOCAL,
-    SLOTS,
-    Dispatch,
-    ExpertLinear,
-    ExpertRow,
-    Mask,
-    Piece,
-    Slot,
-    View,
-)  # fmt: skip
+from moe_fx.passes.raising import pieces as kinds
+from moe_fx.passes.raising.pieces import EXPERT_MAJOR, EXPERTS, LOCAL, SLOTS, SORTED, TOKEN_MAJOR
 from moe_fx.passes.raising.region import Region, misfit
 from moe_fx.passes.raising.row_local import row_op
+from moe_fx.passes.raising.tables import counts_zero, read_table
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -35,14 +28,15 @@ aten = torch.ops.aten
 
 #: the calls of an expert linear through which the rows themselves pass
 ROW_STEPS = frozenset({
-    "aten::bmm", "aten::squeeze", "aten::unsqueeze", "aten::_grouped_mm", "transformers::grouped_mm_fallback",
+    "aten::bmm", "aten::matmul", "aten::squeeze", "aten::unsqueeze",
+    "aten::_grouped_mm", "transformers::grouped_mm_fallback",
 })  # fmt: skip
 
 
-def find_region(root: Node, summed: Node, pieces: Sequence[Piece]) -> Region | Miss:
-    """The layer whose slots ``summed [T, K, ...]`` are summed by ``root``."""
-    builder = _Builder(root, summed, pieces)
-    output = builder.value(summed, SLOTS)
+def find_region(root: Node, summed: Node, layout: str, pieces: Sequence[kinds.Piece]) -> Region | Miss:
+    """The layer whose rows ``summed``, which stand in ``layout`` (slots or experts), are summed by ``root``."""
+    builder = _Builder(root, summed, layout, pieces)
+    output = builder.value(summed, layout)
     if isinstance(output, Miss):
         return builder.deepest if builder.deepest is not None else output
     return builder.region(output)
@@ -52,12 +46,15 @@ def find_region(root: Node, summed: Node, pieces: Sequence[Piece]) -> Region | M
 class _Builder:
     root: Node
     summed: Node
-    pieces: Sequence[Piece]
+    layout: str
+    pieces: Sequence[kinds.Piece]
     bindings: dict[str, Any] = field(default_factory=dict)
     written: dict[tuple[Node, str], Node | Miss] = field(default_factory=dict)
     interior: set[Node] = field(default_factory=set)
     deepest: Miss | None = None
     forms: set[str] = field(default_factory=set)
+    #: values of the body that are zero for a token's row where it was not routed to the expert (dense layouts)
+    zeros: list[Node] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.graph = Graph()
@@ -65,11 +62,14 @@ class _Builder:
         shape = shape_of(self.summed)
         assert shape is not None
         assert len(shape) == 3
-        self.T, self.K = shape[:2]
-
-    @property
-    def num_rows(self) -> Dim:
-        return self.T * self.K
+        outer, inner = shape[:2]
+        self.T: Dim = inner if self.layout == EXPERTS else outer
+        #: what stands for the rows in each layout
+        self.leading: dict[str, tuple[Dim, ...]]
+        if self.layout == EXPERTS:
+            self.leading = {EXPERTS: (outer, inner), EXPERT_MAJOR: (outer * inner,)}
+        else:
+            self.leading = {SLOTS: (outer, inner), TOKEN_MAJOR: (outer * inner,), SORTED: (outer * inner,)}
 
     def capture(self, kind: str, node: Node) -> Node:
         """The body's placeholder for a value from outside."""
@@ -104,13 +104,19 @@ class _Builder:
 
     def find(self, node: Node, layout: str) -> Node | Miss:
         shape = shape_of(node)
-        rows = (self.T, self.K) if layout == SLOTS else (self.num_rows,)
+        rows = self.leading[layout]
+        pieces = [piece for piece in self.pieces if piece.layout == layout]
         if shape is not None and not same_shape(shape[: len(rows)], rows):
+            # One row of each expert's, laid beside all of its rows, is no row of a token's.
+            pieces = [piece for piece in pieces if isinstance(piece, kinds.ExpertRow) and layout == EXPERTS]
+            beside = next(
+                (m for piece in pieces if isinstance(m := match(piece.pattern, node, self.bindings), Match)), None
+            )
+            if beside is not None:
+                return self.take(pieces[0], node, beside)
             return self.miss(f"{' x '.join(map(str, rows))} rows", node, f"{node.name} of shape {list(shape)}")
         near: Miss | None = None
-        for piece in self.pieces:
-            if piece.layout != layout:
-                continue
+        for piece in pieces:
             found = match(piece.pattern, node, self.bindings)
             if isinstance(found, Match):
                 return self.take(piece, node, found)
@@ -119,52 +125,46 @@ class _Builder:
         inner = self.row_local(node, layout)
         # Where a piece came further than its first op, its mismatch says more than "this op is not row-local".
         if isinstance(inner, Miss) and near is not None and near.depth > 0:
-            self.note(
-                Miss(
-                    near.wanted,
-                    near.found,
-                    near.node,
-                    near.bindings,
-                    near.depth + 100 * len(self.written) + 50,
-                )
-            )
+            self.note(replace(near, depth=near.depth + 100 * len(self.written) + 50))
         return inner
 
-    def take(self, piece: Piece, node: Node, found: Match) -> Node | Miss:
+    def take(self, piece: kinds.Piece, node: Node, found: Match) -> Node | Miss:
         shared = {name: bound for name, bound in found.bindings.items() if name not in LOCAL}
         match piece:
-            case Dispatch():
+            case kinds.Dispatch():
                 self.bindings = shared
                 if not self.captured["x"] or found["tokens"] in self.captured["x"]:
                     return self.capture("x", found["tokens"])
                 return self.miss("one tensor of token rows", node)
-            case Slot():
+            case kinds.Slot():
                 shape = shape_of(found["slot"])
-                if shape is None or not same_shape(shape[:2], (self.T, self.K)):
+                if shape is None or not same_shape(shape[:2], self.leading[SLOTS]):
                     return self.miss("a value for every token and slot", found["slot"])
                 self.bindings = shared
                 inner = self.capture("s", found["slot"])
                 # [T, K] seen by the rows is [R]; dimensions that the reshape adds follow.
                 trailing = list((shape_of(node) or ())[1:])
                 return self.write(aten.reshape.default, inner, [-1, *trailing]) if trailing else inner
-            case View():
+            case kinds.Table():
+                return self.table(node, found["table"], shared)
+            case kinds.View():
                 self.bindings = shared
                 self.interior.add(node)
                 return self.value(found["rows"], piece.to)
-            case Mask():
+            case kinds.Mask():
                 self.bindings = shared
                 self.interior.add(node)
                 return self.value(found["rows"], piece.layout)
-            case ExpertRow():
+            case kinds.ExpertRow():
                 self.bindings = shared
                 param = self.capture("p", found["param"])
                 # How many rows there are, the tokens will tell: `region` fills them in.
                 return self.write(per_row, param, None)
-            case ExpertLinear():
+            case kinds.ExpertLinear():
                 return self.expert_linear(piece, node, found, shared)
         raise AssertionError(f"a piece of unknown kind: {piece}")
 
-    def expert_linear(self, piece: ExpertLinear, node: Node, found: Match, shared: dict[str, Any]) -> Node | Miss:
+    def expert_linear(self, piece: kinds.ExpertLinear, node: Node, found: Match, shared: dict[str, Any]) -> Node | Miss:
         self.bindings = shared
         self.forms.add(piece.form)
         between = [n for n in found.nodes if self.is_row_value(n)]
@@ -175,6 +175,19 @@ class _Builder:
         weight = self.capture("p", found["weight"])
         matrix = self.write(aten.transpose.int, weight, 0, 1) if piece.transposed else weight
         return self.write(aten.linear.default, rows, matrix)
+
+    def table(self, node: Node, table: Node, shared: dict[str, Any]) -> Node | Miss:
+        """Routing weights by token and expert."""
+        slots = read_table(table)
+        if isinstance(slots, Miss):
+            return self.note(replace(slots, depth=100 * len(self.written) + 80))
+        if shared.setdefault("ids", slots.ids) is not slots.ids:
+            return self.miss("the layer's own ids", slots.ids)
+        self.bindings = shared
+        value = slots.write(self.graph, self.capture("s", slots.values))
+        self.zeros.append(value)
+        trailing = list((shape_of(node) or ())[len(self.leading[self.layout]) :]) if self.layout == EXPERTS else []
+        return self.write(aten.reshape.default, value, [-1, *(trailing or [1])])
 
     def is_row_value(self, node: Node) -> bool:
         """Whether a node of an expert linear holds routed rows, and not ids or weights."""
@@ -189,7 +202,7 @@ class _Builder:
                 return source
             self.interior.add(node)
             return self.write(node.target, source, node.args[1])
-        op = row_op(node, 2 if layout == SLOTS else 1)
+        op = row_op(node, len(self.leading[layout]))
         if isinstance(op, str):
             return self.as_slot(node, layout) or self.miss(op, node)
         before = self.progress()
@@ -213,7 +226,7 @@ class _Builder:
 
     def operand(self, node: Node, operand: Node, layout: str, elementwise: bool) -> Node | Miss:
         """One tensor operand of a row-local op: routed rows, or something that is the same for every row."""
-        leading = 2 if layout == SLOTS else 1
+        leading = len(self.leading[layout])
         shape, mine = shape_of(operand), shape_of(node)
         if is_number(operand):
             return self.capture("h", operand)
@@ -222,7 +235,7 @@ class _Builder:
         if elementwise and shape is not None and mine is not None and len(shape) <= len(mine):
             padded = (1,) * (len(mine) - len(shape)) + tuple(shape)
             same_for_all = all(isinstance(size, int) and size == 1 for size in padded[:leading])
-            if same_for_all and (len(shape) < len(mine) or not known_equal(self.num_rows, 1)):
+            if same_for_all and (len(shape) < len(mine) or not known_equal(math.prod(self.leading[layout]), 1)):
                 if len(shape) <= len(mine) - leading:
                     return self.capture("h", operand)
                 return self.write(aten.reshape.default, self.capture("h", operand), list(padded[leading:]))
@@ -231,11 +244,11 @@ class _Builder:
     def as_slot(self, node: Node, layout: str) -> Node | None:
         """A value from outside that travels with the slot: [T, K, 1], or [T, 1] where K = 1 makes slots of tokens."""
         shape = shape_of(node)
-        if shape is None or not known_equal(shape[-1], 1):
+        if shape is None or not known_equal(shape[-1], 1) or self.layout == EXPERTS:
             return None
         if layout == SLOTS and len(shape) == 3:
             return self.capture("s", node)
-        if layout != SLOTS and len(shape) == 2 and known_equal(self.K, 1):
+        if layout != SLOTS and len(shape) == 2 and known_equal(self.leading[SLOTS][1], 1):
             return self.write(aten.reshape.default, self.capture("s", node), [-1, 1])
         return None
 
@@ -248,6 +261,9 @@ class _Builder:
         used = self.outside_use()
         if used is not None:
             return used
+        if self.layout == EXPERTS and not counts_zero(output, self.zeros):
+            wanted = "an expert's output that is zero wherever its routing weight is"
+            return Miss(wanted, "one that need not be", self.summed, dict(self.bindings), 10**6)
         self.graph.output(output)
         ordered = [node for kind in self.captured.values() for node in kind.values()]
         # Walks that led outside left calls that nobody reads, and perhaps inputs.
@@ -266,9 +282,9 @@ class _Builder:
         (tokens,) = self.captured["x"]
         region = Region(
             self.root, "+".join(sorted(self.forms)), tokens, self.bindings["ids"], s, p, h,
-            GraphModule({}, self.graph), self.interior, self.bindings,
+            GraphModule({}, self.graph), self.interior, self.bindings, distinct=bool(self.zeros),
         )  # fmt: skip
-        wrong = misfit(region, self.T, self.K)
+        wrong = misfit(region, self.T, region.top_k if self.layout == EXPERTS else self.leading[SLOTS][1])
         return region if wrong is None else wrong
 
     def outside_use(self) -> Miss | None:
