@@ -65,6 +65,7 @@ def check_layer(
     body: GraphModule,
     in_range: bool,
     distinct: bool,
+    each: Node | None = None,
 ) -> CheckResult:
     """Compare ``root`` with ``experts(*operands, body)``.
 
@@ -73,13 +74,14 @@ def check_layer(
         operands: tokens, ids, slots, params and shared: nodes outside the layer.
         in_range: ids are certainly ``0..E-1``; otherwise ids that name no expert are tried as well.
         distinct: the ids of a token certainly differ; otherwise repeated ones are tried as well.
+        each: a symbolic expert number: what ``root`` means is its sum over all experts.
     """
     started = time.perf_counter()
     tokens, ids, slots, params, shared = operands
     count = shape_of(params[0])[0]
     assert isinstance(count, int)
     routing = _Routing(count, in_range, distinct)
-    nodes = _between(root, [tokens, ids, *slots, *params, *shared])
+    nodes = _between(root, [tokens, ids, *slots, *params, *shared, *([each] if each is not None else [])])
     sizes = _Sizes(ids, count, _affordable(params, ids, count))
     generator = torch.Generator().manual_seed(0)
     env: dict[Node, Any] = {}
@@ -92,7 +94,11 @@ def check_layer(
     error, problem = math.inf, ""
     try:
         with torch.no_grad():
-            expected = _Interpreter(sizes, env).run(nodes, root)
+            if each is None:
+                expected = _Interpreter(sizes, env).run(nodes, root)
+            else:
+                steps = [_Interpreter(sizes, {**env, each: expert}).run(nodes, root) for expert in range(count)]
+                expected = torch.stack(steps).sum(0)
             actual = experts(env[tokens], env[ids], **given, body=_in_float64(body))
         if expected.shape == actual.shape and not expected.isnan().any():
             error = float((expected - actual).abs().max() / expected.abs().max().clamp_min(1e-30))
@@ -253,7 +259,7 @@ class _Interpreter:
 #: where an op takes a shape whose first element may be the number of rows
 _SHAPED = {"aten::reshape": 1, "aten::expand": 1, "aten::empty_permuted": 0, "aten::empty": 0, "aten::full": 0,
            "aten::zeros": 0, "aten::ones": 0, "aten::new_empty": 1}  # fmt: skip
-_GROUPED = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback"})
+_GROUPED = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback", "moe_fx::grouped_mm"})
 
 
 def _widened(arg: Any) -> Any:

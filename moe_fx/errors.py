@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "MoeFxError", "ProgramError", "RequirementError", "StageError"]
+__all__ = ["ConfigError", "ExportError", "MoeFxError", "ProgramError", "RequirementError", "StageError"]
 
 
 class MoeFxError(Exception):
@@ -15,6 +15,10 @@ class ConfigError(MoeFxError, ValueError):
 
 class ProgramError(MoeFxError, ValueError):
     """The program given is not one that this library can work on."""
+
+
+class ExportError(MoeFxError):
+    """A model cannot be exported, or not in a way that is certainly right for every input."""
 
 
 class RequirementError(MoeFxError):

@@ -126,6 +126,21 @@ def is_pure(node: Node) -> bool:
     return not isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
+def only_asserted(node: Node) -> bool:
+    """Whether a node is an assertion, or is computed for assertions only."""
+    if op_name(node) in ASSERTS:
+        return True
+    return bool(node.users) and is_pure(node) and all(only_asserted(user) for user in node.users)
+
+
+def asserting(node: Node) -> list[Node]:
+    """The assertions about a node and what is computed for them, users first."""
+    found: list[Node] = []
+    for user in node.users:
+        found += [other for other in [*asserting(user), user] if other not in found]
+    return found
+
+
 def erase_dead(graph: Graph, starts: Iterable[Node]) -> None:
     """Erase those of ``starts`` that nobody reads, then what only they read, and so on.
 
@@ -137,11 +152,12 @@ def erase_dead(graph: Graph, starts: Iterable[Node]) -> None:
         node = pending.pop()
         if node in erased or not is_pure(node):
             continue
-        if any(op_name(user) not in ASSERTS for user in node.users):
+        if not all(only_asserted(user) for user in node.users):
             continue
-        for user in list(node.users):
-            erased.add(user)
-            graph.erase_node(user)
+        for user in asserting(node):
+            if user not in erased:
+                erased.add(user)
+                graph.erase_node(user)
         pending.extend(node.all_input_nodes)
         erased.add(node)
         graph.erase_node(node)

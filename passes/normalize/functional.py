@@ -22,6 +22,11 @@ __all__ = ["functionalize", "memory_of"]
 #: ops that may return their input itself without saying so in their schema
 MAY_RETURN_INPUT = frozenset({"aten::dropout", "aten::feature_dropout", "aten::alpha_dropout"})
 
+#: ops whose result has the dtype of their first operand, whatever the places they write to are given in
+INDEXED = frozenset({
+    torch.ops.aten.index_put, torch.ops.aten.scatter, torch.ops.aten.index_add, torch.ops.aten.scatter_add,
+})  # fmt: skip
+
 
 def functionalize(graph: Graph) -> set[Node]:
     """Make in-place ops functional; returns the bases of the memory that ops left in place still write."""
@@ -52,7 +57,7 @@ def _functional_form(node: Node) -> torch._ops.OpOverload | None:
     mine, others = tensor_of(node), [tensor_of(arg) for arg in node.all_input_nodes]
     # x.add_(y) keeps the dtype of x; x + y has the promoted one. The same if all are of one dtype.
     if mine is None or any(o is None or (o.dtype != mine.dtype and o.dtype != torch.bool) for o in others):
-        return None if packet not in (torch.ops.aten.index_put, torch.ops.aten.scatter) else getattr(packet, overload)
+        return getattr(packet, overload) if packet in INDEXED else None
     return getattr(packet, overload)
 
 

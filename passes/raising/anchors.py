@@ -19,7 +19,7 @@ def is_anchor(node: Node, chosen: bool = True) -> bool:
     name = op_name(node)
     if name in ("aten::bmm", "aten::matmul"):
         return any(_stacked_weight(arg, gathered=chosen) for arg in node.args)
-    grouped = name in ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
+    grouped = name in ("aten::_grouped_mm", "transformers::grouped_mm_fallback", "moe_fx::grouped_mm")
     return grouped and any(_stacked_weight(arg, gathered=False) for arg in node.args)
 
 

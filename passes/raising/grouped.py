@@ -52,14 +52,19 @@ num_experts, last_expert, top_k = Var("num_experts"), Var("last_expert"), Var("t
 counts = aten.histc(
     optional(lambda ids: aten.to(ids, exact), either(sorted_ids, flat_ids)), num_experts, 0, last_expert
 )
-offsets = either(aten.cumsum(counts, only_dim, dtype=torch.int32), aten.to(aten.cumsum(counts, only_dim), torch.int32))
+offsets = either(
+    aten.cumsum(counts, only_dim, dtype=torch.int32),
+    aten.to(aten.cumsum(counts, only_dim), torch.int32),
+    aten.searchsorted(sorted_ids, aten.arange(num_experts, dtype=ANY), out_int32=True, right=True),
+)
 
 rows, weight = Var("rows", rank=2), Var("weight", rank=3)
 transposed = either(aten.transpose(weight, Last(-2), Last(-1)), aten.transpose(weight, Last(-1), Last(-2)))
 
 
 def grouped_mm(matrices: Pattern) -> Pattern:
-    return call("aten::_grouped_mm", "transformers::grouped_mm_fallback", args=(rows, matrices, offsets))
+    names = ("aten::_grouped_mm", "transformers::grouped_mm_fallback", "moe_fx::grouped_mm")
+    return call(*names, args=(rows, matrices, offsets))
 
 
 no_expert = aten.ge(sorted_ids, num_experts)

@@ -7,6 +7,7 @@ Routed rows stand in one of these layouts on their way from the tokens to the su
     sorted        [T*K, ...]    ordered by expert: row i is slot perm[i]
     experts       [E, T, ...]   every expert on every token; what it was not chosen for must count zero
     expert_major  [E*T, ...]    the same, flat: row e*T + t
+    hits          [n, ...]      the rows of one expert, in a loop over all of them
 
 A piece says what a value in one layout may be: the place where token rows come in, where a routing weight comes
 in, where a row meets its expert's weight, ... What is none of these and is row-local belongs to the body.
@@ -21,15 +22,15 @@ from dataclasses import dataclass
 from moe_fx.pattern import ANY, Pattern, Var, aten, either
 
 __all__ = [
-    "EXPERTS", "EXPERT_MAJOR", "SLOTS", "SORTED", "TOKEN_MAJOR", "Dispatch", "ExpertLinear", "ExpertRow", "Mask",
-    "Piece", "Slot", "Table", "View", "arange",
+    "EXPERTS", "EXPERT_MAJOR", "HITS", "SLOTS", "SORTED", "TOKEN_MAJOR", "Dispatch", "ExpertLinear", "ExpertRow",
+    "Mask", "Piece", "Slot", "Table", "View", "arange",
 ]  # fmt: skip
 
 SLOTS, TOKEN_MAJOR, SORTED = "slots", "token_major", "sorted"
-EXPERTS, EXPERT_MAJOR = "experts", "expert_major"
+EXPERTS, EXPERT_MAJOR, HITS = "experts", "expert_major", "hits"
 
 #: names whose values differ from piece to piece
-LOCAL = ("rows", "slot", "table", "weight", "param")
+LOCAL = ("rows", "slot", "table", "weight", "bias", "param")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Table(Piece):
 
 @dataclass(frozen=True)
 class ExpertLinear(Piece):
-    """A row meets its expert's weight: captures ``rows`` and ``weight [E, N, K]``, or ``[E, K, N]``."""
+    """A row meets its expert's weight: captures ``rows``, ``weight [E, N, K]`` or ``[E, K, N]``, perhaps ``bias``."""
 
     form: str
     transposed: bool = False

@@ -9,30 +9,21 @@ from __future__ import annotations
 
 import torch
 from moe_fx.passes.normalize.functional import memory_of
-from moe_fx.passes.raising import dense, gathered, grouped
-from moe_fx.passes.raising.anchors import anchors_behind, anchors_near, is_anchor
-from moe_fx.passes.raising.pieces import COMMON, EXPERTS, SLOTS
+from moe_fx.passes.raising.anchors import anchors_near, is_anchor
+from moe_fx.passes.raising.disguises import region_at
 from moe_fx.passes.raising.region import Region
 from moe_fx.passes.raising.routing import describe_router, foreign_slot, selection_of
-from moe_fx.passes.raising.walk import find_region
 from torch.fx import Node
 
 from moe_fx.check import CheckResult, check_layer
 from moe_fx.experts import experts
-from moe_fx.matcher import Match, Miss, match
-from moe_fx.pattern import Last, Var, aten
+from moe_fx.matcher import Miss
 from moe_fx.pipeline import Layer, Work
 from moe_fx.program import Program
 from moe_fx.report import describe_miss, module_of
 from moe_fx.rewrite import PROVENANCE, Emitter, FakeValues, erase_dead, replace
 
 __all__ = ["raise_layers"]
-
-#: the end of a disguise, a sum over each token's slots or over all experts: how the summed rows stand, and the pieces
-COMBINES = (
-    (aten.sum(Var("summed", rank=3), [Last(1)]), SLOTS, (*grouped.PIECES, *gathered.PIECES, *COMMON)),
-    (aten.sum(Var("summed", rank=3), [Last(0)]), EXPERTS, dense.PIECES),
-)
 
 #: what a miss is filed under when no piece says which disguise it would have been
 UNKNOWN_FORM = "experts"
@@ -43,14 +34,10 @@ def raise_layers(work: Work) -> None:
     graph = work.program.graph
     covered: set[Node] = set()
     for root in [node for node in graph.nodes if node.op == "call_function"]:
-        found, layout, pieces = next(
-            ((found, *rest) for pattern, *rest in COMBINES if isinstance(found := match(pattern, root), Match)),
-            (None, "", ()),
-        )
+        found = region_at(root)
         if found is None:
             continue
-        region = find_region(root, found["summed"], layout, pieces)
-        anchors = anchors_behind(found["summed"], chosen=layout == SLOTS)
+        region, anchors = found
         if isinstance(region, Region):
             covered |= region.interior
             failed = _raise(work, region)
@@ -92,7 +79,9 @@ def _raise(work: Work, region: Region) -> Miss | None:
     result = CheckResult(float("nan"), 0, 0.0)
     if work.config.validate:
         operands = (region.tokens, region.ids, region.slots, region.params, region.shared)
-        result = check_layer(region.root, operands, region.body, in_range, selection.distinct)
+        each = region.bindings.get("expert")
+        root = region.step or region.root
+        result = check_layer(root, operands, region.body, in_range, selection.distinct, each)
         if not result.passed:
             wanted = "the same numbers from the layer and its experts node"
             found = result.problem or f"a difference of {result.error:.1e} of the output's range"

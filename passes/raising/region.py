@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from moe_fx.matcher import Miss
 from moe_fx.shapes import Dim, known_equal, same_shape, shape_of
 
-__all__ = ["Region", "misfit"]
+__all__ = ["Region", "misfit", "same_step"]
 
 
 @dataclass
@@ -18,7 +19,8 @@ class Region:
     """A layer, found: the operands of its ``experts`` node, and the nodes it replaces.
 
     ``interior`` are the values that exist only inside the layer; ``bindings`` what the pieces captured; ``distinct``
-    says that the layer means the equation only if a token's ids differ.
+    says that the layer means the equation only if a token's ids differ. ``step`` is the last node of a loop's first
+    step, where the layer is one.
     """
 
     root: Node
@@ -32,6 +34,7 @@ class Region:
     interior: set[Node]
     bindings: dict[str, Any]
     distinct: bool = False
+    step: Node | None = None
 
     @property
     def num_experts(self) -> int:
@@ -79,3 +82,23 @@ def misfit(region: Region, num_tokens: Dim, top_k: Dim) -> Miss | None:
     if last != experts - 1:
         return miss(f"ids up to {experts - 1}", ids, f"ids clamped to {last}: an expert is missing")
     return None
+
+
+def same_step(one: Region, other: Region) -> bool:
+    """Whether two steps of a loop are the same: equal bodies on the same operands."""
+    return one.inputs == other.inputs and same_body(one.body.graph, other.body.graph)
+
+
+def same_body(one: Graph, other: Graph) -> bool:
+    """Whether two graphs make the same calls in the same order on the same values."""
+    twin: dict[Node, Node] = {}
+    if len(one.nodes) != len(other.nodes):
+        return False
+    for mine, theirs in zip(one.nodes, other.nodes, strict=True):
+        twin[mine] = theirs
+        expected = map_arg((mine.args, mine.kwargs), twin.__getitem__)
+        if (mine.op, expected) != (theirs.op, (theirs.args, theirs.kwargs)):
+            return False
+        if mine.op == "call_function" and mine.target is not theirs.target:
+            return False
+    return True

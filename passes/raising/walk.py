@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from moe_fx.passes.raising import pieces as kinds
-from moe_fx.passes.raising.pieces import EXPERT_MAJOR, EXPERTS, LOCAL, SLOTS, SORTED, TOKEN_MAJOR
+from moe_fx.passes.raising.pieces import EXPERT_MAJOR, EXPERTS, HITS, LOCAL, SLOTS, SORTED, TOKEN_MAJOR
 from moe_fx.passes.raising.region import Region, misfit
 from moe_fx.passes.raising.row_local import row_op
 from moe_fx.passes.raising.tables import counts_zero, read_table
@@ -18,7 +18,7 @@ from torch.fx.node import map_arg
 
 from moe_fx.experts import per_row
 from moe_fx.matcher import Match, Miss, match, op_name
-from moe_fx.rewrite import ASSERTS
+from moe_fx.rewrite import only_asserted
 from moe_fx.shapes import Dim, is_number, known_equal, same_shape, shape_of, tensor_of
 
 __all__ = ["find_region"]
@@ -28,18 +28,30 @@ aten = torch.ops.aten
 
 #: the calls of an expert linear through which the rows themselves pass
 ROW_STEPS = frozenset({
-    "aten::bmm", "aten::matmul", "aten::squeeze", "aten::unsqueeze",
-    "aten::_grouped_mm", "transformers::grouped_mm_fallback",
+    "aten::bmm", "aten::matmul", "aten::mm", "aten::linear", "aten::squeeze", "aten::unsqueeze",
+    "aten::_grouped_mm", "transformers::grouped_mm_fallback", "moe_fx::grouped_mm",
 })  # fmt: skip
 
 
-def find_region(root: Node, summed: Node, layout: str, pieces: Sequence[kinds.Piece]) -> Region | Miss:
-    """The layer whose rows ``summed``, which stand in ``layout`` (slots or experts), are summed by ``root``."""
-    builder = _Builder(root, summed, layout, pieces)
+def find_region(root: Node, combine: Match, layout: str, pieces: Sequence[kinds.Piece]) -> Region | Miss:
+    """The layer whose rows, which stand in ``layout`` (slots, experts or hits), are summed by ``root``."""
+    summed: Node = combine["summed"]
+    bindings = {name: bound for name, bound in combine.bindings.items() if name not in ("summed", "base")}
+    builder = _Builder(root, summed, layout, pieces, bindings)
     output = builder.value(summed, layout)
     if isinstance(output, Miss):
         return builder.deepest if builder.deepest is not None else output
     return builder.region(output)
+
+
+def _sizes(shape: Sequence[Dim], layout: str, bindings: dict[str, Any]) -> tuple[dict[str, tuple[Dim, ...]], Dim, Dim]:
+    outer, inner = shape[:2]
+    if layout == SLOTS:
+        return {SLOTS: (outer, inner), TOKEN_MAJOR: (outer * inner,), SORTED: (outer * inner,)}, outer, inner
+    if layout == EXPERTS:
+        return {EXPERTS: (outer, inner), EXPERT_MAJOR: (outer * inner,)}, inner, 0
+    tokens, slots = shape_of(bindings["ids"]) or (0, 0)
+    return {HITS: (outer,)}, tokens, slots
 
 
 @dataclass
@@ -61,15 +73,8 @@ class _Builder:
         self.captured: dict[str, dict[Node, Node]] = {"x": {}, "s": {}, "p": {}, "h": {}}
         shape = shape_of(self.summed)
         assert shape is not None
-        assert len(shape) == 3
-        outer, inner = shape[:2]
-        self.T: Dim = inner if self.layout == EXPERTS else outer
-        #: what stands for the rows in each layout
-        self.leading: dict[str, tuple[Dim, ...]]
-        if self.layout == EXPERTS:
-            self.leading = {EXPERTS: (outer, inner), EXPERT_MAJOR: (outer * inner,)}
-        else:
-            self.leading = {SLOTS: (outer, inner), TOKEN_MAJOR: (outer * inner,), SORTED: (outer * inner,)}
+        #: what stands for the rows in each layout, and how many slots a token has
+        self.leading, self.T, self.top_k = _sizes(shape, self.layout, self.bindings)
 
     def capture(self, kind: str, node: Node) -> Node:
         """The body's placeholder for a value from outside."""
@@ -108,7 +113,7 @@ class _Builder:
         pieces = [piece for piece in self.pieces if piece.layout == layout]
         if shape is not None and not same_shape(shape[: len(rows)], rows):
             # One row of each expert's, laid beside all of its rows, is no row of a token's.
-            pieces = [piece for piece in pieces if isinstance(piece, kinds.ExpertRow) and layout == EXPERTS]
+            pieces = [piece for piece in pieces if isinstance(piece, kinds.ExpertRow) and layout in (EXPERTS, HITS)]
             beside = next(
                 (m for piece in pieces if isinstance(m := match(piece.pattern, node, self.bindings), Match)), None
             )
@@ -138,7 +143,7 @@ class _Builder:
                 return self.miss("one tensor of token rows", node)
             case kinds.Slot():
                 shape = shape_of(found["slot"])
-                if shape is None or not same_shape(shape[:2], self.leading[SLOTS]):
+                if shape is None or not same_shape(shape[:2], (self.T, self.top_k)):
                     return self.miss("a value for every token and slot", found["slot"])
                 self.bindings = shared
                 inner = self.capture("s", found["slot"])
@@ -174,7 +179,10 @@ class _Builder:
             return rows
         weight = self.capture("p", found["weight"])
         matrix = self.write(aten.transpose.int, weight, 0, 1) if piece.transposed else weight
-        return self.write(aten.linear.default, rows, matrix)
+        product = self.write(aten.linear.default, rows, matrix)
+        if found.get("bias") is None:
+            return product
+        return self.write(aten.add.Tensor, product, self.write(per_row, self.capture("p", found["bias"]), None))
 
     def table(self, node: Node, table: Node, shared: dict[str, Any]) -> Node | Miss:
         """Routing weights by token and expert."""
@@ -235,6 +243,8 @@ class _Builder:
         if elementwise and shape is not None and mine is not None and len(shape) <= len(mine):
             padded = (1,) * (len(mine) - len(shape)) + tuple(shape)
             same_for_all = all(isinstance(size, int) and size == 1 for size in padded[:leading])
+            if layout == HITS and self.bindings["expert"] in operand.all_input_nodes:
+                return self.value(operand, layout)
             if same_for_all and (len(shape) < len(mine) or not known_equal(math.prod(self.leading[layout]), 1)):
                 if len(shape) <= len(mine) - leading:
                     return self.capture("h", operand)
@@ -244,11 +254,11 @@ class _Builder:
     def as_slot(self, node: Node, layout: str) -> Node | None:
         """A value from outside that travels with the slot: [T, K, 1], or [T, 1] where K = 1 makes slots of tokens."""
         shape = shape_of(node)
-        if shape is None or not known_equal(shape[-1], 1) or self.layout == EXPERTS:
+        if shape is None or not known_equal(shape[-1], 1) or self.layout != SLOTS:
             return None
         if layout == SLOTS and len(shape) == 3:
             return self.capture("s", node)
-        if layout != SLOTS and len(shape) == 2 and known_equal(self.leading[SLOTS][1], 1):
+        if layout != SLOTS and len(shape) == 2 and known_equal(self.top_k, 1):
             return self.write(aten.reshape.default, self.capture("s", node), [-1, 1])
         return None
 
@@ -284,13 +294,13 @@ class _Builder:
             self.root, "+".join(sorted(self.forms)), tokens, self.bindings["ids"], s, p, h,
             GraphModule({}, self.graph), self.interior, self.bindings, distinct=bool(self.zeros),
         )  # fmt: skip
-        wrong = misfit(region, self.T, region.top_k if self.layout == EXPERTS else self.leading[SLOTS][1])
+        wrong = misfit(region, self.T, self.top_k or region.top_k)
         return region if wrong is None else wrong
 
     def outside_use(self) -> Miss | None:
         for node in self.interior:
             for user in node.users:
-                if user not in self.interior and user is not self.root and op_name(user) not in ASSERTS:
+                if user not in self.interior and user is not self.root and not only_asserted(user):
                     return Miss(
                         f"{node.name} to be read inside the layer only", f"{user.name} ({op_name(user) or user.op})",
                         node, dict(self.bindings), 10**6,
