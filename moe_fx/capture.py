@@ -29,23 +29,69 @@ __all__ = ["export"]
 assert each_expert is not None  # importing it registers the op
 
 
+class _Place(torch.SymInt):
+    """The number of an expert, where a model expects a tensor that holds one."""
+
+    def item(self) -> _Place:
+        return self
+
+    def tolist(self) -> _Place:
+        return self
+
+
+class _Places(list[Any]):
+    """What ``nonzero`` of a vector answers: rows of one column, ``[[e], [e]]``; or, flattened, the column."""
+
+    def squeeze(self, dim: int = -1) -> _Places:
+        return self.flatten() if dim in (-1, 1) else self
+
+    def flatten(self) -> _Places:
+        return _Places(place[0] if isinstance(place, list) else place for place in self)
+
+    def tolist(self) -> _Places:
+        return self
+
+    def cpu(self) -> _Places:
+        return self
+
+
 class _EachExpert(TorchFunctionMode):
     """Answers ``nonzero`` of a vector of fixed length with two symbolic places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[torch.SymInt] = []
+        #: what was read at one of the places: of an expert that was hit, so some row of it is not zero
+        self.chosen: list[torch.Tensor] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in (torch.Tensor.nonzero, torch.nonzero) or kwargs.get("as_tuple"):
-            return func(*args, **kwargs)
-        (vector,) = args
-        if vector.dim() != 1 or not isinstance(vector.shape[0], int) or vector.dtype is not torch.bool:
-            return func(*args, **kwargs)
-        places = [torch.ops.moe_fx.each_expert(vector, step) for step in range(2)]
-        for place in places:
+        if func in (torch.Tensor.nonzero, torch.nonzero) and _is_vector(args[0]):
+            rows = _Places([place] for place in self.places_of(args[0]))
+            return (rows.flatten(),) if kwargs.get("as_tuple") else rows
+        result = func(*args, **kwargs)
+        if isinstance(result, torch.Tensor) and any(arg is place for arg in args for place in self.places):
+            self.chosen.append(result)
+        elif func is torch.where and len(args) == 1 and any(args[0] is tensor for tensor in self.chosen):
+            # Models ask whether an expert has rows, and skip it otherwise. One that was hit has.
+            torch._check(result[0].shape[0] > 0)
+        return result
+
+    def places_of(self, hits: torch.Tensor) -> list[torch.SymInt]:
+        found: list[torch.SymInt] = []
+        for step in range(2):
+            place = _Place(torch.ops.moe_fx.each_expert(hits, step).node)
             torch._check(place >= 0)
-            torch._check(place < vector.shape[0])
-        return [[place] for place in places]
+            torch._check(place < hits.shape[0])
+            found.append(place)
+        self.places += found
+        return found
+
+
+def _is_vector(tensor: torch.Tensor) -> bool:
+    return tensor.dim() == 1 and isinstance(tensor.shape[0], int) and tensor.dtype is torch.bool
 
 
 def export(
@@ -89,12 +135,10 @@ def _unproven(program: Any) -> list[Node]:
 
 def _explanation(left: list[Node], work: Work) -> str:
     lines = [
-        f"{len({source_line(node) for node in left})} loops over the experts that were hit cannot be proven to do the "
-        "same to every expert, so the program would be wrong for other routing:"
+        "a loop over the experts that were hit cannot be proven to do the same to every expert, so the program would "
+        "be wrong for other routing:"
     ]
     lines += [f"  loop at {place}" for place in dict.fromkeys(source_line(node) for node in left)]
     for miss in work_report(work).misses:
-        lines.append(f"  {miss}")
-        if miss.source:
-            lines.append(f"    at {miss.source}")
-    return "\n".join(lines)
+        lines += [f"  {miss}"] + ([f"    at {miss.source}"] if miss.source else [])
+    return "\n".join(dict.fromkeys(lines))

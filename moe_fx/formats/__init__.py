@@ -17,10 +17,10 @@ from moe_fx.formats.float8 import Float8Dynamic, Float8WeightOnly
 from moe_fx.formats.int4 import Int4WeightOnly
 from moe_fx.formats.int8 import Int8Dynamic, Int8WeightOnly
 from moe_fx.formats.per_channel import PerChannel
-from moe_fx.formats.torchao import Torchao, from_torchao, is_torchao_config
+from moe_fx.formats.torchao import Torchao, from_torchao, is_torchao_config, stored_form
 
 __all__ = [
     "AnyLinear", "Float8Dynamic", "Float8WeightOnly", "Int4WeightOnly", "Int8Dynamic", "Int8WeightOnly", "PerChannel",
     "Torchao", "Unquantized", "WeightFormat", "format_from_record", "format_record", "from_torchao",
-    "is_torchao_config", "known_formats",
+    "is_torchao_config", "known_formats", "stored_form",
 ]  # fmt: skip

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from moe_fx.formats.any_linear import AnyLinear, linear_of
-from moe_fx.formats.base import WeightFormat
+from moe_fx.formats.base import Unquantized, WeightFormat
 from moe_fx.formats.float8 import Float8Dynamic, Float8WeightOnly
 from moe_fx.formats.int4 import Int4WeightOnly, packed
 from moe_fx.formats.int8 import Int8Dynamic, Int8WeightOnly
 
-__all__ = ["Torchao", "from_torchao", "is_torchao_config"]
+__all__ = ["Torchao", "from_torchao", "is_torchao_config", "stored_form"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,13 @@ class Torchao:
 
     def __hash__(self) -> int:  # torchao's configurations compare and do not hash
         return hash((self.form, type(self.config)))
+
+
+def stored_form(chosen: WeightFormat | Torchao | None) -> WeightFormat:
+    """In what form a weight ends up, whoever quantizes it."""
+    if chosen is None:
+        return Unquantized()
+    return chosen.form if isinstance(chosen, Torchao) else chosen
 
 
 def is_torchao_config(value: object) -> bool:

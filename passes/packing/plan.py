@@ -5,32 +5,40 @@ from __future__ import annotations
 from torch.fx import Node
 
 from moe_fx.config import Config, FormatRules
-from moe_fx.formats import AnyLinear, WeightFormat
+from moe_fx.formats import AnyLinear, Float8WeightOnly, Int4WeightOnly, Unquantized, WeightFormat, stored_form
 from moe_fx.pipeline import Layer, Work
 from moe_fx.shapes import Dim, shape_of, tensor_of, upper_bound
 
 __all__ = ["choose_lowering", "plan_layers"]
 
 
-#: up to how many routed slots per expert gather is the fastest, by device and by whether weights are quantized.
+#: up to how many routed slots per expert gather is the fastest, by device and format (the widest of a layer's).
 #: Measured with benchmarks/lowerings.py: a GPU on an H200 (others are taken to be alike), a CPU of two cores.
-GATHER_LIMIT = {("cuda", False): 0.5, ("cuda", True): 4.0, ("cpu", False): 1.0, ("cpu", True): 0.0}
+GATHER_LIMIT: dict[str, dict[type, float]] = {
+    "cuda": {Unquantized: 0.5},
+    "cpu": {Unquantized: 1.0, Float8WeightOnly: 0.25, Int4WeightOnly: 0.25},
+}
+#: the same for all other formats
+GATHER_LIMIT_QUANTIZED = {"cuda": 4.0, "cpu": 0.0}
 
 
 def plan_layers(work: Work) -> None:
     rules = FormatRules(work.config)
     for layer in work.layers:
         weights = [work.program.weights[node] for node in layer.originals]
-        formats = [rules.format_of(each.fqn, layer.fqn) for each in weights if each.tensor.dim() == 3]
+        layer.formats = {
+            each.fqn: stored_form(rules.format_of(each.fqn, layer.fqn)) for each in weights if each.tensor.dim() == 3
+        }
+        formats = list(layer.formats.values())
         techniques = [form.name for form in formats if isinstance(form, AnyLinear)]
-        layer.lowering, layer.why = choose_lowering(layer, work.config, any(formats))
+        layer.lowering, layer.why = choose_lowering(layer, work.config, formats)
         if techniques and layer.lowering != "linear":
             layer.lowering, layer.why = "linear", f"{techniques[0]} is a technique for linears"
         per_expert = work.config.storage == "per_expert"
         layer.storage = "per_expert" if per_expert else "stacked"
 
 
-def choose_lowering(layer: Layer, config: Config, quantized: bool) -> tuple[str, str]:
+def choose_lowering(layer: Layer, config: Config, formats: list[WeightFormat]) -> tuple[str, str]:
     """The lowering of a layer, and the reason in words."""
     if config.experts != "auto":
         return config.experts, "as configured"
@@ -44,7 +52,9 @@ def choose_lowering(layer: Layer, config: Config, quantized: bool) -> tuple[str,
     most = upper_bound(count)
     how_many = f"{count}" if isinstance(count, int) else ("any number of" if most is None else f"up to {most}")
     device = value.device.type if value.device.type == "cpu" else "cuda"
-    if most is not None and most * layer.top_k <= GATHER_LIMIT[device, quantized] * layer.num_experts:
+    limits = [GATHER_LIMIT[device].get(type(form), GATHER_LIMIT_QUANTIZED[device]) for form in formats]
+    limit = min(limits, default=0.0)
+    if most is not None and most * layer.top_k <= limit * layer.num_experts:
         slots = f"{how_many} tokens are {most * layer.top_k} slots for {layer.num_experts} experts"
         return "gather", f"{slots}: only the chosen experts' weights are read"
     return "grouped_mm", f"{how_many} tokens: rows that share an expert read its weight once"

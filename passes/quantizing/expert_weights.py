@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from moe_fx.passes.quantizing.store import Store, stored_form
+from moe_fx.passes.quantizing.store import Store
 from torch.fx import Node
 
 from moe_fx.config import FormatRules
 from moe_fx.errors import ProgramError
 from moe_fx.experts import expert_linear
-from moe_fx.formats import Torchao, WeightFormat
+from moe_fx.formats import Torchao, WeightFormat, stored_form
 from moe_fx.pipeline import Layer, Work
 from moe_fx.program import Program, Weight
 
@@ -40,6 +40,7 @@ def quantize_experts(work: Work) -> None:
             if chosen is not None:
                 store.check(weight, _matrices(linear, weight), chosen)
     for layer, plan in plans:
+        layer.formats = {}  # what was planned may name weights that no linear reads
         for linear, weight, chosen in plan:
             layer.formats[weight.fqn] = stored_form(chosen)
             if chosen is not None:
@@ -91,7 +92,8 @@ def _quantize(layer: Layer, linear: Node, weight: Weight, chosen: WeightFormat |
     graph = layer.body.graph
     with graph.inserting_before(placeholder):
         inputs = [graph.placeholder(f"{placeholder.name}_{name}") for name in form.tensor_names]
-    linear.args = (rows, tuple(inputs), form)
+    given: Any = (rows, tuple(inputs), form)
+    linear.args = given
     args = list(layer.node.args)
     params = list(args[3])
     place = params.index(source)

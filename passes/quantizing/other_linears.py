@@ -11,12 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from moe_fx.passes.quantizing.store import Store, stored_form
+from moe_fx.passes.quantizing.store import Store
 from torch.fx import Node
 
 from moe_fx.config import FormatRules
 from moe_fx.experts import expert_linear
-from moe_fx.formats import Torchao, WeightFormat
+from moe_fx.formats import Torchao, WeightFormat, stored_form
 from moe_fx.matcher import op_name
 from moe_fx.pipeline import OtherLinear, Work
 from moe_fx.program import Weight
@@ -61,7 +61,8 @@ def _quantize(node: Node, weight: Weight, chosen: WeightFormat | Torchao, store:
     rows, source, *bias = node.args
     tensors = store.nodes(source, weight.tensor, chosen)
     stored = [store.program.weights[tensor] for tensor in tensors]
-    node.target, node.args = expert_linear, (rows, tuple(tensors), form)
+    given: Any = (rows, tuple(tensors), form)
+    node.target, node.args = expert_linear, given
     if bias and bias[0] is not None:
         with graph.inserting_after(node):
             added = graph.call_function(aten.add.Tensor, (node, bias[0]))

@@ -6,17 +6,10 @@ import torch
 from torch.fx import Node
 
 from moe_fx.errors import ProgramError
-from moe_fx.formats import AnyLinear, Torchao, Unquantized, WeightFormat
+from moe_fx.formats import AnyLinear, Torchao, WeightFormat, stored_form
 from moe_fx.program import Program, Weight
 
-__all__ = ["Store", "stored_form"]
-
-
-def stored_form(chosen: WeightFormat | Torchao | None) -> WeightFormat:
-    """In what form a weight ends up, whoever quantizes it."""
-    if chosen is None:
-        return Unquantized()
-    return chosen.form if isinstance(chosen, Torchao) else chosen
+__all__ = ["Store"]
 
 
 class Store:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moe_fx.passes.raising.routing import ancestors
 from torch.fx import Node
 
 from moe_fx.matcher import op_name
@@ -9,6 +10,9 @@ from moe_fx.report import module_of
 from moe_fx.shapes import shape_of
 
 __all__ = ["anchors_behind", "anchors_near", "is_anchor"]
+
+#: ops by which the scores of some experts come to differ from those of all others
+SETTING_APART = frozenset({"aten::scatter", "aten::one_hot", "aten::masked_fill", "aten::index_put", "aten::where"})
 
 
 def is_anchor(node: Node, chosen: bool = True) -> bool:
@@ -35,7 +39,12 @@ def _stacked_weight(node: object, gathered: bool) -> bool:
 
 
 def anchors_behind(value: Node, chosen: bool = True) -> set[Node]:
-    """Multiplications with stacked weights that a value is computed by, a layer's depth back."""
+    """Multiplications with stacked weights that a value is computed by, a layer's depth back.
+
+    Not ``chosen``: only if something between the token's linears and the value sets scores of some experts apart.
+    """
+    if not chosen and not any(op_name(node) in SETTING_APART for node in ancestors(value, through=("aten::bmm",))):
+        return set()
     seen: set[Node] = set()
     pending = [value]
     anchors = set()

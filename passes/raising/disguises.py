@@ -15,7 +15,7 @@ from moe_fx.passes.raising.walk import find_region
 from torch.fx import Node
 
 from moe_fx.constants import filled_with
-from moe_fx.matcher import Match, Miss, match
+from moe_fx.matcher import Match, Miss, match, op_name
 from moe_fx.pattern import Last, Var, aten
 
 __all__ = ["region_at"]
@@ -34,9 +34,11 @@ def region_at(root: Node) -> tuple[Region | Miss, set[Node]] | None:
 
     None for a node in which no disguise ends.
     """
+    near: Miss | None = None
     for end, layout, pieces in DISGUISES:
         found = match(end, root)
         if isinstance(found, Miss):
+            near = found if layout == HITS and (near is None or found.depth > near.depth) else near
             continue
         anchors = anchors_behind(found["summed"], chosen=layout == SLOTS)
         if layout != HITS:
@@ -44,7 +46,8 @@ def region_at(root: Node) -> tuple[Region | Miss, set[Node]] | None:
         first = match(end, found["base"])
         # The first step of a loop is found again behind its second.
         return (_loop(root, found, first, pieces), {root}) if isinstance(first, Match) else None
-    return None
+    # A step that adds the rows of some expert, whose loop is not over those that were hit.
+    return (near, {root}) if near is not None and near.depth > 2 and op_name(root) == "aten::index_add" else None
 
 
 def _loop(root: Node, second: Match, first: Match, pieces: tuple) -> Region | Miss:

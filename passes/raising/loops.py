@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from moe_fx.passes.raising.pieces import HITS, Dispatch, ExpertLinear, ExpertRow, Piece, Slot
 
-from moe_fx.pattern import ANY, As, Last, Pattern, Var, aten, call, either, item, optional
+from moe_fx.pattern import ANY, As, Last, OneOfValues, Pattern, Var, aten, call, either, item, optional
 
 one_hot = aten.one_hot(Var("ids", rank=2), Var("num_experts"))
-inner_dims = either([-1, -2], [-2, -1], [1, 2], [2, 1])
+inner_dims = OneOfValues([-1, -2], [-2, -1], [1, 2], [2, 1])
 rows, weight, bias = Var("rows", rank=2), Var("weight", rank=3), Var("bias", rank=2)
 
 

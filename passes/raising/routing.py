@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch.fx import Node
 
@@ -73,8 +73,8 @@ def selection_of(ids: Node, num_experts: int) -> Selection:
     return Selection(node, clamped or over_experts, over_experts and ((several and not moved) or one))
 
 
-def ancestors(node: Node, limit: int = 200) -> Iterator[Node]:
-    """What a value is computed from, up to and including matrix products."""
+def ancestors(node: Node, limit: int = 200, through: Collection[str] = ()) -> Iterator[Node]:
+    """What a value is computed from, up to and including matrix products (but those named in ``through``)."""
     pending = [node]
     seen: set[Node] = set()
     while pending and len(seen) < limit:
@@ -83,7 +83,7 @@ def ancestors(node: Node, limit: int = 200) -> Iterator[Node]:
             continue
         seen.add(current)
         yield current
-        if op_name(current) not in MIXING and current.op == "call_function":
+        if (op_name(current) not in MIXING or op_name(current) in through) and current.op == "call_function":
             pending.extend(current.all_input_nodes)
 
 
