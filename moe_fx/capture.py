@@ -1,9 +1,11 @@
 """export(model, args): torch.export for models that loop over the experts that were hit.
 
 A loop such as ``for e in hits.nonzero(): ...`` cannot be exported: which experts are hit depends on the data. Here
-``nonzero`` of a vector of fixed length answers with two symbolic places instead, so that the loop's body is traced
-twice, however many experts there are. The program so traced means "for each expert", and is raised at once: the loop is
-proven to do the same to every expert, and to do nothing where no token was routed. What cannot be proven is an error.
+``nonzero`` of a vector of fixed length answers with a few symbolic places instead, so that the loop's body is traced
+that many times, however many experts there are. The program so traced means "for each expert", and is raised at once:
+the loop is proven to do the same to every expert, and to do nothing where no token was routed. It is traced with two
+places and with three, and must come out the same: nothing else may depend on how many experts were hit. What cannot
+be proven is an error.
 """
 
 from __future__ import annotations
@@ -22,11 +24,22 @@ from moe_fx.kernels import each_expert
 from moe_fx.pipeline import Work, run_passes
 from moe_fx.program import ExportedWork
 from moe_fx.report import source_line
+from moe_fx.rewrite import same_graph
 from moe_fx.transform import FIND, WRITE, work_report
 
 __all__ = ["export"]
 
 assert each_expert is not None  # importing it registers the op
+
+
+class _Last(int):
+    """The number of the last class, where a model expects a tensor that holds one."""
+
+    def item(self) -> int:
+        return self
+
+    def tolist(self) -> int:
+        return self
 
 
 class _Place(torch.SymInt):
@@ -56,11 +69,16 @@ class _Places(list[Any]):
 
 
 class _EachExpert(TorchFunctionMode):
-    """Answers ``nonzero`` of a vector of fixed length with two symbolic places."""
+    """Answers ``nonzero`` of a vector of fixed length with ``steps`` symbolic places.
 
-    def __init__(self) -> None:
+    With ``last_apart``, the last place is no expert but a class of its own, such as that of tokens masked out: the
+    symbolic places lie before it, and with ``last_too`` it follows them as the number it is.
+    """
+
+    def __init__(self, steps: int, last_apart: bool, last_too: bool) -> None:
         super().__init__()
-        self.places: list[torch.SymInt] = []
+        self.steps, self.last_apart, self.last_too = steps, last_apart, last_too
+        self.places: list[int | torch.SymInt] = []
         #: what was read at one of the places: of an expert that was hit, so some row of it is not zero
         self.chosen: list[torch.Tensor] = []
 
@@ -79,15 +97,16 @@ class _EachExpert(TorchFunctionMode):
             torch._check(result[0].shape[0] > 0)
         return result
 
-    def places_of(self, hits: torch.Tensor) -> list[torch.SymInt]:
-        found: list[torch.SymInt] = []
-        for step in range(2):
-            place = _Place(torch.ops.moe_fx.each_expert(hits, step).node)
+    def places_of(self, hits: torch.Tensor) -> list[int | torch.SymInt]:
+        count = hits.shape[0] - self.last_apart
+        found: list[int | torch.SymInt] = []
+        for step in range(self.steps):
+            place = _Place(torch.ops.moe_fx.each_expert(hits, step, count).node)
             torch._check(place >= 0)
-            torch._check(place < hits.shape[0])
+            torch._check(place < count)
             found.append(place)
         self.places += found
-        return found
+        return [*found, _Last(count)] if self.last_too else found
 
 
 def _is_vector(tensor: torch.Tensor) -> bool:
@@ -111,21 +130,55 @@ def export(
         ExportError: torch.export refuses the model, or a loop cannot be proven to do the same to every expert; the
             message names the statement that stands in the way.
     """
+    errors: list[ExportError] = []
+    for last_apart in (True, False):
+        try:
+            given = (model, args, kwargs, dynamic_shapes)
+            more = _raised(*given, _EachExpert(3, last_apart, last_too=last_apart))
+            if isinstance(more, ExportedProgram):
+                return more
+            fewer = _raised(*given, _EachExpert(2, last_apart, last_too=False))
+            if not isinstance(fewer, Work) or not _same(fewer, more):
+                raise ExportError(
+                    f"{type(model).__name__} loops over the experts that were hit, and something but the sum depends "
+                    "on how many there are, or on whether the last class is among them: the program would be wrong "
+                    "for other routing"
+                )
+            run_passes(WRITE, fewer)
+            assert isinstance(fewer.program, ExportedWork)
+            return fewer.program.finish(None)
+        except ExportError as error:
+            errors.append(error)
+    # What came as far as a proof says more than what could not be traced.
+    raise next((error for error in reversed(errors) if error.__cause__ is None), errors[-1])
+
+
+def _raised(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: Any, dynamic_shapes: Any, mode: _EachExpert
+) -> ExportedProgram | Work:
+    """The program traced under ``mode``; with its loops raised, if it has any."""
     try:
-        with _EachExpert():
+        with mode:
             traced = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         raise ExportError(f"torch.export cannot trace {type(model).__name__}: {error}") from error
-    if not _unproven(traced):
+    if not mode.places:
         return traced
     work = Work(ExportedWork(traced), Config(experts="grouped_mm"))
     run_passes(FIND, work)
+    work.program.graph.eliminate_dead_code()
     left = _unproven(work.program)
     if left:
         raise ExportError(_explanation(left, work))
-    run_passes(WRITE, work)
-    assert isinstance(work.program, ExportedWork)
-    return work.program.finish(None)
+    return work
+
+
+def _same(one: Work, other: Work) -> bool:
+    """Whether two programs are the same but for how often their loops were traced."""
+    bodies = zip(one.layers, other.layers, strict=False)
+    return same_graph(one.program.graph, other.program.graph) and all(
+        same_graph(mine.body.graph, theirs.body.graph) for mine, theirs in bodies
+    )
 
 
 def _unproven(program: Any) -> list[Node]:

@@ -12,7 +12,7 @@ from torch.fx.node import map_arg
 
 from moe_fx.matcher import op_name
 
-__all__ = ["Emitter", "FakeValues", "erase_dead", "replace", "respell"]
+__all__ = ["Emitter", "FakeValues", "erase_dead", "only_asserted", "replace", "respell", "same_graph"]
 
 #: what a new node tells about where it comes from
 PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn")
@@ -161,3 +161,16 @@ def erase_dead(graph: Graph, starts: Iterable[Node]) -> None:
         pending.extend(node.all_input_nodes)
         erased.add(node)
         graph.erase_node(node)
+
+
+def same_graph(one: Graph, other: Graph) -> bool:
+    """Whether two graphs make the same calls in the same order on the same values."""
+    twin: dict[Node, Node] = {}
+    if len(one.nodes) != len(other.nodes):
+        return False
+    for mine, theirs in zip(one.nodes, other.nodes, strict=True):
+        twin[mine] = theirs
+        expected = map_arg((mine.args, mine.kwargs), twin.__getitem__)
+        if (mine.op, mine.target, expected) != (theirs.op, theirs.target, (theirs.args, theirs.kwargs)):
+            return False
+    return True

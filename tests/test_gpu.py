@@ -169,3 +169,35 @@ def test_bfloat16_model_exports_and_compiles(family):
         assert torch.equal(rewritten(input_ids=ids).logits, expected)
         compiled = torch.compile(rewritten, fullgraph=True)(input_ids=ids).logits
     assert sqnr(compiled.float(), expected.float()) > 25
+
+
+@pytest.mark.parametrize("quantize", INT8.values(), ids=INT8)
+@pytest.mark.parametrize("family", MAIN)
+def test_model_with_loops_is_exported(family, quantize):
+    pytest.importorskip("transformers", reason="the models come from transformers")
+    model = copy.deepcopy(build(family, "eager")).cuda()
+    ids = token_ids((2, 9)).cuda()
+    auto = torch.export.Dim.AUTO
+    with torch.no_grad():
+        program = moe_fx.export(model, (), dict(input_ids=ids), dynamic_shapes={"input_ids": {0: auto, 1: auto}})
+        config = moe_fx.Config(quantize=quantize, require=NUM_LAYERS[family])
+        torch.compiler.reset()
+        compiled = torch.compile(moe_fx.transform(program, config).module(), fullgraph=True)
+        for shape in ((2, 9), (3, 5)):
+            ids = token_ids(shape).cuda()
+            expected = model(input_ids=ids).logits
+            assert relative_error(program.module()(input_ids=ids).logits, expected) < 1e-5
+            actual = compiled(input_ids=ids).logits
+            assert sqnr(actual, expected) > 20 if quantize else relative_error(actual, expected) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_every_expert_on_every_token_is_raised(lowering, dtype):
+    from test_raising_dense import Dense
+
+    model = Dense(num_experts=8, top_k=2, hidden=64, inner=48, dtype=dtype)
+    run = transformed(model, dtype, lowering, None).module()
+    x = rows(37, dtype).cuda()
+    with torch.no_grad():
+        assert sqnr(run(x).float(), copy.deepcopy(model).cuda()(x).float()) > (110 if dtype is torch.float32 else 35)

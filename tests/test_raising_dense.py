@@ -26,7 +26,7 @@ class Dense(Toy):
 
     def table(self, x):
         ids, weights = self.route(x)
-        return torch.zeros(x.shape[0], self.E, dtype=x.dtype).scatter(1, ids, weights)
+        return x.new_zeros(x.shape[0], self.E).scatter(1, ids, weights)
 
     def spread(self, x):
         return x.repeat(self.E, 1).view(self.E, -1, x.shape[-1])

@@ -6,17 +6,18 @@ To add one: declare its pieces in a file of its own, and name it here.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from moe_fx.passes.raising import dense, gathered, grouped, loops
 from moe_fx.passes.raising.anchors import anchors_behind
-from moe_fx.passes.raising.pieces import COMMON, EXPERTS, HITS, SLOTS
+from moe_fx.passes.raising.pieces import COMMON, EXPERTS, HITS, SLOTS, Piece
 from moe_fx.passes.raising.region import Region, same_step
 from moe_fx.passes.raising.walk import find_region
 from torch.fx import Node
 
 from moe_fx.constants import filled_with
 from moe_fx.matcher import Match, Miss, match, op_name
-from moe_fx.pattern import Last, Var, aten
+from moe_fx.pattern import Last, Pattern, Var, aten
 
 __all__ = ["region_at"]
 
@@ -40,33 +41,40 @@ def region_at(root: Node) -> tuple[Region | Miss, set[Node]] | None:
         if isinstance(found, Miss):
             near = found if layout == HITS and (near is None or found.depth > near.depth) else near
             continue
+        if layout == HITS:
+            # The steps of a loop are found from its last one.
+            last = not any(isinstance(match(end, user), Match) for user in root.users)
+            return (_loop(root, end, pieces), {root}) if last else None
         anchors = anchors_behind(found["summed"], chosen=layout == SLOTS)
-        if layout != HITS:
-            return find_region(root, found, layout, pieces), anchors
-        first = match(end, found["base"])
-        # The first step of a loop is found again behind its second.
-        return (_loop(root, found, first, pieces), {root}) if isinstance(first, Match) else None
+        return find_region(root, found, layout, pieces), anchors
     # A step that adds the rows of some expert, whose loop is not over those that were hit.
     return (near, {root}) if near is not None and near.depth > 2 and op_name(root) == "aten::index_add" else None
 
 
-def _loop(root: Node, second: Match, first: Match, pieces: tuple) -> Region | Miss:
-    """A loop, traced as two of its steps: it is a sum over all experts if both do the same to their expert.
+def _loop(root: Node, end: Pattern, pieces: Sequence[Piece]) -> Region | Miss:
+    """A loop, traced as a few of its steps: it is a sum over all experts if each does the same to its expert.
 
     Whatever a loop carries along, in a tensor or in Python, makes its second step differ from its first.
     """
-    start, inner = first["base"], second["base"]
-    if filled_with(start) != 0:
-        return Miss("a sum that starts with zeros", f"{start.name}, which need not be zero", start)
-    for node in (start, inner):
-        if len(node.users) != 1:
-            users = ", ".join(user.name for user in node.users)
-            return Miss("a sum that nothing in the loop reads", f"{node.name}, read by {users}", node)
-    regions = [find_region(node, found, HITS, pieces) for node, found in ((inner, first), (root, second))]
-    for region in regions:
+    steps: list[tuple[Node, Match]] = []
+    node = root
+    while isinstance(found := match(end, node), Match):
+        steps.insert(0, (node, found))
+        node = found["base"]
+    if filled_with(node) != 0:
+        return Miss("a sum that starts with zeros", f"{node.name}, which need not be zero", node)
+    for inner in [node, *(step for step, _ in steps[:-1])]:
+        if len(inner.users) != 1:
+            users = ", ".join(user.name for user in inner.users)
+            return Miss("a sum that nothing in the loop reads", f"{inner.name}, read by {users}", inner)
+    regions: list[Region] = []
+    for step, found in steps:
+        region = find_region(step, found, HITS, pieces)
         if isinstance(region, Miss):
             return region
-    one, other = regions
-    if first["expert"] is second["expert"] or not same_step(one, other):
-        return Miss("a loop whose every step does the same to its expert", "two steps that differ", root)
-    return dataclasses.replace(one, root=root, interior=one.interior | other.interior | {inner}, step=inner)
+        regions.append(region)
+    experts = {found["expert"] for _, found in steps}
+    if len(experts) < max(2, len(steps)) or not all(same_step(regions[0], region) for region in regions):
+        return Miss("a loop whose every step does the same to its expert", "steps that differ", root)
+    interior = set().union(*(region.interior for region in regions), (step for step, _ in steps[:-1]))
+    return dataclasses.replace(regions[0], root=root, interior=interior, step=steps[0][0])

@@ -67,7 +67,12 @@ def grouped_mm(matrices: Pattern) -> Pattern:
     return call(*names, args=(rows, matrices, offsets))
 
 
-no_expert = aten.ge(sorted_ids, num_experts)
+no_expert, some_expert = aten.ge(sorted_ids, num_experts), aten.lt(sorted_ids, num_experts)
+
+
+def clamped(ids: Pattern) -> Pattern:
+    return aten.clamp(ids, OneOfValues(None, 0), last_expert)
+
 
 PIECES: tuple[Piece, ...] = (
     View(TOKEN_MAJOR, aten.index(rows, [inverse]), to=SORTED),
@@ -77,7 +82,8 @@ PIECES: tuple[Piece, ...] = (
     ExpertLinear(SORTED, grouped_mm(weight), "sort_grouped_mm", transposed=True),
     ExpertRow(
         SORTED,
-        aten.index(Var("param"), [optional(lambda ids: aten.clamp(ids, None, last_expert), sorted_ids)]),
+        aten.index(Var("param"), [optional(clamped, sorted_ids)]),
     ),
     Mask(SORTED, aten.masked_fill(rows, aten.unsqueeze(no_expert, Last(-1)), 0)),
+    Mask(SORTED, aten.where(aten.unsqueeze(some_expert, Last(-1)), rows, aten.scalar_tensor(0, dtype=ANY))),
 )

@@ -12,7 +12,8 @@ from moe_fx.passes.raising.pieces import HITS, Dispatch, ExpertLinear, ExpertRow
 
 from moe_fx.pattern import ANY, As, Last, OneOfValues, Pattern, Var, aten, call, either, item, optional
 
-one_hot = aten.one_hot(Var("ids", rank=2), Var("num_experts"))
+# One class more than there are experts stands for tokens that are masked out.
+one_hot = aten.one_hot(Var("ids", rank=2), Var("num_classes"))
 inner_dims = OneOfValues([-1, -2], [-2, -1], [1, 2], [2, 1])
 rows, weight, bias = Var("rows", rank=2), Var("weight", rank=3), Var("bias", rank=2)
 
@@ -29,7 +30,7 @@ def loop(by_expert: Pattern, token_place: int) -> tuple[Pattern, tuple[Piece, ..
     mask = As("mask", by_expert)
     # Every expert that any token was routed to: what the others would have added is nothing.
     hit_experts = call("aten::greater", "aten::gt", "aten::ne", args=(aten.sum(mask, inner_dims), 0))
-    expert = As("expert", call("moe_fx::each_expert", args=(hit_experts, ANY)))
+    expert = As("expert", call("moe_fx::each_expert", args=(hit_experts, ANY, Var("num_experts"))))
     hits = aten.where(aten.select(mask, 0, expert))
     token, slot = item(hits, token_place), item(hits, 1 - token_place)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
+from torch.fx import GraphModule, Node
 
 from moe_fx.matcher import Miss
+from moe_fx.rewrite import same_graph
 from moe_fx.shapes import Dim, known_equal, same_shape, shape_of
 
 __all__ = ["Region", "misfit", "same_step"]
@@ -86,19 +86,4 @@ def misfit(region: Region, num_tokens: Dim, top_k: Dim) -> Miss | None:
 
 def same_step(one: Region, other: Region) -> bool:
     """Whether two steps of a loop are the same: equal bodies on the same operands."""
-    return one.inputs == other.inputs and same_body(one.body.graph, other.body.graph)
-
-
-def same_body(one: Graph, other: Graph) -> bool:
-    """Whether two graphs make the same calls in the same order on the same values."""
-    twin: dict[Node, Node] = {}
-    if len(one.nodes) != len(other.nodes):
-        return False
-    for mine, theirs in zip(one.nodes, other.nodes, strict=True):
-        twin[mine] = theirs
-        expected = map_arg((mine.args, mine.kwargs), twin.__getitem__)
-        if (mine.op, expected) != (theirs.op, (theirs.args, theirs.kwargs)):
-            return False
-        if mine.op == "call_function" and mine.target is not theirs.target:
-            return False
-    return True
+    return one.inputs == other.inputs and same_graph(one.body.graph, other.body.graph)
