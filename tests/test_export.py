@@ -252,6 +252,20 @@ def test_a_model_without_loops_is_exported_as_ever():
     assert format_graph(ours.graph) == format_graph(theirs.graph)
 
 
+def test_places_in_a_vector_that_is_none_of_experts_are_left_alone():
+    class Chosen(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("wanted", torch.tensor([True, False, True, True]))
+
+        def forward(self, x):
+            return x[:, self.wanted.nonzero().squeeze(-1)]
+
+    model = Chosen()
+    program = moe_fx.export(model, (x(),), dynamic_shapes=AUTO)
+    assert torch.equal(program.module()(x(9)), model(x(9)))
+
+
 def refusal(model):
     with torch.no_grad(), pytest.raises(moe_fx.ExportError) as error:
         moe_fx.export(model.eval(), (x(),), dynamic_shapes=AUTO)
