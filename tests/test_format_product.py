@@ -107,6 +107,9 @@ def test_every_format_compiles_in_one_graph(lowering, form):
 def test_every_format_is_built_into_a_package_of_its_size(lowering, form, tmp_path):
     import torch._inductor.config as inductor
 
+    float8 = isinstance(form, moe_fx.Float8WeightOnly | moe_fx.Float8Dynamic)
+    if float8 and lowering != "grouped_mm" and torch.__version__ < "2.13":
+        pytest.skip("AOTInductor of torch 2.11 names at::Float8_e4m3fn in its C++ wrapper, which is no type there")
     model = Gathered(num_experts=6, hidden=512, inner=768, activation=swiglu)
     program = moe_fx.transform(export(model, hidden=512), moe_fx.Config(experts=lowering, quantize=form, require="all"))
     path = tmp_path / "layer.pt2"
