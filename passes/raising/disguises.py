@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import torch
 from moe_fx.passes.raising import dense, gathered, grouped, loops
 from moe_fx.passes.raising.anchors import anchors_behind
 from moe_fx.passes.raising.pieces import COMMON, EXPERTS, HITS, SLOTS, Piece
@@ -16,6 +17,7 @@ from moe_fx.passes.raising.walk import find_region
 from torch.fx import Node
 
 from moe_fx.constants import filled_with
+from moe_fx.kernels import each_expert
 from moe_fx.matcher import Match, Miss, match, op_name
 from moe_fx.pattern import Last, Pattern, Var, aten
 
@@ -48,7 +50,9 @@ def region_at(root: Node) -> tuple[Region | Miss, set[Node]] | None:
         anchors = anchors_behind(found["summed"], chosen=layout == SLOTS)
         return find_region(root, found, layout, pieces), anchors
     # A step that adds the rows of some expert, whose loop is not over those that were hit.
-    return (near, {root}) if near is not None and near.depth > 2 and op_name(root) == "aten::index_add" else None
+    each = root.graph.find_nodes(op="call_function", target=torch.ops.moe_fx.each_expert.default)
+    steps = op_name(root) in ("aten::index_add", "aten::index_put") and near is not None and near.depth > 2
+    return (near, {root}) if near is not None and steps and each else None
 
 
 def _loop(root: Node, end: Pattern, pieces: Sequence[Piece]) -> Region | Miss:
@@ -68,13 +72,21 @@ def _loop(root: Node, end: Pattern, pieces: Sequence[Piece]) -> Region | Miss:
             users = ", ".join(user.name for user in inner.users)
             return Miss("a sum that nothing in the loop reads", f"{inner.name}, read by {users}", inner)
     regions: list[Region] = []
-    for step, found in steps:
-        region = find_region(step, found, HITS, pieces)
+    for last, found in steps:
+        region = find_region(last, found, HITS, pieces)
         if isinstance(region, Miss):
             return region
         regions.append(region)
-    experts = {found["expert"] for _, found in steps}
-    if len(experts) < max(2, len(steps)) or not all(same_step(regions[0], region) for region in regions):
+    experts = [found["expert"] for _, found in steps]
+    if len(steps) < 2 or not all(same_step(regions[0], region) for region in regions):
         return Miss("a loop whose every step does the same to its expert", "steps that differ", root)
+    numbers = [expert for expert in experts if isinstance(expert, int)]
+    every = list(range(regions[0].num_experts))
+    if sorted(numbers) != every if numbers else len(set(experts)) < len(experts):
+        return Miss(f"every expert of {len(every)} once", f"experts {', '.join(map(str, experts))}", root)
     interior = set().union(*(region.interior for region in regions), (step for step, _ in steps[:-1]))
-    return dataclasses.replace(regions[0], root=root, interior=interior, step=steps[0][0])
+    step = None if numbers else steps[0][0]
+    return dataclasses.replace(regions[0], root=root, interior=interior, step=step)
+
+
+assert each_expert is not None  # importing it registers the op

@@ -9,18 +9,25 @@ from __future__ import annotations
 
 from moe_fx.passes.raising.pieces import TOKEN_MAJOR, Dispatch, ExpertLinear, ExpertRow, Piece, arange
 
-from moe_fx.pattern import ANY, Last, Var, aten, either, optional
+from moe_fx.pattern import ANY, Last, Pattern, Var, aten, either, optional
 
 # Ids that name no expert may be clamped first; that is then part of the layer's routing.
 flat_ids = aten.reshape(Var("ids", rank=2), ANY)
 routed = either(aten.clamp(flat_ids, 0, Var("last_expert")), flat_ids)
 
 tokens, top_k = Var("tokens"), Var("top_k")
-repeated = aten.expand(aten.unsqueeze(tokens, 1), ANY)
+
+
+def spread(value: Pattern) -> Pattern:
+    """Repeated along a dimension of size 1; with one slot per token there is nothing to repeat."""
+    return optional(lambda single: aten.expand(single, ANY), value)
+
+
+repeated = spread(aten.unsqueeze(tokens, 1))
 token_of_row = either(
     aten.floor_divide(arange(), top_k),
     aten.repeat_interleave(arange(), top_k),
-    aten.reshape(optional(aten.clone, aten.expand(aten.unsqueeze(arange(), Last(1)), ANY)), ANY),
+    aten.reshape(optional(aten.clone, spread(aten.unsqueeze(arange(), Last(1)))), ANY),
 )
 
 rows = Var("rows", rank=2)

@@ -73,15 +73,16 @@ def _raise(work: Work, region: Region) -> Miss | None:
                 f"{slot.name}, chosen by {foreign.name}",
                 slot,
             )
-    # Gathering with an id that names no expert is an error, unless ids are clamped first; sorted rows skip it, and a
-    # loop whose mask has a class for it.
+    # Gathering with an id that names no expert is an error, unless ids are clamped first; sorted rows skip it, and so
+    # does a loop, unless its mask has no class for it.
     clamps = "last_expert" in region.bindings and "perm" not in region.bindings
-    skips = "perm" in region.bindings or region.bindings.get("num_classes", 0) > region.num_experts
+    loops = "expert" in region.bindings
+    skips = "perm" in region.bindings or (loops and region.bindings.get("num_classes") != region.num_experts)
     in_range = selection.in_range or not skips
     result = CheckResult(float("nan"), 0, 0.0)
     if work.config.validate:
         operands = (region.tokens, region.ids, region.slots, region.params, region.shared)
-        each = region.bindings.get("expert")
+        each = region.bindings["expert"] if region.step is not None else None
         root = region.step or region.root
         result = check_layer(root, operands, region.body, in_range, selection.distinct, each)
         if not result.passed:

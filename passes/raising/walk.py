@@ -112,13 +112,9 @@ class _Builder:
         rows = self.leading[layout]
         pieces = [piece for piece in self.pieces if piece.layout == layout]
         if shape is not None and not same_shape(shape[: len(rows)], rows):
-            # One row of each expert's, laid beside all of its rows, is no row of a token's.
-            pieces = [piece for piece in pieces if isinstance(piece, kinds.ExpertRow) and layout in (EXPERTS, HITS)]
-            beside = next(
-                (m for piece in pieces if isinstance(m := match(piece.pattern, node, self.bindings), Match)), None
-            )
+            beside = self.expert_row(node, layout) if layout in (EXPERTS, HITS) else None
             if beside is not None:
-                return self.take(pieces[0], node, beside)
+                return self.take(beside[0], node, beside[1])
             return self.miss(f"{' x '.join(map(str, rows))} rows", node, f"{node.name} of shape {list(shape)}")
         near: Miss | None = None
         for piece in pieces:
@@ -132,6 +128,15 @@ class _Builder:
         if isinstance(inner, Miss) and near is not None and near.depth > 0:
             self.note(replace(near, depth=near.depth + 100 * len(self.written) + 50))
         return inner
+
+    def expert_row(self, node: Node, layout: str) -> tuple[kinds.Piece, Match] | None:
+        """One row of each expert's, which is laid beside all of its rows and so has another shape than they."""
+        for piece in self.pieces:
+            if isinstance(piece, kinds.ExpertRow) and piece.layout == layout:
+                found = match(piece.pattern, node, self.bindings)
+                if isinstance(found, Match):
+                    return piece, found
+        return None
 
     def take(self, piece: kinds.Piece, node: Node, found: Match) -> Node | Miss:
         shared = {name: bound for name, bound in found.bindings.items() if name not in LOCAL}
@@ -243,7 +248,7 @@ class _Builder:
         if elementwise and shape is not None and mine is not None and len(shape) <= len(mine):
             padded = (1,) * (len(mine) - len(shape)) + tuple(shape)
             same_for_all = all(isinstance(size, int) and size == 1 for size in padded[:leading])
-            if layout == HITS and self.bindings["expert"] in operand.all_input_nodes:
+            if layout == HITS and self.expert_row(operand, layout) is not None:
                 return self.value(operand, layout)
             if same_for_all and (len(shape) < len(mine) or not known_equal(math.prod(self.leading[layout]), 1)):
                 if len(shape) <= len(mine) - leading:

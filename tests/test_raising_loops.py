@@ -1,0 +1,98 @@
+"""Unrolled loops over stacked weights, as torch.export traces them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_export import Looped
+from toys import export
+
+import moe_fx
+
+
+class Unrolled(Looped):
+    """Every expert in turn, whether it was hit or not."""
+
+    def steps(self):
+        return range(self.E)
+
+    def places(self, ids, e):
+        return torch.where(ids == e)
+
+    def add(self, out, token, rows):
+        return out.index_add(0, token, rows)
+
+    def experts(self, x, ids, weights):
+        out = torch.zeros_like(x)
+        for e in self.steps():
+            token, slot = self.places(ids, e)
+            out = self.add(out, token, self.expert(x[token], e) * weights[token, slot, None])
+        return out
+
+
+class ByMask(Unrolled):
+    def places(self, ids, e):
+        slot, token = torch.where(F.one_hot(ids, self.E).permute(2, 1, 0)[e])
+        return token, slot
+
+
+class InPlace(Unrolled):
+    def add(self, out, token, rows):
+        return out.index_put_((token,), rows, accumulate=True)
+
+
+VARIANTS = {"ids": (Unrolled, {}), "bias": (Unrolled, dict(bias=True)), "mask": (ByMask, {}), "put": (InPlace, {})}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_unrolled_loop_is_one_layer(variant):
+    kind, options = VARIANTS[variant]
+    model = kind(**options).eval()
+    lowering = ("grouped_mm", "linear", "gather")[list(VARIANTS).index(variant) % 3]
+    program = moe_fx.transform(export(model), moe_fx.Config(experts=lowering, require="all"))
+    (layer,) = moe_fx.report(program).layers
+    assert (layer.source_form, layer.num_experts, layer.top_k) == ("expert_loop", 4, 2)
+    for tokens in (6, 9):
+        x = torch.randn(tokens, 8, generator=torch.Generator().manual_seed(tokens))
+        with torch.no_grad():
+            assert (program.module()(x) - model(x)).abs().max() <= 1e-6 * model(x).abs().max()
+
+
+def refusal(model):
+    result = moe_fx.explain(export(model))
+    assert result.layers == ()
+    return result.misses[0].found
+
+
+def test_refuses_a_loop_that_misses_an_expert():
+    class Short(Unrolled):
+        def steps(self):
+            return range(self.E - 1)
+
+    assert refusal(Short()) == "experts 0, 1, 2"
+
+
+def test_refuses_a_loop_that_visits_an_expert_twice():
+    class Twice(Unrolled):
+        def steps(self):
+            return [0, 1, 2, 3, 3]
+
+    assert refusal(Twice()) == "experts 0, 1, 2, 3, 3"
+
+
+def test_refuses_a_loop_whose_steps_differ():
+    class Fading(Unrolled):
+        def expert(self, rows, e):
+            return super().expert(rows, e) * 0.5**e
+
+    assert refusal(Fading()) == "steps that differ"
+
+
+def test_refuses_an_expert_that_reads_anothers_weight():
+    class Crossed(Unrolled):
+        def expert(self, rows, e):
+            h = self.activation(F.linear(rows, self.up[e]))
+            return F.linear(h, self.down[self.E - 1 - e])
+
+    model = Crossed()
+    result = moe_fx.explain(export(model))
+    assert result.layers == ()
