@@ -39,8 +39,8 @@ from moe_fx.transform import FIND, WRITE, check_requirement, work_report
 __all__ = ["Backend", "backend", "named_backend"]
 
 
-#: by name and format, the tensor that was quantized, which version of it, and the result
-Made = dict[Any, tuple[weakref.ref[torch.Tensor], int, tuple[torch.Tensor, ...]]]
+#: by name and format, the tensors that were quantized, which versions of them, and the result
+Made = dict[Any, tuple[list[tuple[weakref.ref[torch.Tensor], int]], tuple[torch.Tensor, ...]]]
 
 
 class CapturedWork(Program):
@@ -55,13 +55,13 @@ class CapturedWork(Program):
         self, weight: Weight, key: object, make: Callable[[], tuple[torch.Tensor, ...]]
     ) -> tuple[torch.Tensor, ...]:
         """Dynamo compiles a model again for other shapes; its weights are quantized once, unless they change."""
-        tensor = weight.tensor
-        if tensor.is_inference():  # nobody counts its versions
+        parts = weight.parts
+        if any(part.is_inference() for part in parts):  # nobody counts its versions
             return make()
         known = self.made.get((weight.fqn, key))
-        if known is None or known[0]() is not tensor or known[1] != tensor._version:
-            known = self.made[weight.fqn, key] = (weakref.ref(tensor), tensor._version, make())
-        return known[2]
+        if known is None or not _unchanged(known[0], parts):
+            known = self.made[weight.fqn, key] = ([(weakref.ref(part), part._version) for part in parts], make())
+        return known[1]
 
     def add_weight(self, fqn: str, tensor: torch.Tensor, device: torch.device | None = None) -> Node:
         name = "moe_weight_" + re.sub(r"\W", "_", fqn)
@@ -75,6 +75,12 @@ class CapturedWork(Program):
 
     def drop_weights(self, nodes: set[Node]) -> None:
         """Inputs cannot be dropped: Dynamo passes them on every call. The model keeps its tensors anyway."""
+
+
+def _unchanged(known: list[tuple[weakref.ref[torch.Tensor], int]], parts: Sequence[torch.Tensor]) -> bool:
+    return len(known) == len(parts) and all(
+        ref() is part and version == part._version for (ref, version), part in zip(known, parts, strict=True)
+    )
 
 
 class Backend:

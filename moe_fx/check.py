@@ -81,7 +81,8 @@ def check_layer(
     count = shape_of(params[0])[0]
     assert isinstance(count, int)
     routing = _Routing(count, in_range, distinct)
-    nodes = _between(root, [tokens, ids, *slots, *params, *shared, *([each] if each is not None else [])])
+    parts = [part for node in params for part in _parts(node)]
+    nodes = _between(root, [tokens, ids, *slots, *params, *parts, *shared, *([each] if each is not None else [])])
     sizes = _Sizes(ids, count, _affordable(params, ids, count))
     generator = torch.Generator().manual_seed(0)
     env: dict[Node, Any] = {}
@@ -89,6 +90,7 @@ def check_layer(
         env[node] = _random(node, sizes, generator)
     for node in params:
         env[node] = _windows(node, generator)
+        env.update(zip(_parts(node), env[node], strict=False))
     env[ids] = _random_ids(tuple(sizes.leading(ids.meta["val"].shape)), routing, generator)
     given = dict(zip(("slots", "params", "shared"), ([env[n] for n in g] for g in operands[2:]), strict=True))
     error, problem = math.inf, ""
@@ -107,6 +109,12 @@ def check_layer(
         problem = f"{type(failure).__name__}: {failure}".splitlines()[0]
     error = math.inf if math.isnan(error) else error
     return CheckResult(error, env[tokens].shape[0], time.perf_counter() - started, problem)
+
+
+def _parts(param: Node) -> list[Node]:
+    """What a parameter was stacked of."""
+    parts: Any = param.args[0] if op_name(param) == "aten::stack" else []
+    return list(parts)
 
 
 def _affordable(params: Sequence[Node], ids: Node, num_experts: int) -> int:

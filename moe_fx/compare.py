@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from moe_fx.errors import ProgramError
 from moe_fx.formats import format_from_record
-from moe_fx.report import LayerReport, table
+from moe_fx.report import LayerReport, short_name, table
 from moe_fx.transform import report
 
 __all__ = ["Comparison", "LayerComparison", "compare"]
@@ -64,7 +64,7 @@ class Comparison:
         rows = [
             [
                 layer.fqn,
-                ", ".join(f"{name.rpartition('.')[2]} {_db(value)}" for name, value in layer.weight_sqnr.items()),
+                ", ".join(f"{short_name(name)} {_db(value)}" for name, value in layer.weight_sqnr.items()),
                 _db(layer.output_sqnr),
                 "?" if layer.router_agreement is None else f"{layer.router_agreement:.1%}",
                 "?" if layer.idle_experts is None else str(layer.idle_experts),
@@ -180,7 +180,7 @@ def _layer(
     return LayerComparison(
         layer.fqn,
         {
-            name: _weight_sqnr(name, record, layer.names[name], original, transformed)
+            name: _weight_sqnr(name, record, layer.names[name], original, transformed, layer.parts.get(name))
             if name in layer.names
             else float("inf")
             for name, record in layer.formats.items()
@@ -192,14 +192,23 @@ def _layer(
 
 
 def _weight_sqnr(
-    name: str, record: dict[str, Any], names: Sequence[str], original: ExportedProgram, transformed: ExportedProgram
+    name: str,
+    record: dict[str, Any],
+    names: Sequence[str],
+    original: ExportedProgram,
+    transformed: ExportedProgram,
+    parts: Sequence[str] | None = None,
 ) -> float | None:
     form = format_from_record(record)
     held = {**original.state_dict, **original.constants}
-    if form is None or name not in held:
+    if form is None or any(part not in held for part in parts or (name,)):
         return None
-    weight = held[name]
-    stored = form.dequantize(*(transformed.state_dict[new] for new in names))
+    weight = torch.stack([held[part] for part in parts]) if parts else held[name]
+    tensors = [transformed.state_dict[new] for new in names]
+    if len(tensors) > len(form.tensor_names):  # one of each kind per expert
+        each = len(tensors) // len(form.tensor_names)
+        tensors = [torch.stack(tensors[start : start + each]) for start in range(0, len(tensors), each)]
+    stored = form.dequantize(*tensors)
     return sqnr(stored if stored.shape == weight.shape else stored.transpose(-2, -1), weight)
 
 

@@ -54,6 +54,8 @@ class Layer:
     formats: dict[str, WeightFormat] = field(default_factory=dict)
     #: by a parameter's name, those of the tensors that took its place
     names: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    #: by a stacked parameter's name, those of the parameters that the model holds for it, one per expert
+    parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     #: the node of the ids; the node that yielded the layer's output, and the one that does now
     ids: str = ""
     output: tuple[str, str] = ("", "")

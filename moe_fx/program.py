@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from moe_fx.errors import ProgramError
 from moe_fx.matcher import arguments, op_name
 from moe_fx.shapes import tensor_of
 
-__all__ = ["ExportedWork", "Program", "Weight", "check_inference"]
+__all__ = ["ExportedWork", "Program", "StackedWeight", "Weight", "check_inference", "stacked_name"]
 
 #: where a transformed program carries its report; survives save, load and run_decompositions
 META_KEY = "moe_fx"
@@ -39,9 +39,48 @@ class Weight:
     tensor: torch.Tensor
 
     @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that the program holds for it."""
+        return (self.tensor,)
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts[0].device
+
+    @property
     def has_values(self) -> bool:
-        fake = isinstance(self.tensor, torch._subclasses.FakeTensor)
-        return not fake and self.tensor.device.type != "meta"
+        fake = any(isinstance(part, torch._subclasses.FakeTensor) for part in self.parts)
+        return not fake and self.device.type != "meta"
+
+    def values(self) -> torch.Tensor:
+        return self.tensor
+
+
+@dataclass(frozen=True)
+class StackedWeight(Weight):
+    """What ``aten.stack`` makes of one weight per expert: ``tensor`` tells its shape and dtype, without values."""
+
+    sources: tuple[Weight, ...] = ()
+    nodes: tuple[Node, ...] = ()
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        return tuple(source.tensor for source in self.sources)
+
+    def values(self) -> torch.Tensor:
+        """The stack, made anew at every call: it is a copy of all of its parts."""
+        with torch.no_grad():
+            return torch.stack(self.parts)
+
+
+def stacked_name(names: Sequence[str]) -> str:
+    """The name of what is stacked of one weight per expert: theirs, without the part that numbers the experts."""
+    split = [name.split(".") for name in names]
+    differing = {place for parts in split for place, part in enumerate(parts) if split[0][place : place + 1] != [part]}
+    if len({len(parts) for parts in split}) > 1 or len(differing) != 1:
+        return f"{names[0]}_stacked"
+    (number,) = differing
+    return ".".join([*split[0][:number], *split[0][number + 1 :]])
 
 
 class Program(ABC):
@@ -80,7 +119,20 @@ class Program(ABC):
 
     def release(self, node: Node) -> None:
         """Remove a weight that nobody reads any longer, because others were made of it."""
-        self.drop_weights({node})
+        if isinstance(self.weights.get(node), StackedWeight):
+            self.unstack(node)
+        else:
+            self.drop_weights({node})
+
+    def unstack(self, node: Node) -> None:
+        """Remove a stack that nobody reads any longer, and those of its parts that nobody else reads."""
+        weight = self.weights.pop(node)
+        assert isinstance(weight, StackedWeight)
+        if node.all_input_nodes:  # what became dead with its layer is erased already
+            self.graph.erase_node(node)
+        for part in dict.fromkeys(weight.nodes):
+            if part in self.weights and not part.users:
+                self.release(part)
 
     def remembered(
         self, weight: Weight, key: object, make: Callable[[], tuple[torch.Tensor, ...]]
@@ -144,6 +196,9 @@ class ExportedWork(Program):
 
     def drop_weights(self, nodes: set[Node]) -> None:
         gone = {node for node in nodes if not node.users}
+        for node in [node for node in gone if isinstance(self.weights[node], StackedWeight)]:
+            gone.remove(node)
+            self.unstack(node)
         kept = [(node, spec) for node, spec in self.inputs if node not in gone]
         still_named = {spec.target for _, spec in kept}
         for node in gone:
@@ -155,6 +210,8 @@ class ExportedWork(Program):
         self.inputs = kept
 
     def release(self, node: Node) -> None:
+        if isinstance(self.weights[node], StackedWeight):
+            return self.unstack(node)
         tensor = self.weights[node].tensor
         self.drop_weights({node})
         held = [*self.state_dict.values(), *self.constants.values()]

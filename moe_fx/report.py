@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from moe_fx.matcher import Miss
 
-__all__ = ["LayerReport", "LinearReport", "MissReport", "Report", "table"]
+__all__ = ["LayerReport", "LinearReport", "MissReport", "Report", "short_name", "table"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class LayerReport:
         error: the numeric check's largest difference over the output's range; None if not validated.
         formats: by the original parameter's name, the format as data: its class and options.
         names: by the original parameter's name, the tensors of the state dict that took its place.
+        parts: by the name of a parameter that was stacked of one per expert, theirs.
         ids: the node that yields the expert ids. output: the node that yielded the layer's output, and the one
             that does now.
     """
@@ -50,6 +51,12 @@ class LayerReport:
     names: dict[str, tuple[str, ...]]
     ids: str
     output: tuple[str, str]
+    parts: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+
+def short_name(fqn: str) -> str:
+    """A parameter's name within its module: ``down_proj`` of ``experts.down_proj.weight``."""
+    return fqn.removesuffix(".weight").rpartition(".")[2]
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,14 @@ class Report:
     @property
     def names(self) -> dict[str, tuple[str, ...]]:
         """By original name, the tensors of the state dict that took the place of a parameter."""
-        experts = {name: new for layer in self.layers for name, new in layer.names.items()}
+        experts: dict[str, tuple[str, ...]] = {}
+        for layer in self.layers:
+            for name, new in layer.names.items():
+                parts = layer.parts.get(name, (name,))
+                for expert, part in enumerate(parts):
+                    # Stored per expert, each part has tensors of its own: the E of one kind stand side by side.
+                    own = layer.storage == "per_expert" and len(parts) > 1
+                    experts[part] = new[expert :: len(parts)] if own else new
         return experts | {linear.fqn: linear.names for linear in self.linears}
 
     def to_json(self) -> str:
@@ -118,6 +132,7 @@ class Report:
         data: dict[str, Any] = json.loads(text)
         for layer in data["layers"]:
             layer["names"] = {name: tuple(new) for name, new in layer["names"].items()}
+            layer["parts"] = {name: tuple(held) for name, held in layer.get("parts", {}).items()}
             layer["output"] = tuple(layer["output"])
         for linear in data["linears"]:
             linear["names"] = tuple(linear["names"])

@@ -10,12 +10,20 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from moe_fx.constants import filled_with
+from moe_fx.experts import experts
 from moe_fx.matcher import op_name
 
-__all__ = ["Emitter", "FakeValues", "erase_dead", "only_asserted", "replace", "respell", "same_graph"]
+__all__ = [
+    "Emitter", "FakeValues", "drop_dead_code", "erase_dead", "only_asserted", "outline", "replace", "respell",
+    "same_graph",
+]  # fmt: skip
 
 #: what a new node tells about where it comes from
 PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn")
+
+#: what torch.export writes for numbers that depend on sizes
+SIZE_CALLS = frozenset({"sym_max", "sym_min", "sym_not", "sym_ite", "sym_float", "sym_int", "sym_sum"})
 
 ASSERTS = frozenset({"aten::_assert_tensor_metadata", "aten::_assert_async", "aten::_assert_scalar"})
 
@@ -115,6 +123,13 @@ def replace(old: Node, new: Node) -> None:
     old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
 
+def drop_dead_code(graph: Graph) -> None:
+    """Erase what nobody reads, and what only that reads; unlike torch.fx's own, never a call that may have effects."""
+    for node in reversed(graph.nodes):
+        if not node.users and is_pure(node):
+            graph.erase_node(node)
+
+
 def is_pure(node: Node) -> bool:
     """Whether a call may vanish when nobody reads it."""
     if node.op == "get_attr":
@@ -123,7 +138,10 @@ def is_pure(node: Node) -> bool:
         return False
     if isinstance(node.target, torch._ops.OpOverload):
         return not node.target._schema.is_mutable and op_name(node) not in ASSERTS
-    return not isinstance(node.target, torch._ops.HigherOrderOperator)
+    # Arithmetic on sizes, and our own. Of anything else nothing is known: torch.vmap is entered and left by calls.
+    name, module = getattr(node.target, "__name__", ""), getattr(node.target, "__module__", None) or ""
+    writes = module == "_operator" and name.startswith(("set", "del", "i"))
+    return name in SIZE_CALLS or (module.split(".")[0] in ("_operator", "math", "moe_fx") and not writes)
 
 
 def only_asserted(node: Node) -> bool:
@@ -161,6 +179,41 @@ def erase_dead(graph: Graph, starts: Iterable[Node]) -> None:
         pending.extend(node.all_input_nodes)
         erased.add(node)
         graph.erase_node(node)
+
+
+def outline(graph: Graph, constants: Mapping[Node, torch.Tensor]) -> tuple[list[int], set[int]]:
+    """What a graph yields and writes, and what it asserts, as numbers that equal graphs share.
+
+    The layers raised count as zeros.
+
+    Args:
+        graph: without dead code. constants: the values of those placeholders that are constants.
+    """
+    numbers: dict[Node, int] = {}
+    yielded: list[int] = []
+    asserted: set[int] = set()
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.target is experts or (isinstance(value, torch.Tensor) and filled_with(node) == 0):
+            key: Any = ("zeros", value.dtype, value.dim())
+        elif node in constants:
+            key = ("constant", constants[node].dtype, str(constants[node].tolist()))
+        elif node.op in ("placeholder", "get_attr"):
+            key = (node.op, node.target)
+        else:
+            # What an assertion says to a reader names a node.
+            args = node.args[:1] if op_name(node) in ASSERTS else (node.args, node.kwargs)
+            key = (node.target, str(map_arg(args, lambda n: f"%{numbers[n]}")))
+        numbers[node] = _NUMBERS.setdefault(key, len(_NUMBERS))
+        if op_name(node) in ASSERTS:
+            asserted.add(numbers[node])
+        elif node.op == "output" or (node.op == "call_function" and not is_pure(node)):
+            yielded.append(numbers[node])
+    return yielded, asserted
+
+
+#: numbers given to what a node computes, for the time of a process
+_NUMBERS: dict[Any, int] = {}
 
 
 def same_graph(one: Graph, other: Graph) -> bool:

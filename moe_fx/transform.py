@@ -138,5 +138,5 @@ def _layer_report(layer: Layer) -> LayerReport:
         layer.fqn, layer.source_form, layer.num_experts, layer.top_k, layer.router, layer.lowering, layer.why,
         format_name(layer.formats), layer.storage, layer.bytes_before, layer.bytes_after, layer.error,
         layer.check_seconds, {name: format_record(form) for name, form in layer.formats.items()}, dict(layer.names),
-        layer.ids, layer.output,
+        layer.ids, layer.output, dict(layer.parts),
     )  # fmt: skip

@@ -339,7 +339,7 @@ def test_refuses_an_expert_that_is_treated_differently():
         def expert(self, rows, e):
             return rows if e == 0 else super().expert(rows, e)
 
-    assert "torch.export cannot trace Special" in refusal(Special())
+    assert "found steps that differ" in refusal(Special())
 
 
 def test_refuses_a_loop_that_starts_from_something():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from moe_fx.passes.lowering.slots import flat, operands, rows_by_slot, sum_over_slots
@@ -22,7 +23,7 @@ from torch.fx import Node
 from moe_fx.experts import expert_linear, per_row
 from moe_fx.formats import Unquantized, WeightFormat
 from moe_fx.pipeline import Layer
-from moe_fx.program import Program
+from moe_fx.program import Program, StackedWeight
 from moe_fx.rewrite import Emitter
 from moe_fx.shapes import shape_of, tensor_of
 
@@ -138,11 +139,21 @@ def _split(layer: Layer, program: Program, param: Node) -> Callable[[int], Node]
     weight = program.weights.get(param)
     if layer.storage != "per_expert" or weight is None:
         return None
+    if isinstance(weight, StackedWeight):
+        return _unstacked(param)
     module, _, name = weight.fqn.rpartition(".")
     names = [f"{module}.{expert}.{name}".lstrip(".") for expert in range(layer.num_experts)]
-    nodes = [program.add_weight(new, weight.tensor[expert]) for expert, new in enumerate(names)]
     # The stacked tensor may itself be what quantizing made of a parameter.
     origin = next((old for old, new in layer.names.items() if weight.fqn in new), weight.fqn)
+    if origin in layer.parts:  # the model itself holds one per expert
+        names = [held + weight.fqn.removeprefix(origin) for held in layer.parts[origin]]
+    nodes = [program.add_weight(new, weight.tensor[expert]) for expert, new in enumerate(names)]
     earlier = layer.names.get(origin, (weight.fqn,))
     layer.names[origin] = tuple(new for each in earlier for new in (names if each == weight.fqn else [each]))
     return nodes.__getitem__
+
+
+def _unstacked(stack: Node) -> Callable[[int], Node]:
+    """The weights that the model itself holds, one per expert."""
+    parts: Any = stack.args[0]
+    return parts.__getitem__

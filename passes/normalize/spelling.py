@@ -8,6 +8,7 @@
 | `div(x, y, rounding_mode="floor")` | `floor_divide` |
 | `permute` that swaps two dimensions, `t`, `mT` | `transpose.int` |
 | `squeeze.dims` of one dimension | `squeeze.dim` |
+| `squeeze` of what was just unsqueezed there | nothing |
 | `chunk`, `split.Tensor` | `split_with_sizes` |
 | `where(mask, scalar, x)` | `masked_fill.Scalar` |
 | `mm(x, w.T)`, `addmm(b, x, w.T)` | `linear` |
@@ -159,10 +160,29 @@ def drop_no_ops(graph: Graph, written: set[Node]) -> None:
     for node in list(graph.nodes):
         if op_name(node) == "aten::_assert_tensor_metadata":
             graph.erase_node(node)
+        elif (undone := _undone(node, written)) is not None:
+            replace(node, undone)
+            erase_dead(graph, [node])
         elif memory_of(node) not in written and is_no_op(node):
             source = node.args[0]
             replace(node, source)
             erase_dead(graph, [node])
+
+
+def _undone(node: Node, written: set[Node]) -> Node | None:
+    """What a ``squeeze`` returns that takes back an ``unsqueeze``."""
+    source = node.args[0] if op_name(node) == "aten::squeeze" else None
+    if not isinstance(source, Node) or op_name(source) != "aten::unsqueeze" or memory_of(node) in written:
+        return None
+    value = tensor_of(source)
+    dims = [arguments(each).get("dim") for each in (node, source)]
+    squeezed, added = dims
+    if value is None or not isinstance(squeezed, int) or not isinstance(added, int):
+        return None
+    if (squeezed - added) % value.dim():
+        return None
+    undone = source.args[0]
+    return undone if isinstance(undone, Node) and all(user.op != "output" for user in node.users) else None
 
 
 def is_no_op(node: Node) -> bool:

@@ -7,6 +7,7 @@ from torch.fx import Node
 from moe_fx.config import Config, FormatRules
 from moe_fx.formats import AnyLinear, Float8WeightOnly, Int4WeightOnly, Unquantized, WeightFormat, stored_form
 from moe_fx.pipeline import Layer, Work
+from moe_fx.report import short_name
 from moe_fx.shapes import Dim, shape_of, tensor_of, upper_bound
 
 __all__ = ["choose_lowering", "plan_layers"]
@@ -65,4 +66,4 @@ def format_name(formats: dict[str, WeightFormat]) -> str:
     names = {fqn: chosen.name for fqn, chosen in formats.items()}
     if len(set(names.values())) <= 1:
         return next(iter(names.values()), "none")
-    return ", ".join(f"{fqn.rpartition('.')[2]}: {name}" for fqn, name in names.items())
+    return ", ".join(f"{short_name(fqn)}: {name}" for fqn, name in names.items())

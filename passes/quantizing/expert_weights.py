@@ -17,7 +17,7 @@ from moe_fx.errors import ProgramError
 from moe_fx.experts import expert_linear
 from moe_fx.formats import Torchao, WeightFormat, stored_form
 from moe_fx.pipeline import Layer, Work
-from moe_fx.program import Program, Weight
+from moe_fx.program import Program, StackedWeight, Weight
 
 __all__ = ["quantize_experts"]
 
@@ -38,15 +38,35 @@ def quantize_experts(work: Work) -> None:
     for _, plan in plans:
         for linear, weight, chosen in plan:
             if chosen is not None:
-                store.check(weight, _matrices(linear, weight), chosen)
+                store.check(weight, _matrices(linear, weight.tensor), chosen)
     for layer, plan in plans:
         layer.formats = {}  # what was planned may name weights that no linear reads
         for linear, weight, chosen in plan:
             layer.formats[weight.fqn] = stored_form(chosen)
             if chosen is not None:
                 _quantize(layer, linear, weight, chosen, store)
+        if layer.storage != "per_expert":
+            _stack(layer, program)
         params = [program.weights[p] for p in layer.node.args[3] if p in program.weights]
         layer.bytes_after = sum(weight.tensor.numel() * weight.tensor.element_size() for weight in params)
+
+
+def _stack(layer: Layer, program: Program) -> None:
+    """What is still one weight per expert becomes one tensor."""
+    for source in dict.fromkeys(layer.node.args[3]):
+        weight = program.weights.get(source)
+        if not isinstance(weight, StackedWeight):
+            continue
+
+        def make(weight: StackedWeight = weight) -> tuple[torch.Tensor, ...]:
+            return (weight.values(),) if weight.has_values else (weight.tensor,)
+
+        (tensor,) = program.remembered(weight, "stack", make)
+        node = program.add_weight(weight.fqn, tensor, weight.device)
+        layer.names[weight.fqn] = (weight.fqn,)
+        layer.node.replace_input_with(source, node)
+        if not source.users:
+            program.release(source)
 
 
 def _plan(layer: Layer, program: Program, rules: FormatRules) -> list[Planned]:
@@ -76,10 +96,10 @@ def _operand(layer: Layer, placeholder: Node) -> Node:
     return given[layer.body.graph.find_nodes(op="placeholder").index(placeholder)]
 
 
-def _matrices(linear: Node, weight: Weight) -> torch.Tensor:
+def _matrices(linear: Node, weight: torch.Tensor) -> torch.Tensor:
     """A stacked weight as ``[E, N, K]``."""
     call: Any = linear.args
-    (stacked,) = call[2].quantize(weight.tensor)
+    (stacked,) = call[2].quantize(weight)
     return stacked
 
 
@@ -87,7 +107,8 @@ def _quantize(layer: Layer, linear: Node, weight: Weight, chosen: WeightFormat |
     call: Any = linear.args
     rows, (placeholder,), _ = call
     source, form = _operand(layer, placeholder), stored_form(chosen)
-    nodes = store.nodes(source, _matrices(linear, weight), chosen)
+    unquantized = call[2]
+    nodes = store.nodes(source, chosen, lambda tensor: unquantized.quantize(tensor)[0])
     layer.names[weight.fqn] = tuple(store.program.weights[node].fqn for node in nodes)
     graph = layer.body.graph
     with graph.inserting_before(placeholder):

@@ -59,7 +59,7 @@ def quantize_linears(work: Work) -> None:
 def _quantize(node: Node, weight: Weight, chosen: WeightFormat | Torchao, store: Store) -> OtherLinear:
     graph, form = node.graph, stored_form(chosen)
     rows, source, *bias = node.args
-    tensors = store.nodes(source, weight.tensor, chosen)
+    tensors = store.nodes(source, chosen)
     stored = [store.program.weights[tensor] for tensor in tensors]
     given: Any = (rows, tuple(tensors), form)
     node.target, node.args = expert_linear, given

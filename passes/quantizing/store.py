@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.fx import Node
 
@@ -32,26 +34,36 @@ class Store:
         form = stored_form(chosen)
         if not weight.has_values and isinstance(form, AnyLinear):
             raise ProgramError(
-                f"{weight.fqn} has no values (its tensor is on {weight.tensor.device} or fake), so {form.title} cannot "
+                f"{weight.fqn} has no values (its tensor is on {weight.device} or fake), so {form.title} cannot "
                 "quantize it; give the program its weights first, or use a format of moe_fx"
             )
-        if weight.has_values and not all(bound.isfinite() for bound in weight.tensor.aminmax()):  # NaN is passed on
+        # NaN is passed on
+        if weight.has_values and not all(bound.isfinite() for part in weight.parts for bound in part.aminmax()):
             raise ProgramError(f"{weight.fqn} holds NaN or infinite values, so it cannot be quantized")
         reason = form.unfit(matrices)
         if reason is not None:
             raise ProgramError(f"{weight.fqn} cannot be stored as {form!r}: {reason}")
 
-    def nodes(self, source: Node, matrices: torch.Tensor, chosen: WeightFormat | Torchao) -> list[Node]:
-        """The tensors that ``matrices [..., N, K]``, the values of ``source``, become in the format."""
+    def nodes(
+        self,
+        source: Node,
+        chosen: WeightFormat | Torchao,
+        oriented: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+    ) -> list[Node]:
+        """The tensors that the values of ``source``, ``oriented`` to ``[..., N, K]``, become in the format."""
         if (source, chosen) not in self._known:
             weight, form = self.program.weights[source], stored_form(chosen)
+
+            def make() -> tuple[torch.Tensor, ...]:
+                return _quantized(weight, oriented, chosen)
+
             if isinstance(form, AnyLinear):
-                tensors = _quantized(weight, matrices, chosen)  # which also traces the technique
+                tensors = make()  # which also traces the technique
             else:
-                tensors = self.program.remembered(weight, chosen, lambda: _quantized(weight, matrices, chosen))
+                tensors = self.program.remembered(weight, chosen, make)
             names = [f"{weight.fqn}_{name}" for name in form.tensor_names]
             self._known[source, chosen] = [
-                self.program.add_weight(name, tensor, weight.tensor.device)
+                self.program.add_weight(name, tensor, weight.device)
                 for name, tensor in zip(names, tensors, strict=True)
             ]
         return self._known[source, chosen]
@@ -62,8 +74,13 @@ class Store:
             self.program.release(source)
 
 
-def _quantized(weight: Weight, matrices: torch.Tensor, chosen: WeightFormat | Torchao) -> tuple[torch.Tensor, ...]:
-    if not weight.has_values:
+def _quantized(
+    weight: Weight, oriented: Callable[[torch.Tensor], torch.Tensor], chosen: WeightFormat | Torchao
+) -> tuple[torch.Tensor, ...]:
+    if weight.has_values:
+        matrices = oriented(weight.values())
+    else:
+        matrices = oriented(weight.tensor)
         matrices = torch.empty(matrices.shape, dtype=matrices.dtype, device="meta")
         chosen = stored_form(chosen)
     if matrices.dim() == 3:

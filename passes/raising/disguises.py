@@ -12,7 +12,8 @@ import torch
 from moe_fx.passes.raising import dense, gathered, grouped, loops
 from moe_fx.passes.raising.anchors import anchors_behind
 from moe_fx.passes.raising.pieces import COMMON, EXPERTS, HITS, SLOTS, Piece
-from moe_fx.passes.raising.region import Region, same_step
+from moe_fx.passes.raising.region import Region, misfit
+from moe_fx.passes.raising.steps import merge_steps
 from moe_fx.passes.raising.walk import find_region
 from torch.fx import Node
 
@@ -48,7 +49,9 @@ def region_at(root: Node) -> tuple[Region | Miss, set[Node]] | None:
             last = not any(isinstance(match(end, user), Match) for user in root.users)
             return (_loop(root, end, pieces), {root}) if last else None
         anchors = anchors_behind(found["summed"], chosen=layout == SLOTS)
-        return find_region(root, found, layout, pieces), anchors
+        region = find_region(root, found, layout, pieces)
+        wrong = misfit(region) if isinstance(region, Region) else None
+        return (region if wrong is None else wrong), anchors
     # A step that adds the rows of some expert, whose loop is not over those that were hit.
     each = root.graph.find_nodes(op="call_function", target=torch.ops.moe_fx.each_expert.default)
     steps = op_name(root) in ("aten::index_add", "aten::index_put") and near is not None and near.depth > 2
@@ -78,15 +81,21 @@ def _loop(root: Node, end: Pattern, pieces: Sequence[Piece]) -> Region | Miss:
             return region
         regions.append(region)
     experts = [found["expert"] for _, found in steps]
-    if len(steps) < 2 or not all(same_step(regions[0], region) for region in regions):
-        return Miss("a loop whose every step does the same to its expert", "steps that differ", root)
+    merged = merge_steps(regions)
+    if isinstance(merged, Miss):
+        return merged
+    wrong = misfit(merged)
+    if wrong is not None:
+        return wrong
+    if len(steps) < 2:
+        return Miss("a loop over experts", "a single step", root)
     numbers = [expert for expert in experts if isinstance(expert, int)]
-    every = list(range(regions[0].num_experts))
+    every = list(range(merged.num_experts))
     if sorted(numbers) != every if numbers else len(set(experts)) < len(experts):
         return Miss(f"every expert of {len(every)} once", f"experts {', '.join(map(str, experts))}", root)
     interior = set().union(*(region.interior for region in regions), (step for step, _ in steps[:-1]))
     step = None if numbers else steps[0][0]
-    return dataclasses.replace(regions[0], root=root, interior=interior, step=step)
+    return dataclasses.replace(merged, root=root, interior=interior, step=step)
 
 
 assert each_expert is not None  # importing it registers the op

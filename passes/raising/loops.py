@@ -55,10 +55,12 @@ def loop(expert: Pattern, hits: Pattern, token_place: int) -> Loop:
     def product(matrix: Pattern) -> Pattern:
         return call("aten::matmul", "aten::mm", args=(rows, matrix))
 
+    tokens = Var("tokens", rank=2)
     slot_value, base, summed = Var("slot", rank=2), Var("base"), Var("summed", rank=2)
     step = either(aten.index_add(base, 0, token, summed), aten.index_put(base, [token], summed, True))
     return step, (
-        Dispatch(HITS, aten.index(Var("tokens", rank=2), [token])),
+        Dispatch(HITS, aten.index(tokens, [token])),
+        Dispatch(HITS, aten.reshape(aten.index(aten.unsqueeze(tokens, 0), [None, token]), ANY)),
         Slot(HITS, aten.index(optional(lambda s: aten.unsqueeze(s, Last(2)), slot_value), [token, slot])),
         ExpertLinear(HITS, linear(mine(weight)), "expert_loop"),
         ExpertLinear(HITS, linear(swapped(mine(weight))), "expert_loop", transposed=True),

@@ -19,7 +19,7 @@ from moe_fx.check import CheckResult, check_layer
 from moe_fx.experts import experts
 from moe_fx.matcher import Miss
 from moe_fx.pipeline import Layer, Work
-from moe_fx.program import Program
+from moe_fx.program import Program, StackedWeight, stacked_name
 from moe_fx.report import describe_miss, module_of
 from moe_fx.rewrite import PROVENANCE, Emitter, FakeValues, erase_dead, replace
 
@@ -56,6 +56,31 @@ def raise_layers(work: Work) -> None:
 
 def _raise(work: Work, region: Region) -> Miss | None:
     """Check and rewrite one layer; a Miss if it must stay as it is."""
+    program = work.program
+    apart = [place for place, param in enumerate(region.params) if isinstance(param, tuple)]
+    for place in apart:
+        region.params[place] = _stacked(program, region.params[place], region.root)
+    wrong = _prove_and_rewrite(work, region)
+    if wrong is not None:
+        for place in apart:
+            program.weights.pop(region.params[place], None)
+            erase_dead(program.graph, [region.params[place]])
+    return wrong
+
+
+def _stacked(program: Program, parts: tuple[Node, ...], before: Node) -> Node:
+    """One parameter of those that the model holds for each expert."""
+    emit = Emitter(program.graph, before, FakeValues(program.fake_mode))
+    stack = emit(torch.ops.aten.stack.default, list(parts))
+    sources = tuple(program.weights[part] for part in parts if part in program.weights)
+    if len(sources) == len(parts):
+        value = stack.meta["val"]
+        like = torch.empty(value.shape, dtype=value.dtype, device="meta")
+        program.weights[stack] = StackedWeight(stacked_name([each.fqn for each in sources]), like, sources, parts)
+    return stack
+
+
+def _prove_and_rewrite(work: Work, region: Region) -> Miss | None:
     program = work.program
     for node in region.inputs:
         if memory_of(node) in work.written:
@@ -124,14 +149,28 @@ def _layer(
 ) -> Layer:
     weights = [work.program.weights[p] for p in region.params if p in work.program.weights]
     # The experts' own module holds the parameters; where they come from elsewhere, the trace tells the module.
-    fqn = weights[0].fqn.rpartition(".")[0] if weights else module_of(region.root)
+    fqn = _common_module([weight.fqn for weight in weights]) if weights else module_of(region.root)
+    parts = {
+        weight.fqn: tuple(source.fqn for source in weight.sources)
+        for weight in weights if isinstance(weight, StackedWeight)
+    }  # fmt: skip
     size = sum(weight.tensor.numel() * weight.tensor.element_size() for weight in weights)
     return Layer(
         node, region.body, fqn, region.form, region.num_experts, region.top_k, router,
         in_range, distinct, result.error if work.config.validate else None, result.seconds,
         originals=[p for p in region.params if p in work.program.weights], bytes_before=size, bytes_after=size,
-        ids=region.ids.name, output=(region.root.name, ""),
+        ids=region.ids.name, output=(region.root.name, ""), parts=parts,
     )  # fmt: skip
+
+
+def _common_module(names: list[str]) -> str:
+    """The innermost module that holds all of these parameters."""
+    shared: list[str] = []
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)
 
 
 def _fqns(program: Program) -> dict[Node, str]:

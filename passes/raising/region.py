@@ -8,10 +8,9 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from moe_fx.matcher import Miss
-from moe_fx.rewrite import same_graph
 from moe_fx.shapes import Dim, known_equal, same_shape, shape_of
 
-__all__ = ["Region", "misfit", "same_step"]
+__all__ = ["Region", "misfit"]
 
 
 @dataclass
@@ -20,7 +19,8 @@ class Region:
 
     ``interior`` are the values that exist only inside the layer; ``bindings`` what the pieces captured; ``distinct``
     says that the layer means the equation only if a token's ids differ. ``step`` is the last node of a loop's first
-    step, where the layer is one.
+    step, where the layer is one. A parameter that the model holds as one per expert is a tuple of these. ``size`` is
+    how many tokens there are, and slots for each.
     """
 
     root: Node
@@ -28,16 +28,19 @@ class Region:
     tokens: Node
     ids: Node
     slots: list[Node]
-    params: list[Node]
+    params: list[Node | tuple[Node, ...]]
     shared: list[Node]
     body: GraphModule
     interior: set[Node]
     bindings: dict[str, Any]
     distinct: bool = False
     step: Node | None = None
+    size: tuple[Dim, Dim] = (0, 0)
 
     @property
     def num_experts(self) -> int:
+        if isinstance(self.params[0], tuple):
+            return len(self.params[0])
         shape = shape_of(self.params[0])
         assert shape is not None
         assert isinstance(shape[0], int)
@@ -52,12 +55,14 @@ class Region:
 
     @property
     def inputs(self) -> list[Node]:
-        return [self.tokens, self.ids, *self.slots, *self.params, *self.shared]
+        params = [node for param in self.params for node in (param if isinstance(param, tuple) else (param,))]
+        return [self.tokens, self.ids, *self.slots, *params, *self.shared]
 
 
-def misfit(region: Region, num_tokens: Dim, top_k: Dim) -> Miss | None:
+def misfit(region: Region) -> Miss | None:
     """The side conditions: sizes that must be equal for the equation to hold. What is wrong, or None."""
     found = region.bindings
+    num_tokens, top_k = region.size
     tokens, ids = region.tokens, region.ids
 
     def miss(wanted: str, node: Node, text: str) -> Miss:
@@ -72,18 +77,19 @@ def misfit(region: Region, num_tokens: Dim, top_k: Dim) -> Miss | None:
         return miss(f"{num_tokens} token rows", tokens, f"{size(tokens)} rows")
     if found.get("top_k", top_k) != top_k:
         return miss(f"{top_k} rows for each token", tokens, f"{found['top_k']}")
-    experts = size(region.params[0])
+    if not region.params:
+        return miss("parameters that differ from expert to expert", region.root, "none")
+    experts = region.num_experts if isinstance(region.params[0], tuple) else size(region.params[0])
     for param in region.params:
-        if not isinstance(experts, int) or not known_equal(size(param), experts):
-            return miss(f"parameters of {experts} experts", param, f"{size(param)} experts")
+        count, shown = (len(param), param[0]) if isinstance(param, tuple) else (size(param), param)
+        if not isinstance(experts, int) or not known_equal(count, experts):
+            return miss(f"parameters of {experts} experts", shown, f"{count} experts")
+    classes = found.get("num_classes", experts)
+    if classes < experts:
+        return miss(f"a class for each of {experts} experts", ids, f"{classes} classes")
     if found.get("num_experts", experts) != experts:
         return miss(f"rows counted for {experts} experts", ids, f"for {found['num_experts']}: an expert is missing")
     last = found.get("last_expert", experts - 1)
     if last != experts - 1:
         return miss(f"ids up to {experts - 1}", ids, f"ids clamped to {last}: an expert is missing")
     return None
-
-
-def same_step(one: Region, other: Region) -> bool:
-    """Whether two steps of a loop are the same: equal bodies on the same operands."""
-    return one.inputs == other.inputs and same_graph(one.body.graph, other.body.graph)

@@ -31,6 +31,9 @@ ALONG = {
 #: ops that normalize over the last dimensions, and what may follow their first operand
 NORMS = frozenset({"aten::layer_norm", "aten::native_layer_norm", "aten::rms_norm"})
 
+#: products of rows with a matrix
+LINEARS = frozenset({"aten::linear", "aten::matmul", "aten::mm"})
+
 
 @dataclass(frozen=True)
 class RowOp:
@@ -39,6 +42,8 @@ class RowOp:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     elementwise: bool
+    #: operands that are the same for every row, such as a norm's weight
+    shared: tuple[Node, ...] = ()
 
 
 def row_op(node: Node, leading: int) -> RowOp | str:
@@ -64,7 +69,10 @@ def row_op(node: Node, leading: int) -> RowOp | str:
     if name in NORMS:
         source = shape_of(node.args[0])
         fits = source is not None and len(given["normalized_shape"]) < len(source)
-        return RowOp(node.args, dict(node.kwargs), elementwise=False) if fits else "a norm over less than all"
+        shared = tuple(arg for arg in node.args[2:] if isinstance(arg, Node))
+        return RowOp(node.args, dict(node.kwargs), False, shared) if fits else "a norm over less than all"
+    if name in LINEARS and len(shape_of(node.args[1]) or ()) == 2 and len(shape or ()) > 1:
+        return RowOp(node.args, dict(node.kwargs), False, tuple(a for a in node.args[1:] if isinstance(a, Node)))
     if name == "aten::permute" and given["dims"][0] == 0:
         return RowOp(node.args, dict(node.kwargs), elementwise=False)
     if name in ("aten::reshape", "aten::expand") and shape is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from moe_fx.passes.raising import pieces as kinds
 from moe_fx.passes.raising.pieces import EXPERT_MAJOR, EXPERTS, HITS, LOCAL, SLOTS, SORTED, TOKEN_MAJOR
-from moe_fx.passes.raising.region import Region, misfit
+from moe_fx.passes.raising.region import Region
 from moe_fx.passes.raising.row_local import row_op
 from moe_fx.passes.raising.tables import counts_zero, read_table
 from torch.fx import Graph, GraphModule, Node
@@ -223,6 +223,9 @@ class _Builder:
         wanted: list[Node] = []
         map_arg((op.args, op.kwargs), lambda n: wanted.append(n))
         for operand in dict.fromkeys(wanted):
+            if operand in op.shared:
+                operands[operand] = self.capture("h", operand)
+                continue
             inner = self.operand(node, operand, layout, op.elementwise)
             if isinstance(inner, Miss):
                 self.interior, self.captured, self.bindings, self.written = before
@@ -269,7 +272,7 @@ class _Builder:
 
     def region(self, output: Node) -> Region | Miss:
         """Everything was found: check that it fits together."""
-        if not self.forms:
+        if not self.forms and self.layout != HITS:
             return self.miss("a row that meets its expert's weight", self.summed, "no such op")
         if not self.captured["x"]:
             return self.miss("token rows sent to their experts", self.summed, "no dispatch")
@@ -296,11 +299,11 @@ class _Builder:
         s, p, h = (list(self.captured[kind]) for kind in "sph")
         (tokens,) = self.captured["x"]
         region = Region(
-            self.root, "+".join(sorted(self.forms)), tokens, self.bindings["ids"], s, p, h,
+            self.root, "+".join(sorted(self.forms)) or "expert_loop", tokens, self.bindings["ids"], s, p, h,
             GraphModule({}, self.graph), self.interior, self.bindings, distinct=bool(self.zeros),
         )  # fmt: skip
-        wrong = misfit(region, self.T, self.top_k or region.top_k)
-        return region if wrong is None else wrong
+        region.size = (self.T, self.top_k or region.top_k)
+        return region
 
     def outside_use(self) -> Miss | None:
         for node in self.interior:

@@ -1,0 +1,238 @@
+"""A mode under which a model is traced, in which every expert has rows, or none.
+
+Whether an expert has rows depends on the data, so torch.export refuses to trace a model that asks. Here it gets the
+same answer for every expert. That is not true of every input: `moe_fx.export` traces with both answers, and proves that
+they differ by the experts only. For that, what decides whether an expert is left out has to be whether it has rows
+itself: a question is answered only if it is known to ask that, and what the model does next is held to that expert.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from moe_fx.errors import ExportError
+from moe_fx.tracing import NONZERO, Number, Places, is_vector
+
+__all__ = ["EveryExpert"]
+
+Tensor = torch.Tensor
+#: what a model asks to learn how many elements a tensor has
+SIZES = (
+    Tensor.numel, torch.numel, Tensor.nelement, Tensor.size, Tensor.__len__, Tensor.shape.__get__,  # type: ignore[attr-defined]
+)  # fmt: skip
+NEGATIONS = (torch.logical_not, Tensor.logical_not, torch.bitwise_not, Tensor.bitwise_not, Tensor.__invert__)
+EQUALS = (torch.eq, Tensor.eq, Tensor.__eq__)
+POSITIVE = (torch.gt, Tensor.gt, Tensor.__gt__, torch.greater, Tensor.greater, torch.ne, Tensor.ne, Tensor.__ne__)
+TOTALS = (torch.sum, Tensor.sum, torch.any, Tensor.any, torch.count_nonzero, Tensor.count_nonzero)
+RESHAPES = (
+    torch.squeeze, Tensor.squeeze, torch.unsqueeze, Tensor.unsqueeze, Tensor.reshape, torch.reshape, Tensor.view,
+    torch.flatten, Tensor.flatten, Tensor.bool, Tensor.long, Tensor.int, Tensor.to, Tensor.contiguous,
+)  # fmt: skip
+READS = (Tensor.__getitem__, Tensor.select, torch.select)
+
+
+@dataclass(frozen=True)
+class _Meaning:
+    """What a tensor says of the rows of an expert.
+
+    ``kind``: "mask" where they are, "rows" their places, "count" how many there are, or whether there are any (``no``:
+    whether there are none). ``source``: the tensor that it was read from, which says it of all experts.
+    """
+
+    kind: str
+    source: Tensor
+    expert: int | None
+    no: bool = False
+
+    def same_expert(self, other: _Meaning) -> bool:
+        return self.source is other.source and self.expert == other.expert
+
+
+class _ListedNumber(Number):
+    """The number of an expert, from a list of those that were hit."""
+
+    source: Tensor
+
+
+class _Row(list[Any]):
+    """A row of what ``nonzero`` answers: a tensor of one place, which also counts as that place."""
+
+    def __index__(self) -> int:
+        return int(self[0])
+
+    __int__ = __index__
+
+    def squeeze(self, dim: int = -1) -> Any:
+        return self[0]
+
+    def item(self) -> Any:
+        return self[0]
+
+    def tolist(self) -> _Row:
+        return self
+
+
+class EveryExpert(TorchFunctionMode):
+    """Answers questions about the rows of an expert alike for all experts.
+
+    Args:
+        hit: a list of the experts that were hit names all; otherwise none.
+        rows: an expert that is looked at has rows; otherwise it has none.
+    """
+
+    def __init__(self, hit: bool, rows: bool) -> None:
+        super().__init__()
+        self.hit, self.rows = hit, rows
+        #: how often it was asked which experts were hit, and whether one has rows
+        self.lists = self.questions = 0
+        self._known: list[tuple[Tensor, _Meaning]] = []
+        self._settled: list[Tensor] = []
+        self._last: _Meaning | None = None
+        self._used = False
+
+    @property
+    def asked(self) -> bool:
+        return self.lists + self.questions > 0
+
+    def meaning(self, tensor: object) -> _Meaning | None:
+        return next((meaning for known, meaning in self._known if known is tensor), None)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        first = self.meaning(args[0]) if args else None
+        if func in NONZERO and is_vector(args[0]) and first is not None and first.expert is None:
+            return self.listed(args[0], first, kwargs.get("as_tuple", False))
+        if func is Tensor.__bool__ and first is not None and first.kind == "count" and first.expert is not None:
+            self.question(first)
+            return self.rows is not first.no
+        self.hold_to_the_last(args, kwargs, func)
+        if func in READS and isinstance(args[1], _Row):
+            result = args[0][int(args[1])].unsqueeze(0)
+            self.remember(result, self.of_expert(args[0], args[1][0]))
+            return result
+        result = func(*(int(arg) if isinstance(arg, _Row) else arg for arg in args), **kwargs)
+        if func in SIZES:
+            return self.size(args[0], first, result)
+        for each in result if isinstance(result, tuple) else (result,):
+            if isinstance(each, Tensor):
+                self.remember(each, self.follow(func, args, kwargs, first, each))
+        return result
+
+    def remember(self, tensor: Tensor, meaning: _Meaning | None) -> None:
+        if meaning is not None:
+            self._known.append((tensor, meaning))
+
+    def of_expert(self, source: Tensor, expert: int) -> _Meaning:
+        return _Meaning("mask", source, expert)
+
+    def follow(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], first: _Meaning | None,
+        result: Tensor,
+    ) -> _Meaning | None:  # fmt: skip
+        """What a result says of an expert's rows, if that is known."""
+        if first is None:
+            return self.begin(func, args, kwargs, result)
+        literal = args[1] if len(args) > 1 and isinstance(args[1], int) else None
+        if func in RESHAPES:
+            return first
+        if first.kind == "mask" and ((func is torch.where and len(args) == 1) or func in NONZERO):
+            return dataclasses.replace(first, kind="rows")
+        if first.kind == "rows":
+            return first if func in READS else None
+        if first.kind == "mask" and func in TOTALS and (result.dim() == 0 or first.expert is None):
+            return dataclasses.replace(first, kind="count")
+        if first.kind == "mask" and func in TOTALS[2:4]:
+            return first  # over the slots of a token
+        if first.kind != "count":
+            return None
+        if func in POSITIVE and literal == 0:
+            return first
+        if func in NEGATIONS or (func in EQUALS and literal == 0):
+            return dataclasses.replace(first, no=not first.no)
+        return None
+
+    def begin(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor
+    ) -> _Meaning | None:
+        """What is read of an unknown tensor: one expert's part of a mask, or the rows that every expert has."""
+        if not args or not isinstance(args[0], Tensor):
+            return None
+        if (func in READS or func in EQUALS) and len(args) == 2 and isinstance(args[1], int):
+            return self.of_expert(args[0], args[1])
+        dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        if func in TOTALS and args[0].dim() == 3 and isinstance(dims, list | tuple):
+            inner = {dim % 3 for dim in dims} == {1, 2}
+            return _Meaning("count", args[0], None) if inner and result.dim() == 1 else None
+        return None
+
+    def listed(self, hits: Tensor, meaning: _Meaning, as_tuple: bool) -> Any:
+        """The places of a vector that says which experts have rows."""
+        if meaning.kind != "count" or meaning.no:
+            raise ExportError("a list of experts that is not known to name those that were hit")
+        self.lists += 1
+        places = []
+        for place in range(hits.shape[0] if self.hit else 0):
+            number = _ListedNumber(place)
+            number.source = meaning.source
+            places.append(_Row([number]))
+        rows = Places(places)
+        return (rows.flatten(),) if as_tuple else rows
+
+    def question(self, meaning: _Meaning) -> None:
+        self.finish()
+        self.questions += 1
+        self._last, self._used = meaning, False
+
+    def finish(self) -> None:
+        """What was asked about must have been used: otherwise the answer decides on something else."""
+        if self.rows and self._last is not None and not self._used:
+            raise ExportError(f"a question whether expert {self._last.expert} has rows, which are not used then")
+
+    def size(self, places: Tensor, meaning: _Meaning | None, size: Any) -> Any:
+        """How many rows there are was asked: the answer."""
+        count = places.shape[0] if places.dim() else None
+        if meaning is None or meaning.kind != "rows" or not isinstance(count, torch.SymInt):
+            return size
+        if not any(places is known for known in self._settled):
+            self.question(meaning)
+            self._settled.append(places)
+            if self.rows:
+                torch._check(count > 0)
+        if not self.rows:
+            return torch.Size([0, *size[1:]]) if isinstance(size, torch.Size) else 0
+        return size
+
+    def hold_to_the_last(self, args: tuple[Any, ...], kwargs: dict[str, Any], func: Callable[..., Any]) -> None:
+        """What follows a question concerns the expert that was asked for, and a listed expert the list's own mask."""
+        for arg in _leaves((args, kwargs)):
+            meaning = self.meaning(arg)
+            if meaning is None or meaning.kind == "count":
+                continue
+            expert = meaning.expert
+            chooses = meaning.kind == "rows" or (arg.dtype is torch.bool and func not in RESHAPES)
+            if chooses and isinstance(expert, _ListedNumber) and expert.source is not meaning.source:
+                raise ExportError("a loop over the experts that one mask hits, whose rows another chooses")
+            if self._last is None or func in SIZES or not chooses:
+                continue
+            if meaning.same_expert(self._last):
+                self._used = True
+            elif meaning.kind == "rows" and (meaning.source is self._last.source or expert == self._last.expert):
+                raise ExportError(f"rows of expert {expert}, after the question whether there are others")
+
+
+def _leaves(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _leaves(each)
+    elif isinstance(value, dict):
+        yield from _leaves(list(value.values()))

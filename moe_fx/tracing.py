@@ -1,0 +1,111 @@
+"""A mode under which a model is traced, in which the question which experts were hit has an answer.
+
+The answer depends on the data, so torch.export refuses to trace a model that asks. What is answered instead is not true
+of every input: `moe_fx.export` has to prove that the program means the same whatever the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from moe_fx.kernels import each_expert
+
+__all__ = ["NONZERO", "EachExpert", "Number", "Places", "is_vector"]
+
+assert each_expert is not None  # importing it registers the op
+
+NONZERO = (torch.Tensor.nonzero, torch.nonzero)
+
+
+class Number(int):
+    """The number of an expert (or of a class), where a model expects a tensor that holds one."""
+
+    def item(self) -> int:
+        return self
+
+    def tolist(self) -> int:
+        return self
+
+
+class _Place(torch.SymInt):
+    """The number of an expert that is known as a symbol only, where a model expects a tensor that holds one."""
+
+    def item(self) -> _Place:
+        return self
+
+    def tolist(self) -> _Place:
+        return self
+
+
+class Places(list[Any]):
+    """What ``nonzero`` of a vector answers: rows of one column, ``[[e], [e]]``; or, flattened, the column."""
+
+    def squeeze(self, dim: int = -1) -> Places:
+        return self.flatten() if dim in (-1, 1) else self
+
+    def flatten(self) -> Places:
+        return Places(place[0] if isinstance(place, list) else place for place in self)
+
+    view = reshape = lambda self, *_: self.flatten()
+
+    def tolist(self) -> Places:
+        return self
+
+    def cpu(self) -> Places:
+        return self
+
+
+def is_vector(tensor: torch.Tensor) -> bool:
+    return tensor.dim() == 1 and isinstance(tensor.shape[0], int) and tensor.dtype is torch.bool
+
+
+class EachExpert(TorchFunctionMode):
+    """Answers ``nonzero`` of a vector of fixed length with ``steps`` symbolic places.
+
+    With ``last_apart``, the last place is no expert but a class of its own, such as that of tokens masked out: the
+    symbolic places lie before it, and with ``last_too`` it follows them as the number it is.
+    """
+
+    def __init__(self, steps: int, last_apart: bool, last_too: bool) -> None:
+        super().__init__()
+        self.steps, self.last_apart, self.last_too = steps, last_apart, last_too
+        self.places: list[int | torch.SymInt] = []
+        #: what was read at one of the places: of an expert that was hit, so some row of it is not zero
+        self.chosen: list[torch.Tensor] = []
+
+    @property
+    def asked(self) -> bool:
+        return bool(self.places)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in NONZERO and is_vector(args[0]):
+            rows = Places([place] for place in self.places_of(args[0]))
+            return (rows.flatten(),) if kwargs.get("as_tuple") else rows
+        result = func(*args, **kwargs)
+        if isinstance(result, torch.Tensor) and any(arg is place for arg in args for place in self.places):
+            self.chosen.append(result)
+        elif func is torch.where and len(args) == 1 and any(args[0] is tensor for tensor in self.chosen):
+            # Models ask whether an expert has rows, and skip it otherwise. One that was hit has.
+            torch._check(result[0].shape[0] > 0)
+        return result
+
+    def finish(self) -> None:
+        """The trace is complete."""
+
+    def places_of(self, hits: torch.Tensor) -> list[int | torch.SymInt]:
+        count = hits.shape[0] - self.last_apart
+        found: list[int | torch.SymInt] = []
+        for step in range(self.steps):
+            place = _Place(torch.ops.moe_fx.each_expert(hits, step, count).node)
+            torch._check(place >= 0)
+            torch._check(place < count)
+            found.append(place)
+        self.places += found
+        return [*found, Number(count)] if self.last_too else found

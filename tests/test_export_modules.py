@@ -1,0 +1,180 @@
+"""moe_fx.export: loops over a list of modules that ask which experts were hit, or whether one has rows."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_raising_modules import HIDDEN, NUM_EXPERTS, Model, error
+from torch.export import Dim
+
+import moe_fx
+
+
+class Asking(Model):
+    """Leaves out an expert without rows."""
+
+    def forward(self, x):
+        weights, ids = self.router(x).softmax(-1).topk(2, dim=-1)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            if self.empty(token, ids == e):
+                if self.otherwise(e):
+                    break
+                continue
+            out.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
+        return self.end(out)
+
+    def empty(self, token, mask):
+        return token.numel() == 0
+
+    def otherwise(self, e):
+        return False
+
+    def end(self, out):
+        return out
+
+
+class AskingForShape(Asking):
+    def empty(self, token, mask):
+        return token.shape[0] < 1
+
+
+class AskingForAny(Asking):
+    def empty(self, token, mask):
+        return not mask.any()
+
+
+class AskingTheSum(Asking):
+    def empty(self, token, mask):
+        return mask.sum() == 0
+
+
+class Hit(Model):
+    """Visits the experts that were hit; which module, a tensor says."""
+
+    def forward(self, x):
+        weights, ids = self.router(x).softmax(-1).topk(2, dim=-1)
+        out = torch.zeros_like(x)
+        mask = F.one_hot(ids, NUM_EXPERTS).permute(2, 1, 0)
+        for e in torch.greater(mask.sum((-1, -2)), 0).nonzero():
+            slot, token = torch.where(mask[e].squeeze(0))
+            rows = x[None, token].reshape(-1, HIDDEN)
+            out.index_add_(0, token, self.experts[e](rows) * weights[token, slot, None])
+        return out
+
+
+def exported(model):
+    x = torch.randn(6, HIDDEN, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return moe_fx.export(model.eval(), (x,), dynamic_shapes=({0: Dim.AUTO},))
+
+
+@pytest.mark.parametrize("kind", [Asking, AskingForShape, AskingForAny, AskingTheSum, Hit])
+def test_a_loop_over_modules_is_exported(kind):
+    model = kind()
+    program = exported(model)
+    (layer,) = moe_fx.explain(program, moe_fx.Config(require="all")).layers
+    assert (layer.fqn, layer.num_experts, layer.top_k) == ("experts", NUM_EXPERTS, 2)
+    assert error(program, model) < 1e-6
+    with torch.no_grad():  # a single token leaves experts without rows
+        for seed in range(3):
+            x = torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(seed))
+            torch.testing.assert_close(program.module()(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def refusal(model):
+    with pytest.raises(moe_fx.ExportError) as refused:
+        exported(model)
+    return str(refused.value)
+
+
+def test_refuses_a_loop_that_ends_at_an_idle_expert():
+    class Ends(Asking):
+        def otherwise(self, e):
+            return True
+
+    assert "if it has none, does something else than leave it out" in refusal(Ends())
+
+
+def test_refuses_a_loop_that_counts_the_experts_with_rows():
+    class Counts(Asking):
+        def forward(self, x):
+            self.count = 0
+            return super().forward(x)
+
+        def empty(self, token, mask):
+            none = super().empty(token, mask)
+            self.count += not none
+            return none
+
+        def end(self, out):
+            return out / max(self.count, 1)
+
+    assert "if it has none, does something else than leave it out" in refusal(Counts())
+
+
+def test_refuses_a_question_about_something_else_than_rows():
+    class Pruned(Asking):
+        """Leaves out the experts that are not wanted, whatever the routing says."""
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("wanted", torch.tensor([[1], [0], [1], [1]]))
+
+        def forward(self, x):
+            weights, ids = self.router(x).softmax(-1).topk(2, dim=-1)
+            out = torch.zeros_like(x)
+            for e, expert in enumerate(self.experts):
+                token, slot = torch.where(ids == e)
+                if self.wanted[e].any():
+                    out.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
+            return out
+
+    assert "rows of expert 0, after the question whether there are others" in refusal(Pruned())
+
+
+def test_refuses_a_question_about_another_expert():
+    class Neighbour(Asking):
+        def forward(self, x):
+            weights, ids = self.router(x).softmax(-1).topk(2, dim=-1)
+            out = torch.zeros_like(x)
+            for e, expert in enumerate(self.experts):
+                if not (ids == (e + 1) % NUM_EXPERTS).any():
+                    continue
+                token, slot = torch.where(ids == e)
+                out.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
+            return out
+
+    assert "rows of expert 0, after the question whether there are others" in refusal(Neighbour())
+
+
+def test_refuses_a_list_of_experts_with_two_rows_or_more():
+    class Crowded(Hit):
+        def forward(self, x):
+            weights, ids = self.router(x).softmax(-1).topk(2, dim=-1)
+            out = torch.zeros_like(x)
+            mask = F.one_hot(ids, NUM_EXPERTS).permute(2, 1, 0)
+            for e in torch.greater(mask.sum((-1, -2)), 1).nonzero():
+                slot, token = torch.where(mask[e].squeeze(0))
+                out.index_add_(0, token, self.experts[e](x[token]) * weights[token, slot, None])
+            return out
+
+    assert "torch.export cannot trace Crowded" in refusal(Crowded())
+
+
+def test_refuses_a_list_of_which_one_was_hit():
+    class First(Hit):
+        def forward(self, x):
+            ids = self.router(x).argmax(-1)
+            return self.experts[F.one_hot(ids, NUM_EXPERTS).sum(0).bool().nonzero()[0]](x)
+
+    assert "First" in refusal(First())
+
+
+def test_an_expert_of_another_kind_is_named():
+    class Uneven(Asking):
+        def __init__(self):
+            super().__init__()
+            self.experts[2] = torch.nn.Identity()
+
+    assert "steps that differ" in refusal(Uneven())
