@@ -66,6 +66,7 @@ def check_layer(
     in_range: bool,
     distinct: bool,
     each: Node | None = None,
+    views: Sequence[Node] = (),
 ) -> CheckResult:
     """Compare ``root`` with ``experts(*operands, body)``.
 
@@ -75,6 +76,7 @@ def check_layer(
         in_range: ids are certainly ``0..E-1``; otherwise ids that name no expert are tried as well.
         distinct: the ids of a token certainly differ; otherwise repeated ones are tried as well.
         each: a symbolic expert number: what ``root`` means is its sum over all experts.
+        views: operands that are reshaped from those that the original layer reads.
     """
     started = time.perf_counter()
     tokens, ids, slots, params, shared = operands
@@ -82,8 +84,10 @@ def check_layer(
     assert isinstance(count, int)
     routing = _Routing(count, in_range, distinct)
     parts = [part for node in params for part in _parts(node)]
-    nodes = _between(root, [tokens, ids, *slots, *params, *parts, *shared, *([each] if each is not None else [])])
-    sizes = _Sizes(ids, count, _affordable(params, ids, count))
+    sources = [_source(node) for node in views]
+    given_nodes = [tokens, ids, *slots, *params, *parts, *shared, *sources]
+    nodes = _between(root, [*given_nodes, *([each] if each is not None else [])])
+    sizes = _Sizes(ids, count, _affordable(params, ids, count), shrink=not views)
     generator = torch.Generator().manual_seed(0)
     env: dict[Node, Any] = {}
     for node in (tokens, *slots, *shared):
@@ -92,6 +96,8 @@ def check_layer(
         env[node] = _windows(node, generator)
         env.update(zip(_parts(node), env[node], strict=False))
     env[ids] = _random_ids(tuple(sizes.leading(ids.meta["val"].shape)), routing, generator)
+    for view, source in zip(views, sources, strict=True):
+        env[source] = env[view].reshape(sizes.evaluate(source.meta["val"].shape))
     given = dict(zip(("slots", "params", "shared"), ([env[n] for n in g] for g in operands[2:]), strict=True))
     error, problem = math.inf, ""
     try:
@@ -102,6 +108,8 @@ def check_layer(
                 steps = [_Interpreter(sizes, {**env, each: expert}).run(nodes, root) for expert in range(count)]
                 expected = torch.stack(steps).sum(0)
             actual = experts(env[tokens], env[ids], **given, body=_in_float64(body))
+        if expected.numel() == actual.numel():
+            actual = actual.reshape(expected.shape)
         if expected.shape == actual.shape and not expected.isnan().any():
             error = float((expected - actual).abs().max() / expected.abs().max().clamp_min(1e-30))
     except (RuntimeError, IndexError, TypeError, ValueError, KeyError) as failure:
@@ -109,6 +117,12 @@ def check_layer(
         problem = f"{type(failure).__name__}: {failure}".splitlines()[0]
     error = math.inf if math.isnan(error) else error
     return CheckResult(error, env[tokens].shape[0], time.perf_counter() - started, problem)
+
+
+def _source(view: Node) -> Node:
+    source = view.args[0]
+    assert isinstance(source, Node)
+    return source
 
 
 def _parts(param: Node) -> list[Node]:
@@ -141,15 +155,15 @@ def _between(root: Node, inputs: list[Node]) -> list[Node]:
 
 
 class _Sizes:
-    """Numbers for symbolic sizes; for a large static token count, a smaller one."""
+    """Numbers for symbolic sizes; to ``shrink`` a large static token count, a smaller one."""
 
-    def __init__(self, ids: Node, num_experts: int, wanted: int) -> None:
+    def __init__(self, ids: Node, num_experts: int, wanted: int, shrink: bool) -> None:
         total, top_k = ids.meta["val"].shape
         self.symbols: dict[Any, int] = {}
         self.rows: dict[int, int] = {}
         self.num_experts = num_experts
         if isinstance(total, int):
-            if total > 4 * wanted:
+            if total > 4 * wanted and shrink:
                 self.rows = {total * many: wanted * many for many in (num_experts, top_k, 1)}
         else:
             # The first symbol makes up the count, all others are 1 (or what makes the count a number).

@@ -144,8 +144,8 @@ moe_body_0:
     getitem_1 = getitem(split_with_sizes, 1)
     mul = aten.mul(silu, getitem_1)
     linear_1 = aten.linear(mul, p1)
-    unsqueeze = aten.unsqueeze(s0, -1)
-    mul_1 = aten.mul(linear_1, unsqueeze)
+    reshape = aten.reshape(s0, [-1, 1])
+    mul_1 = aten.mul(linear_1, reshape)
     return mul_1
 """,
     )

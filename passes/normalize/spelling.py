@@ -188,7 +188,7 @@ def _undone(node: Node, written: set[Node]) -> Node | None:
 def is_no_op(node: Node) -> bool:
     """Whether a call returns its first argument, value for value, with nothing else to it."""
     name = op_name(node)
-    if name not in ("aten::to", "aten::reshape", "aten::expand", "aten::detach", "aten::alias"):
+    if name not in ("aten::to", "aten::reshape", "aten::expand", "aten::detach", "aten::alias", "aten::slice"):
         return False
     source, result = tensor_of(node.args[0]), tensor_of(node)
     if source is None or result is None or any(user.op == "output" for user in node.users):

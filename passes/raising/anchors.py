@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from moe_fx.passes.raising.routing import ancestors
+import operator
+
+from moe_fx.passes.raising.routing import MIXING, ancestors
 from torch.fx import Node
 
 from moe_fx.matcher import op_name
 from moe_fx.report import module_of
 from moe_fx.shapes import shape_of
 
-__all__ = ["anchors_behind", "anchors_near", "is_anchor"]
+__all__ = ["anchors_behind", "anchors_near", "is_anchor", "leads_to_experts", "reads_stack"]
 
 #: ops by which the scores of some experts come to differ from those of all others
 SETTING_APART = frozenset({"aten::scatter", "aten::one_hot", "aten::masked_fill", "aten::index_put", "aten::where"})
+
+GROUPED = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback", "moe_fx::grouped_mm"})
+PRODUCTS = frozenset({"aten::bmm", "aten::matmul", "aten::einsum", "aten::mul"})
+#: views and casts through which a weight is read
+STEPS = frozenset({
+    "aten::index", "aten::transpose", "aten::permute", "aten::to", "aten::reshape", "aten::unsqueeze", "aten::expand",
+    "aten::select", "aten::clone",
+})  # fmt: skip
 
 
 def is_anchor(node: Node, chosen: bool = True) -> bool:
@@ -63,3 +73,39 @@ def anchors_near(node: Node) -> set[Node]:
     """Further multiplications of the same module: one miss speaks for all of them."""
     module = module_of(node)
     return {other for other in node.graph.nodes if is_anchor(other) and module_of(other) == module}
+
+
+def leads_to_experts(value: Node, through: bool = False) -> bool:
+    """Whether a value is computed by multiplying with weights that are stacked over experts, or with stacked results.
+
+    What lies behind other products, such as a router's, is not looked at; ``through`` looks behind the first.
+    """
+    seen: set[Node] = set()
+    pending = list(value.all_input_nodes) if through else [value]
+    while pending and len(seen) < 400:
+        node = pending.pop()
+        if node in seen or node.op != "call_function":
+            continue
+        seen.add(node)
+        name = op_name(node)
+        if name is None and node.target is not operator.getitem:
+            continue
+        if name in GROUPED or (name == "aten::index" and _is_stack(node.args[0])):
+            return True
+        if name in PRODUCTS and any(reads_stack(operand) for operand in node.all_input_nodes):
+            return True
+        if name not in MIXING:
+            pending.extend(node.all_input_nodes)
+    return False
+
+
+def _is_stack(node: object) -> bool:
+    shape = shape_of(node)
+    return isinstance(node, Node) and node.op in ("placeholder", "get_attr") and shape is not None and len(shape) >= 3
+
+
+def reads_stack(node: Node) -> bool:
+    """Whether an operand is a stack of matrices, seen through views and casts."""
+    while op_name(node) in STEPS and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return _is_stack(node)

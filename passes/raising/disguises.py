@@ -6,31 +6,33 @@ To add one: declare its pieces in a file of its own, and name it here.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import torch
-from moe_fx.passes.raising import dense, gathered, grouped, loops
-from moe_fx.passes.raising.anchors import anchors_behind
-from moe_fx.passes.raising.pieces import COMMON, EXPERTS, HITS, SLOTS, Piece
+from moe_fx.passes.raising import gathered, grouped, loops
+from moe_fx.passes.raising.anchors import anchors_behind, leads_to_experts
+from moe_fx.passes.raising.axes import HIT, ONE, SLOT, TOKEN, features
+from moe_fx.passes.raising.endings import Ending, endings
+from moe_fx.passes.raising.pieces import Piece
 from moe_fx.passes.raising.region import Region, misfit
 from moe_fx.passes.raising.steps import merge_steps
-from moe_fx.passes.raising.walk import find_region
+from moe_fx.passes.raising.walk import Walk
+from moe_fx.passes.raising.writer import ROWS, Value
 from torch.fx import Node
 
 from moe_fx.constants import filled_with
 from moe_fx.kernels import each_expert
 from moe_fx.matcher import Match, Miss, match, op_name
-from moe_fx.pattern import Last, Pattern, Var, aten
+from moe_fx.shapes import shape_of
 
 __all__ = ["region_at"]
 
-#: the last op, which sums over each token's slots, over all experts, or over a loop's; how the rows stand that it
-#: sums; and the pieces
-DISGUISES = (
-    (aten.sum(Var("summed", rank=3), [Last(1)]), SLOTS, (*grouped.PIECES, *gathered.PIECES, *COMMON)),
-    (aten.sum(Var("summed", rank=3), [Last(0)]), EXPERTS, dense.PIECES),
-    *((step, HITS, pieces) for step, pieces in loops.LOOPS),
-)
+aten = torch.ops.aten
+
+#: the pieces between a sum over slots, or over all experts, and the tokens
+PIECES: tuple[Piece, ...] = (*grouped.PIECES, *gathered.PIECES)
+
+#: how deep a walk must have come from a product, of which there are many, to be worth a report
+FAR = 400
 
 
 def region_at(root: Node) -> tuple[Region | Miss, set[Node]] | None:
@@ -39,33 +41,75 @@ def region_at(root: Node) -> tuple[Region | Miss, set[Node]] | None:
     None for a node in which no disguise ends.
     """
     near: Miss | None = None
-    for end, layout, pieces in DISGUISES:
-        found = match(end, root)
-        if isinstance(found, Miss):
-            near = found if layout == HITS and (near is None or found.depth > near.depth) else near
-            continue
-        if layout == HITS:
+    for loop in loops.LOOPS:
+        found = match(loop.step, root)
+        if isinstance(found, Match):
             # The steps of a loop are found from its last one.
-            last = not any(isinstance(match(end, user), Match) for user in root.users)
-            return (_loop(root, end, pieces), {root}) if last else None
-        anchors = anchors_behind(found["summed"], chosen=layout == SLOTS)
-        region = find_region(root, found, layout, pieces)
-        wrong = misfit(region) if isinstance(region, Region) else None
-        return (region if wrong is None else wrong), anchors
+            last = not any(isinstance(match(loop.step, user), Match) for user in root.users)
+            return (_loop(root, loop), {root}) if last else None
+        near = found if near is None or found.depth > near.depth else near
     # A step that adds the rows of some expert, whose loop is not over those that were hit.
     each = root.graph.find_nodes(op="call_function", target=torch.ops.moe_fx.each_expert.default)
     steps = op_name(root) in ("aten::index_add", "aten::index_put") and near is not None and near.depth > 2
-    return (near, {root}) if near is not None and steps and each else None
+    if near is not None and steps and each:
+        return near, {root}
+    return _sum(root)
 
 
-def _loop(root: Node, end: Pattern, pieces: Sequence[Piece]) -> Region | Miss:
+def _sum(root: Node) -> tuple[Region | Miss, set[Node]] | None:
+    """A sum over slots or experts."""
+    near: dict[bool, Miss] = {}
+    looked = False
+    for ending in endings(root):
+        if not looked and not leads_to_experts(root, through=True):
+            return None
+        looked = True
+        found = _walk(root, ending)
+        if isinstance(found, Region):
+            return found, found.interior
+        near[SLOT in ending.sizes] = found
+    if not near or (op_name(root) != "aten::sum" and max(miss.depth for miss in near.values()) < FAR):
+        return None
+    # Weights that are chosen by row speak of slots.
+    chosen = anchors_behind(root, chosen=True)
+    return near[bool(chosen)], chosen or anchors_behind(root, chosen=False)
+
+
+def _walk(root: Node, ending: Ending) -> Region | Miss:
+    walk = Walk(root, ending.sizes, ending.tokens, PIECES, {})
+    values: list[Value] = []
+    for node, place in ending.factors:
+        found = walk.value(node, place)
+        if isinstance(found, Miss):
+            return found if walk.deepest is None else walk.deepest
+        values.append(found)
+    shape = tuple(features(ending.place))
+    # The factors of a product may lack dimensions of the result, or have them in another order.
+    if len(values) > 1:
+        wide = [size for size in shape if size > 1]
+        values = [
+            walk.body.reshaped(each, [size for size in each.shape if size > 1] or [1] * len(wide)) for each in values
+        ]
+        shape = tuple(wide)
+    output = values[0]
+    for other in values[1:]:
+        left, right = (walk.body.beside_rows(each, len(shape)) for each in (output, other))
+        output = Value(walk.body.write(aten.mul.Tensor, left, right), ROWS, shape)
+    if output.kind != ROWS:
+        return walk.miss("rows of the experts", root, "a value that is the same for every token")
+    region = walk.region(walk.body.reshaped(output, [size for size in shape if size > 1]))
+    wrong = misfit(region) if isinstance(region, Region) else None
+    return region if wrong is None else wrong
+
+
+def _loop(root: Node, loop: loops.Loop) -> Region | Miss:
     """A loop, traced as a few of its steps: it is a sum over all experts if each does the same to its expert.
 
     Whatever a loop carries along, in a tensor or in Python, makes its second step differ from its first.
     """
     steps: list[tuple[Node, Match]] = []
     node = root
-    while isinstance(found := match(end, node), Match):
+    while isinstance(found := match(loop.step, node), Match):
         steps.insert(0, (node, found))
         node = found["base"]
     if filled_with(node) != 0:
@@ -76,7 +120,7 @@ def _loop(root: Node, end: Pattern, pieces: Sequence[Piece]) -> Region | Miss:
             return Miss("a sum that nothing in the loop reads", f"{inner.name}, read by {users}", inner)
     regions: list[Region] = []
     for last, found in steps:
-        region = find_region(last, found, HITS, pieces)
+        region = _step(last, found, loop)
         if isinstance(region, Miss):
             return region
         regions.append(region)
@@ -96,6 +140,20 @@ def _loop(root: Node, end: Pattern, pieces: Sequence[Piece]) -> Region | Miss:
     interior = set().union(*(region.interior for region in regions), (step for step, _ in steps[:-1]))
     step = None if numbers else steps[0][0]
     return dataclasses.replace(merged, root=root, interior=interior, step=step)
+
+
+def _step(root: Node, found: Match, loop: loops.Loop) -> Region | Miss:
+    """One step of a loop, as a layer of one expert."""
+    summed = found["summed"]
+    shape = shape_of(summed) or ()
+    tokens, slots = shape_of(found["ids"]) or (0, 0)
+    sizes = {ONE: 1, HIT: shape[0], TOKEN: tokens, SLOT: slots}
+    bindings = {name: bound for name, bound in found.bindings.items() if name not in ("summed", "base")}
+    walk = Walk(root, sizes, (TOKEN,), loop.pieces, bindings, loop.own)
+    output = walk.value(summed, ((HIT,), (shape[1],)))
+    if isinstance(output, Miss):
+        return output if walk.deepest is None else walk.deepest
+    return walk.region(output)
 
 
 assert each_expert is not None  # importing it registers the op

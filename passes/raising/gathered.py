@@ -7,13 +7,9 @@ out = (body(y) * s.reshape(-1, 1)).view(T, K, H).sum(1)
 
 from __future__ import annotations
 
-from moe_fx.passes.raising.pieces import TOKEN_MAJOR, Dispatch, ExpertLinear, ExpertRow, Piece, arange
+from moe_fx.passes.raising.pieces import TOKEN_MAJOR, Dispatch, Piece, arange
 
 from moe_fx.pattern import ANY, Last, Pattern, Var, aten, either, optional
-
-# Ids that name no expert may be clamped first; that is then part of the layer's routing.
-flat_ids = aten.reshape(Var("ids", rank=2), ANY)
-routed = either(aten.clamp(flat_ids, 0, Var("last_expert")), flat_ids)
 
 tokens, top_k = Var("tokens"), Var("top_k")
 
@@ -30,19 +26,8 @@ token_of_row = either(
     aten.reshape(optional(aten.clone, spread(aten.unsqueeze(arange(), Last(1)))), ANY),
 )
 
-rows = Var("rows", rank=2)
-gathered = aten.index(Var("weight", rank=3), [routed])
-
 PIECES: tuple[Piece, ...] = (
     Dispatch(TOKEN_MAJOR, aten.repeat_interleave(tokens, top_k, 0)),
     Dispatch(TOKEN_MAJOR, aten.reshape(optional(aten.clone, repeated), ANY)),
     Dispatch(TOKEN_MAJOR, aten.index(tokens, [token_of_row])),
-    ExpertLinear(TOKEN_MAJOR, aten.squeeze(aten.bmm(gathered, aten.unsqueeze(rows, Last(-1))), Last(-1)), "gather_bmm"),
-    ExpertLinear(
-        TOKEN_MAJOR,
-        aten.squeeze(aten.bmm(aten.unsqueeze(rows, 1), gathered), Last(1)),
-        "gather_bmm",
-        transposed=True,
-    ),
-    ExpertRow(TOKEN_MAJOR, aten.index(Var("param"), [routed])),
 )

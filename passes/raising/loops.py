@@ -12,7 +12,9 @@ for e in range(E):                                   # as torch.export traces it
 
 from __future__ import annotations
 
-from moe_fx.passes.raising.pieces import HITS, Dispatch, ExpertLinear, ExpertRow, Piece, Slot
+from dataclasses import dataclass
+
+from moe_fx.passes.raising.pieces import HITS, Dispatch, Piece, Slot
 
 from moe_fx.pattern import ANY, As, AtLeast, Last, OneOfValues, Pattern, Var, aten, call, either, item, optional
 
@@ -22,14 +24,14 @@ inner_dims = OneOfValues([-1, -2], [-2, -1], [1, 2], [2, 1])
 #: an expert of an unrolled loop: its number
 literal = As("expert", AtLeast(0))
 
-#: how a loop adds up, and the pieces of its body
-Loop = tuple[Pattern, tuple[Piece, ...]]
 
-rows, weight, bias = Var("rows", rank=2), Var("weight", rank=3), Var("bias", rank=2)
+@dataclass(frozen=True)
+class Loop:
+    """How a loop adds up, the pieces of its body, and how it reads a parameter of its own expert."""
 
-
-def swapped(matrix: Pattern) -> Pattern:
-    return either(aten.transpose(matrix, Last(-2), Last(-1)), aten.transpose(matrix, Last(-1), Last(-2)))
+    step: Pattern
+    pieces: tuple[Piece, ...]
+    own: Pattern
 
 
 def masked(by_expert: Pattern, token_place: int) -> Loop:
@@ -46,28 +48,15 @@ def loop(expert: Pattern, hits: Pattern, token_place: int) -> Loop:
     """How a loop adds up, and the pieces of its body; ``hits`` are the places of an expert's rows."""
     token, slot = item(hits, token_place), item(hits, 1 - token_place)
 
-    def mine(param: Pattern) -> Pattern:
-        return aten.select(param, 0, expert)
-
-    def linear(matrix: Pattern) -> Pattern:
-        return either(aten.linear(rows, matrix), aten.linear(rows, matrix, mine(bias)))
-
-    def product(matrix: Pattern) -> Pattern:
-        return call("aten::matmul", "aten::mm", args=(rows, matrix))
-
     tokens = Var("tokens", rank=2)
     slot_value, base, summed = Var("slot", rank=2), Var("base"), Var("summed", rank=2)
     step = either(aten.index_add(base, 0, token, summed), aten.index_put(base, [token], summed, True))
-    return step, (
+    pieces = (
         Dispatch(HITS, aten.index(tokens, [token])),
         Dispatch(HITS, aten.reshape(aten.index(aten.unsqueeze(tokens, 0), [None, token]), ANY)),
         Slot(HITS, aten.index(optional(lambda s: aten.unsqueeze(s, Last(2)), slot_value), [token, slot])),
-        ExpertLinear(HITS, linear(mine(weight)), "expert_loop"),
-        ExpertLinear(HITS, linear(swapped(mine(weight))), "expert_loop", transposed=True),
-        ExpertLinear(HITS, product(mine(weight)), "expert_loop", transposed=True),
-        ExpertLinear(HITS, product(swapped(mine(weight))), "expert_loop"),
-        ExpertRow(HITS, mine(Var("param", rank=2))),
     )
+    return Loop(step, pieces, own=aten.select(Var("param"), 0, expert))
 
 
 LOOPS = (

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_fx.pattern import ANY, Pattern, Var, aten, either
+from moe_fx.pattern import ANY, Pattern, aten, either
 
 __all__ = [
     "EXPERTS", "EXPERT_MAJOR", "HITS", "SLOTS", "SORTED", "TOKEN_MAJOR", "Dispatch", "ExpertLinear", "ExpertRow",
@@ -84,10 +84,3 @@ class View(Piece):
 def arange() -> Pattern:
     """0, 1, 2, ... of any length and dtype."""
     return either(aten.arange(ANY, dtype=ANY), aten.arange(0, ANY, dtype=ANY))
-
-
-#: what every disguise can contain
-COMMON: tuple[Piece, ...] = (
-    View(SLOTS, aten.reshape(Var("rows", rank=2), ANY), to=TOKEN_MAJOR),
-    Slot(TOKEN_MAJOR, aten.reshape(Var("slot", rank=2), ANY)),
-)

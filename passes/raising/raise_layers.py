@@ -22,6 +22,7 @@ from moe_fx.pipeline import Layer, Work
 from moe_fx.program import Program, StackedWeight, stacked_name
 from moe_fx.report import describe_miss, module_of
 from moe_fx.rewrite import PROVENANCE, Emitter, FakeValues, erase_dead, replace
+from moe_fx.shapes import known_equal, same_shape, shape_of, tensor_of
 
 __all__ = ["raise_layers"]
 
@@ -33,6 +34,7 @@ def raise_layers(work: Work) -> None:
     """Replace the layers found; file a miss for what looks like one and is not proven."""
     graph = work.program.graph
     covered: set[Node] = set()
+    near: list[tuple[Miss, set[Node]]] = []
     for root in [node for node in graph.nodes if node.op == "call_function"]:
         found = region_at(root)
         if found is None:
@@ -43,9 +45,13 @@ def raise_layers(work: Work) -> None:
             failed = _raise(work, region)
             if failed is not None:
                 work.misses.append(describe_miss(region.form, failed))
-        elif anchors - covered:
+        else:
+            near.append((region, anchors))
+    # Of several values in which the same multiplications might have ended, the one that came the furthest tells most.
+    for miss, anchors in sorted(near, key=lambda each: -each[0].depth):
+        if anchors - covered:
             covered |= anchors
-            work.misses.append(describe_miss(UNKNOWN_FORM, region))
+            work.misses.append(describe_miss(UNKNOWN_FORM, miss))
     for node in graph.nodes:
         if is_anchor(node) and node not in covered:
             users = ", ".join(user.name for user in node.users) or "nothing"
@@ -60,12 +66,47 @@ def _raise(work: Work, region: Region) -> Miss | None:
     apart = [place for place, param in enumerate(region.params) if isinstance(param, tuple)]
     for place in apart:
         region.params[place] = _stacked(program, region.params[place], region.root)
+    _flatten(program, region)
     wrong = _prove_and_rewrite(work, region)
     if wrong is not None:
+        erase_dead(program.graph, region.views)
         for place in apart:
             program.weights.pop(region.params[place], None)
             erase_dead(program.graph, [region.params[place]])
     return wrong
+
+
+def _flatten(program: Program, region: Region) -> None:
+    """Tokens, ids and slots as rows: a model may keep batch and sequence apart, or have no dimension for one slot."""
+    emit = Emitter(program.graph, region.root, FakeValues(program.fake_mode))
+
+    def flat(node: Node, *inner: int) -> Node:
+        if known_equal((shape_of(node) or (0,))[0], region.size[0]) and len(shape_of(node) or ()) == 1 + len(inner):
+            return node
+        region.views.append(emit(torch.ops.aten.reshape.default, node, [-1, *inner]))
+        return region.views[-1]
+
+    top_k = region.top_k
+    region.tokens, region.ids, region.slots = (
+        flat(region.tokens, *region.features.get(region.tokens, ())),
+        flat(region.ids, top_k),
+        [flat(slot, top_k, *region.features.get(slot, ())) for slot in region.slots],
+    )
+
+
+def _in_shape_of(program: Program, root: Node, rows: Node, region: Region) -> Node:
+    """The layer's result ``[T, H]`` in the shape that the program goes on with."""
+    wanted, have = shape_of(root) or (), shape_of(rows) or ()
+    if same_shape(wanted, have):
+        return rows
+    emit = Emitter(program.graph, root, FakeValues(program.fake_mode))
+    source = region.tokens.args[0] if region.tokens in region.views else region.tokens
+    outer = shape_of(source) or ()
+    sizes: list[int | Node] = []
+    for size in wanted:
+        at = next((at for at, each in enumerate(outer) if known_equal(each, size)), None)
+        sizes.append(size if isinstance(size, int) or at is None else emit(torch.ops.aten.sym_size.int, source, at))
+    return emit(torch.ops.aten.reshape.default, rows, sizes)
 
 
 def _stacked(program: Program, parts: tuple[Node, ...], before: Node) -> Node:
@@ -85,9 +126,10 @@ def _prove_and_rewrite(work: Work, region: Region) -> Miss | None:
     for node in region.inputs:
         if memory_of(node) in work.written:
             return Miss("operands that nobody writes in place", f"{node.name}, whose memory is written", node)
-    given_ids = region.ids
+    given_ids = region.ids.args[0] if region.ids in region.views else region.ids
+    assert isinstance(given_ids, Node)
     selection = selection_of(given_ids, region.num_experts)
-    if region.distinct and not selection.distinct:
+    if region.distinct and region.top_k > 1 and not selection.distinct:
         return Miss("ids that are certainly distinct for each token", f"{given_ids.name}, which may repeat", given_ids)
     for slot in region.slots:
         foreign = foreign_slot(slot, given_ids, selection)
@@ -109,7 +151,7 @@ def _prove_and_rewrite(work: Work, region: Region) -> Miss | None:
         operands = (region.tokens, region.ids, region.slots, region.params, region.shared)
         each = region.bindings["expert"] if region.step is not None else None
         root = region.step or region.root
-        result = check_layer(root, operands, region.body, in_range, selection.distinct, each)
+        result = check_layer(root, operands, region.body, in_range, selection.distinct, each, region.views)
         if not result.passed:
             wanted = "the same numbers from the layer and its experts node"
             found = result.problem or f"a difference of {result.error:.1e} of the output's range"
@@ -132,10 +174,21 @@ def _rewrite(program: Program, region: Region, clamp_ids: bool) -> Node:
             experts,
             (region.tokens, ids, tuple(region.slots), tuple(region.params), tuple(region.shared), body),
         )
-    node.meta.update({key: root.meta[key] for key in (*PROVENANCE, "val") if key in root.meta})
-    replace(root, node)
+    node.meta.update({key: root.meta[key] for key in PROVENANCE if key in root.meta})
+    node.meta["val"] = _rows_like(program, region)
+    replace(root, _in_shape_of(program, root, node, region))
     erase_dead(graph, [root])
     return node
+
+
+def _rows_like(program: Program, region: Region) -> torch.Tensor:
+    """The (fake) value of the layer as rows."""
+    value = tensor_of(region.root)
+    assert value is not None
+    if same_shape(value.shape[:1], region.size[:1]) and value.dim() == 2:
+        return value
+    with program.fake_mode:
+        return value.reshape(-1, value.shape[-1])
 
 
 def _clamped(program: Program, region: Region) -> Node:

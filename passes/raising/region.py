@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch.fx import GraphModule, Node
 
 from moe_fx.matcher import Miss
-from moe_fx.shapes import Dim, known_equal, same_shape, shape_of
+from moe_fx.shapes import Dim, known_equal, shape_of
 
 __all__ = ["Region", "misfit"]
 
@@ -20,7 +21,8 @@ class Region:
     ``interior`` are the values that exist only inside the layer; ``bindings`` what the pieces captured; ``distinct``
     says that the layer means the equation only if a token's ids differ. ``step`` is the last node of a loop's first
     step, where the layer is one. A parameter that the model holds as one per expert is a tuple of these. ``size`` is
-    how many tokens there are, and slots for each.
+    how many tokens there are, and slots for each. ``features`` are the sizes that a row of tokens and slots has, which
+    need not stand as ``[T, ...]`` and ``[T, K, ...]`` in the program; ``views`` are written to make them so.
     """
 
     root: Node
@@ -36,6 +38,8 @@ class Region:
     distinct: bool = False
     step: Node | None = None
     size: tuple[Dim, Dim] = (0, 0)
+    features: dict[Node, tuple[int, ...]] = field(default_factory=dict)
+    views: list[Node] = field(default_factory=list)
 
     @property
     def num_experts(self) -> int:
@@ -50,8 +54,9 @@ class Region:
     def top_k(self) -> int:
         shape = shape_of(self.ids)
         assert shape is not None
-        assert isinstance(shape[1], int)
-        return shape[1]
+        top_k = shape[-1] if len(shape) > 1 else 1  # one expert per token needs no dimension
+        assert isinstance(top_k, int)
+        return top_k
 
     @property
     def inputs(self) -> list[Node]:
@@ -71,10 +76,15 @@ def misfit(region: Region) -> Miss | None:
     def size(node: Node, dim: int = 0) -> Dim:
         return (shape_of(node) or (0,))[dim]
 
-    if not same_shape(shape_of(ids) or (), (num_tokens, top_k)):
-        return miss(f"expert ids for each of {num_tokens} x {top_k} slots", ids, f"shape {list(shape_of(ids) or ())}")
-    if not known_equal(size(tokens), num_tokens):
-        return miss(f"{num_tokens} token rows", tokens, f"{size(tokens)} rows")
+    for wanted, node, expected in (
+        (f"expert ids for each of {num_tokens} x {top_k} slots", ids, num_tokens * top_k),
+        (f"{num_tokens} token rows", tokens, num_tokens * math.prod(region.features.get(tokens, ()))),
+    ):
+        total: Dim = 1
+        for each in shape_of(node) or (0,):
+            total = total * each
+        if not known_equal(total, expected):
+            return miss(wanted, node, f"shape {list(shape_of(node) or ())}")
     if found.get("top_k", top_k) != top_k:
         return miss(f"{top_k} rows for each token", tokens, f"{found['top_k']}")
     if not region.params:

@@ -28,11 +28,11 @@ def cast(pattern: Pattern) -> Pattern:
     return optional(lambda value: aten.to(value, ANY), pattern)
 
 
-SCATTERED = aten.scatter(Var("base", rank=2), Last(1), Var("ids", rank=2), Var("values", rank=2))
-ids, column = Var("ids", rank=2), aten.unsqueeze(Var("values", rank=2), Last(2))
+SCATTERED = aten.scatter(Var("base"), Last(-1), Var("ids"), Var("values"))
+ids, column = Var("ids"), aten.unsqueeze(Var("values"), Last(-1))
 #: one_hot(ids) * values, added up over the slots
-chosen = either(aten.one_hot(ids, ANY), aten.eq(aten.unsqueeze(ids, Last(2)), arange()))
-ADDED = aten.sum(aten.mul(cast(cast(chosen)), column), [Last(1)])
+chosen = either(aten.one_hot(ids, ANY), aten.eq(aten.unsqueeze(ids, Last(-1)), arange()))
+ADDED = aten.sum(aten.mul(cast(cast(chosen)), column), [Last(-2)])
 
 
 @dataclass(frozen=True)

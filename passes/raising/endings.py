@@ -1,0 +1,105 @@
+"""How a layer may end: with a sum over each token's slots, or over all experts.
+
+rows.sum(1)                            # [T, K, H]
+torch.einsum("tk,tkh->th", w, rows)    # the routing weights in the sum
+(w.unsqueeze(1) @ rows).squeeze(1)     # bmm of [T, 1, K] and [T, K, H]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moe_fx.passes.raising.axes import EXPERT, ONE, SLOT, SORTED_ROW, TOKEN, Axis, Place, size_of
+from moe_fx.passes.raising.contraction import contraction
+from torch.fx import Node
+
+from moe_fx.matcher import arguments, op_name
+from moe_fx.shapes import Dim, known_equal, shape_of
+
+__all__ = ["Ending", "endings"]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What ``root`` sums: the product of ``factors``, whose places are given, over slots or experts.
+
+    ``place`` is that of the result; ``sizes`` of the row axes, of which ``tokens`` are tokens.
+    """
+
+    factors: tuple[tuple[Node, Place], ...]
+    place: Place
+    sizes: dict[str, Dim]
+    tokens: tuple[str, ...]
+
+
+def endings(root: Node) -> Iterator[Ending]:
+    """What a node may be the end of."""
+    shape = shape_of(root)
+    if shape is None or len(shape) < 2:
+        return
+    if op_name(root) == "aten::sum":
+        yield from _sums(root, shape)
+    found = contraction(root)
+    if found is None or found.bias is not None or len(found.summed) != 1:
+        return
+    count = found.size(found.summed)
+    # The routing weights have no features: one of the factors is a number per row.
+    plain = [letters for letters in found.letters
+             if all(letter == found.summed or known_equal(found.size(letter), 1) or (letter in found.letters[0]
+                    and letter in found.letters[1]) for letter in letters)]  # fmt: skip
+    if not plain or not isinstance(count, int):
+        return
+    for axis in (SLOT, EXPERT):
+        known = _axes(shape, axis, count)
+        if known is None:
+            return
+        sizes, tokens, place = known
+        at = dict(zip(found.out, place, strict=True)) | {found.summed: (axis,)}
+        factors = []
+        for operand, letters in zip(found.operands, found.letters, strict=True):
+            own = [at[letter] for letter in letters]
+            sizes_of = shape_of(operand) or ()
+            own = [() if known_equal(size, 1) and not known_equal(size_of(dim, sizes), 1) else dim
+                   for dim, size in zip(own, sizes_of, strict=True)]  # fmt: skip
+            factors.append((operand, tuple(own)))
+        yield Ending(tuple(factors), place, sizes, tokens)
+
+
+def _sums(root: Node, shape: tuple[Dim, ...]) -> Iterator[Ending]:
+    given = arguments(root)
+    dims, summed = given.get("dim"), given["self"]
+    if not isinstance(dims, list | tuple) or len(dims) != 1 or given.get("keepdim") or given.get("dtype") is not None:
+        return
+    before = shape_of(summed) or ()
+    dim = dims[0] % len(before)
+    count = before[dim]
+    if not isinstance(count, int):
+        return
+    for axis in (SLOT, EXPERT):
+        known = _axes(shape, axis, count)
+        if known is None:
+            return
+        sizes, tokens, place = known
+        yield Ending(((summed, (*place[:dim], (axis,), *place[dim:])),), place, sizes, tokens)
+
+
+def _axes(shape: tuple[Dim, ...], axis: str, count: int) -> tuple[dict[str, Dim], tuple[str, ...], Place] | None:
+    """The result ``[tokens..., H]``: sizes of all row axes, the names of the token axes, and its place.
+
+    Dimensions of size 1 may stand anywhere.
+    """
+    wide = [place for place, size in enumerate(shape) if not known_equal(size, 1)]
+    if not wide or not isinstance(shape[wide[-1]], int):
+        return None
+    counted = wide[:-1] or [0]  # one token is a token
+    if counted[-1] >= wide[-1]:
+        return None
+    tokens = (TOKEN,) if len(counted) == 1 else tuple(f"{TOKEN}{number}" for number in range(len(counted)))
+    sizes: dict[str, Dim] = {ONE: 1, axis: count}
+    sizes.update((token, shape[at]) for token, at in zip(tokens, counted, strict=True))
+    if axis == SLOT:
+        sizes[SORTED_ROW] = size_of((*tokens, SLOT), sizes)
+    named: dict[int, tuple[Axis, ...]] = {at: (token,) for token, at in zip(tokens, counted, strict=True)}
+    features: Axis = shape[wide[-1]]
+    return sizes, tokens, tuple(named.get(at, (features,) if at == wide[-1] else ()) for at in range(len(shape)))
