@@ -97,7 +97,11 @@ def check_layer(
         env.update(zip(_parts(node), env[node], strict=False))
     env[ids] = _random_ids(tuple(sizes.leading(ids.meta["val"].shape)), routing, generator)
     for view, source in zip(views, sources, strict=True):
-        env[source] = env[view].reshape(sizes.evaluate(source.meta["val"].shape))
+        if op_name(view) == "aten::gather":
+            env[source] = _random(source, sizes, generator)
+            env[view] = env[source].gather(-1, env[ids])
+        else:
+            env[source] = env[view].reshape(sizes.evaluate(source.meta["val"].shape))
     given = dict(zip(("slots", "params", "shared"), ([env[n] for n in g] for g in operands[2:]), strict=True))
     error, problem = math.inf, ""
     try:

@@ -22,7 +22,12 @@ def tensor_of(node: object) -> torch.Tensor | None:
 def shape_of(node: object) -> tuple[Dim, ...] | None:
     """The shape a node yields; None if it yields no tensor."""
     value = tensor_of(node)
-    return tuple(value.shape) if value is not None else None
+    return tuple(map(_plain, value.shape)) if value is not None else None
+
+
+def _plain(size: Dim) -> Dim:
+    """A size that is a symbol in name only, as Dynamo has them, as the number it is."""
+    return int(size) if isinstance(size, torch.SymInt) and size.node.expr.is_number else size
 
 
 def is_number(node: Node) -> bool:

@@ -11,6 +11,7 @@
 | `squeeze` of what was just unsqueezed there | nothing |
 | `chunk`, `split.Tensor` | `split_with_sizes` |
 | `where(mask, scalar, x)` | `masked_fill.Scalar` |
+| `nonzero(mask, as_tuple=True)` | `where(mask)` |
 | `mm(x, w.T)`, `addmm(b, x, w.T)` | `linear` |
 
 `reshape` rather than `view`: it is legal for every stride, so an operand may be replaced by an equal one.
@@ -102,6 +103,10 @@ def _split(node: Node, given: dict[str, Any]) -> Spelling | None:
     return aten.split_with_sizes.default, (given["self"], sizes, given["dim"])
 
 
+def _nonzero(node: Node, given: dict[str, Any]) -> Spelling | None:
+    return aten.where.default, (given["self"],)
+
+
 def _where(node: Node, given: dict[str, Any]) -> Spelling | None:
     scalar, kept = given.get("self"), given.get("other")
     if op_name(scalar) != "aten::scalar_tensor" or not isinstance(kept, Node):
@@ -147,6 +152,7 @@ _RULES: dict[str, Callable[[Node, dict[str, Any]], Spelling | None]] = {
     "aten::chunk": _split,
     "aten::split": _split,
     "aten::where": _where,
+    "aten::nonzero_numpy": _nonzero,
     "aten::mm": _mm,
     "aten::addmm": _addmm,
 }

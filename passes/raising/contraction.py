@@ -20,7 +20,7 @@ __all__ = ["Contraction", "contraction"]
 
 @dataclass(frozen=True)
 class Contraction:
-    """``out = left * right``, summed over the letters that ``out`` lacks; ``bias`` is added along its last letter."""
+    """``out = left * right``, summed over the letters that ``out`` lacks; ``bias`` is added to it."""
 
     operands: tuple[Node, Node]
     letters: tuple[str, str]
@@ -48,6 +48,8 @@ def contraction(node: Node) -> Contraction | None:
         return _einsum(node)
     if name == "aten::sum":
         return _multiply_and_sum(node)
+    if name in ("aten::addmm", "aten::baddbmm"):
+        return _with_bias(node)
     if name not in ("aten::bmm", "aten::mm", "aten::matmul", "aten::linear"):
         return None
     left, right, *rest = node.args
@@ -60,6 +62,15 @@ def contraction(node: Node) -> Contraction | None:
         bias = rest[0] if rest and isinstance(rest[0], Node) else None
         return Contraction((left, right), (f"{first}mk", "nk"), f"{batch}mn", bias)
     return Contraction((left, right), (f"{first}mk", f"{second}kn"), f"{batch}mn")
+
+
+def _with_bias(node: Node) -> Contraction | None:
+    given = arguments(node)
+    if given["beta"] != 1 or given["alpha"] != 1:
+        return None
+    if op_name(node) == "aten::addmm":
+        return Contraction((given["mat1"], given["mat2"]), ("mk", "kn"), "mn", given["self"])
+    return Contraction((given["batch1"], given["batch2"]), ("bmk", "bkn"), "bmn", given["self"])
 
 
 def _einsum(node: Node) -> Contraction | None:

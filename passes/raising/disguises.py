@@ -114,8 +114,9 @@ def _loop(root: Node, loop: loops.Loop) -> Region | Miss:
         node = found["base"]
     if filled_with(node) != 0:
         return Miss("a sum that starts with zeros", f"{node.name}, which need not be zero", node)
+    reads = {root, *(step for step, _ in steps), *(each for _, found in steps for each in found.nodes)}
     for inner in [node, *(step for step, _ in steps[:-1])]:
-        if len(inner.users) != 1:
+        if any(user not in reads for user in inner.users):
             users = ", ".join(user.name for user in inner.users)
             return Miss("a sum that nothing in the loop reads", f"{inner.name}, read by {users}", inner)
     regions: list[Region] = []
@@ -139,17 +140,18 @@ def _loop(root: Node, loop: loops.Loop) -> Region | Miss:
         return Miss(f"every expert of {len(every)} once", f"experts {', '.join(map(str, experts))}", root)
     interior = set().union(*(region.interior for region in regions), (step for step, _ in steps[:-1]))
     step = None if numbers else steps[0][0]
-    return dataclasses.replace(merged, root=root, interior=interior, step=step)
+    distinct = merged.distinct or loop.once
+    return dataclasses.replace(merged, root=root, interior=interior, step=step, distinct=distinct)
 
 
 def _step(root: Node, found: Match, loop: loops.Loop) -> Region | Miss:
     """One step of a loop, as a layer of one expert."""
     summed = found["summed"]
     shape = shape_of(summed) or ()
-    tokens, slots = shape_of(found["ids"]) or (0, 0)
+    tokens, slots = (*(shape_of(found["ids"]) or ()), 1)[:2]
     sizes = {ONE: 1, HIT: shape[0], TOKEN: tokens, SLOT: slots}
     bindings = {name: bound for name, bound in found.bindings.items() if name not in ("summed", "base")}
-    walk = Walk(root, sizes, (TOKEN,), loop.pieces, bindings, loop.own)
+    walk = Walk(root, sizes, (TOKEN,), loop.pieces, bindings, loop.own, ending=found.nodes)
     output = walk.value(summed, ((HIT,), (shape[1],)))
     if isinstance(output, Miss):
         return output if walk.deepest is None else walk.deepest

@@ -13,8 +13,9 @@ for e in range(E):                                   # as torch.export traces it
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from moe_fx.passes.raising.pieces import HITS, Dispatch, Piece, Slot
+from moe_fx.passes.raising.pieces import HITS, Column, Dispatch, Piece, Slot
 
 from moe_fx.pattern import ANY, As, AtLeast, Last, OneOfValues, Pattern, Var, aten, call, either, item, optional
 
@@ -23,44 +24,109 @@ one_hot = aten.one_hot(Var("ids", rank=2), Var("num_classes"))
 inner_dims = OneOfValues([-1, -2], [-2, -1], [1, 2], [2, 1])
 #: an expert of an unrolled loop: its number
 literal = As("expert", AtLeast(0))
+slot_value, base, summed = Var("slot", rank=2), Var("base"), Var("summed", rank=2)
 
 
 @dataclass(frozen=True)
 class Loop:
-    """How a loop adds up, the pieces of its body, and how it reads a parameter of its own expert."""
+    """How a loop adds up, the pieces of its body, and how it reads a parameter of its own expert.
+
+    ``once``: a row is added once for each token and expert, even if the token was routed there twice.
+    """
 
     step: Pattern
     pieces: tuple[Piece, ...]
     own: Pattern
+    once: bool
 
 
-def masked(by_expert: Pattern, token_place: int) -> Loop:
-    """A loop whose mask is ``by_expert [E, ., .]``, and in which ``where`` gives a row's token at ``token_place``."""
+def adds(token: Pattern) -> Pattern:
+    """The rows of ``token`` are added to."""
+    wide = aten.unsqueeze(token, Last(1))
+    return either(
+        aten.index_add(base, 0, token, summed),
+        aten.index_put(base, [token], summed, True),
+        aten.scatter_add(base, 0, either(aten.expand(wide, ANY), aten.repeat(wide, ANY)), summed),
+    )
+
+
+def adds_and_assigns(token: Pattern) -> Pattern:
+    """``out[token] += rows``: of a token that occurs twice, one row is kept."""
+    return aten.index_put(base, [token], aten.add(aten.index(base, [token]), summed))
+
+
+def places(mask: Pattern, dim: int) -> Pattern:
+    """Where a mask is true, along one of its dimensions."""
+    return either(item(aten.where(mask), dim), aten.select(aten.nonzero(mask), 1, dim))
+
+
+def by_slot(expert: Pattern, mask: Pattern, token_dim: int) -> tuple[Loop, ...]:
+    """Loops over the slots of an expert; ``mask`` is true at ``[token, slot]``, or the other way round."""
+    token, slot = places(mask, token_dim), places(mask, 1 - token_dim)
+    weight = aten.index(optional(lambda s: aten.unsqueeze(s, Last(2)), slot_value), [token, slot])
+    pieces = (*dispatch(token), Slot(HITS, weight), *columns(expert, token, mask))
+    own = aten.select(Var("param"), 0, expert)
+    return Loop(adds(token), pieces, own, once=False), Loop(adds_and_assigns(token), pieces, own, once=True)
+
+
+def by_token(expert: Pattern, mask: Pattern, slots: Pattern | None) -> tuple[Loop, ...]:
+    """Loops over the tokens of an expert; ``mask`` is true at ``[token]``, and ``slots`` at ``[token, slot]``."""
+    found = []
+    for token in (mask, places(mask, 0), either(aten.squeeze(aten.nonzero(mask), Last(1)),
+                                                aten.reshape(aten.nonzero(mask), ANY))):  # fmt: skip
+        pieces = (*dispatch(token), *columns(expert, token, slots))
+        for step in (adds(token), adds_and_assigns(token)):
+            found.append(Loop(step, pieces, aten.select(Var("param"), 0, expert), once=True))
+    return tuple(found)
+
+
+def dispatch(token: Pattern) -> tuple[Piece, ...]:
+    tokens = Var("tokens", rank=2)
+    return (
+        Dispatch(HITS, aten.index(tokens, [token])),
+        Dispatch(HITS, aten.reshape(aten.index(aten.unsqueeze(tokens, 0), [None, token]), ANY)),
+    )
+
+
+def columns(expert: Pattern, token: Pattern, slots: Pattern | None) -> tuple[Piece, ...]:
+    """The routing weight as what an expert's column of a table holds for a token, or what its slots add up to."""
+    table = aten.select(Var("table"), Last(1), expert)
+    wide = aten.unsqueeze(Var("table"), Last(2))
+    pieces: list[Piece] = [
+        Column(HITS, aten.index(table, [token])),
+        Column(HITS, aten.index(aten.unsqueeze(table, Last(1)), [token])),
+        Column(HITS, aten.index(aten.select(wide, 1, expert), [token])),
+        Column(HITS, aten.select(aten.index(Var("table"), [token]), Last(1), expert)),
+    ]
+    if slots is not None:
+        total = sums(slots)
+        pieces.append(Slot(HITS, aten.index(optional(lambda s: aten.unsqueeze(s, Last(1)), total), [token])))
+    return tuple(pieces)
+
+
+def sums(slots: Pattern) -> Pattern:
+    """A token's routing weights where ``slots`` is true, added up."""
+    cast: Any = optional(lambda mask: aten.to(mask, ANY), slots)
+    kept = either(aten.mul(slot_value, cast), aten.where(slots, slot_value, aten.scalar_tensor(0, dtype=ANY)))
+    return aten.sum(kept, [Last(1)])
+
+
+def masked(by_expert: Pattern, token_dim: int) -> tuple[Loop, ...]:
+    """Loops whose mask is ``by_expert [E, ., .]``, in which a row's token is along ``token_dim``."""
     mask = As("mask", by_expert)
     # Every expert that any token was routed to: what the others would have added is nothing.
     hit_experts = call("aten::greater", "aten::gt", "aten::ne", args=(aten.sum(mask, inner_dims), 0))
     each = As("expert", call("moe_fx::each_expert", args=(hit_experts, ANY, Var("num_experts"))))
     expert = either(each, literal)
-    return loop(expert, aten.where(aten.select(mask, 0, expert)), token_place)
+    return by_slot(expert, aten.select(mask, 0, expert), token_dim)
 
 
-def loop(expert: Pattern, hits: Pattern, token_place: int) -> Loop:
-    """How a loop adds up, and the pieces of its body; ``hits`` are the places of an expert's rows."""
-    token, slot = item(hits, token_place), item(hits, 1 - token_place)
-
-    tokens = Var("tokens", rank=2)
-    slot_value, base, summed = Var("slot", rank=2), Var("base"), Var("summed", rank=2)
-    step = either(aten.index_add(base, 0, token, summed), aten.index_put(base, [token], summed, True))
-    pieces = (
-        Dispatch(HITS, aten.index(tokens, [token])),
-        Dispatch(HITS, aten.reshape(aten.index(aten.unsqueeze(tokens, 0), [None, token]), ANY)),
-        Slot(HITS, aten.index(optional(lambda s: aten.unsqueeze(s, Last(2)), slot_value), [token, slot])),
-    )
-    return Loop(step, pieces, own=aten.select(Var("param"), 0, expert))
-
+slots_of = aten.eq(Var("ids", rank=2), literal)
+token_of = either(aten.any(slots_of, Last(1)), aten.eq(Var("ids", rank=1), literal))
 
 LOOPS = (
-    masked(aten.transpose(one_hot, 0, 2), token_place=1),  # [E, K, T]
-    masked(aten.permute(one_hot, [2, 0, 1]), token_place=0),  # [E, T, K]
-    loop(literal, aten.where(aten.eq(Var("ids", rank=2), literal)), token_place=0),
+    *masked(aten.transpose(one_hot, 0, 2), token_dim=1),  # [E, K, T]
+    *masked(aten.permute(one_hot, [2, 0, 1]), token_dim=0),  # [E, T, K]
+    *by_slot(literal, slots_of, token_dim=0),
+    *by_token(literal, token_of, slots_of),
 )

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from moe_fx.pattern import ANY, Pattern, aten, either
 
 __all__ = [
-    "EXPERTS", "EXPERT_MAJOR", "HITS", "SLOTS", "SORTED", "TOKEN_MAJOR", "Dispatch", "ExpertLinear", "ExpertRow",
-    "Mask", "Piece", "Slot", "Table", "View", "arange",
+    "HITS", "SLOTS", "SORTED", "TOKEN_MAJOR", "Column", "Dispatch", "ExpertLinear", "ExpertRow", "Mask", "Piece",
+    "Slot", "View", "arange",
 ]  # fmt: skip
 
 SLOTS, TOKEN_MAJOR, SORTED = "slots", "token_major", "sorted"
@@ -52,8 +52,8 @@ class Slot(Piece):
 
 
 @dataclass(frozen=True)
-class Table(Piece):
-    """The routing weights come in by token and expert: captures ``table [T, E]``, zero where none was routed."""
+class Column(Piece):
+    """An expert's column of a table of routing weights, at the rows routed to it: captures ``table [T, E]``."""
 
 
 @dataclass(frozen=True)

@@ -81,17 +81,18 @@ def _flatten(program: Program, region: Region) -> None:
     emit = Emitter(program.graph, region.root, FakeValues(program.fake_mode))
 
     def flat(node: Node, *inner: int) -> Node:
+        if node in region.tables:
+            region.views.append(emit(torch.ops.aten.gather.default, node, -1, region.ids))
+            return region.views[-1]
         if known_equal((shape_of(node) or (0,))[0], region.size[0]) and len(shape_of(node) or ()) == 1 + len(inner):
             return node
         region.views.append(emit(torch.ops.aten.reshape.default, node, [-1, *inner]))
         return region.views[-1]
 
     top_k = region.top_k
-    region.tokens, region.ids, region.slots = (
-        flat(region.tokens, *region.features.get(region.tokens, ())),
-        flat(region.ids, top_k),
-        [flat(slot, top_k, *region.features.get(slot, ())) for slot in region.slots],
-    )
+    region.tokens = flat(region.tokens, *region.features.get(region.tokens, ()))
+    region.ids = flat(region.ids, top_k)
+    region.slots = [flat(slot, top_k, *region.features.get(slot, ())) for slot in region.slots]
 
 
 def _in_shape_of(program: Program, root: Node, rows: Node, region: Region) -> Node:
@@ -146,6 +147,8 @@ def _prove_and_rewrite(work: Work, region: Region) -> Miss | None:
     loops = "expert" in region.bindings
     skips = "perm" in region.bindings or (loops and region.bindings.get("num_classes") != region.num_experts)
     in_range = selection.in_range or not skips
+    if region.tables and not in_range:
+        return Miss("ids that certainly name an expert", f"{given_ids.name}, looked up in a table", given_ids)
     result = CheckResult(float("nan"), 0, 0.0)
     if work.config.validate:
         operands = (region.tokens, region.ids, region.slots, region.params, region.shared)

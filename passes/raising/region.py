@@ -22,7 +22,8 @@ class Region:
     says that the layer means the equation only if a token's ids differ. ``step`` is the last node of a loop's first
     step, where the layer is one. A parameter that the model holds as one per expert is a tuple of these. ``size`` is
     how many tokens there are, and slots for each. ``features`` are the sizes that a row of tokens and slots has, which
-    need not stand as ``[T, ...]`` and ``[T, K, ...]`` in the program; ``views`` are written to make them so.
+    need not stand as ``[T, ...]`` and ``[T, K, ...]`` in the program; ``views`` are written to make them so. Slots
+    among ``tables [T, E]`` are looked up by ids.
     """
 
     root: Node
@@ -40,6 +41,7 @@ class Region:
     size: tuple[Dim, Dim] = (0, 0)
     features: dict[Node, tuple[int, ...]] = field(default_factory=dict)
     views: list[Node] = field(default_factory=list)
+    tables: set[Node] = field(default_factory=set)
 
     @property
     def num_experts(self) -> int:

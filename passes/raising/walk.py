@@ -1,13 +1,13 @@
 """From the sum back to the tokens: everything between is one expert, written as the body.
 
-At each value it is known what its dimensions stand for (`axes.py`). A piece of the disguise may say what it is; what has
-no rows, or tokens only, comes from outside; a product with an expert's weight is its linear; what is left is an op that
+At each value it is known what its dimensions stand for (`axes.py`). A piece of the disguise may say what it is; what
+has no rows, or tokens only, comes from outside; a product with an expert's weight is its linear; what is left is an op that
 takes each row by itself and belongs to the body (`through.py`), or the walk ends with a Miss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,13 +43,15 @@ FORMS = {SLOT: "gather_bmm", EXPERT: "dense_bmm"}
 class Walk:
     """One walk from ``root``; ``sizes`` of the row axes, the ``tokens`` axes among them.
 
-    ``own`` is the pattern by which a step of a loop reads its expert's ``param``.
+    ``own`` is the pattern by which a step of a loop reads its expert's ``param``. ``ending`` are calls by which the root
+    reads what it sums.
     """
 
     def __init__(
         self, root: Node, sizes: Mapping[str, Dim], tokens: tuple[str, ...], pieces: Sequence[kinds.Piece],
-        bindings: Mapping[str, Any], own: Pattern | None = None,
+        bindings: Mapping[str, Any], own: Pattern | None = None, ending: Collection[Node] = (),
     ) -> None:  # fmt: skip
+        self.ending = ending
         self.root, self.sizes, self.tokens, self.pieces, self.own = root, sizes, tokens, pieces, own
         self.bindings: dict[str, Any] = dict(bindings)
         self.layouts: dict[str, Place] = {
@@ -65,6 +67,8 @@ class Walk:
         self.forms: set[str] = set()
         #: the sizes that a row of tokens and slots has
         self.outer: dict[Node, tuple[int, ...]] = {}
+        #: routing weights that stand by token and expert
+        self.tables: set[Node] = set()
         #: the ops of the body whose results are taken apart
         self.splits: dict[tuple[Node, Node], Node] = {}
         #: values of the body that are zero for a token's row where it was not routed to the expert
@@ -273,6 +277,10 @@ class Walk:
                     return self.miss("a value for every token and slot", slot)
                 self.bind(found)
                 return self.body.reshaped(self.row("s", slot, self.numbers(slot, 2)), shape)
+            case kinds.Column():
+                self.bind(found)
+                self.tables.add(found["table"])
+                return self.body.reshaped(self.row("s", found["table"], ()), shape)
             case kinds.View():
                 self.bind(found)
                 self.interior.add(node)
@@ -413,7 +421,8 @@ class Walk:
         if any(factor.value.kind == EXPERTS_OWN for factor in factors.values()):
             self.forms.add(FORMS[SLOT if SLOT in self.sizes and EXPERT not in self.sizes else EXPERT])
         if found.bias is not None:
-            bias = self.value(found.bias, (place[-1],))
+            own = aligned(place, shape_of(found.bias) or (), self.sizes)
+            bias = self.value(found.bias, own if own is not None else place)
             if isinstance(bias, Miss):
                 return bias
             total = self.body.write(aten.add.Tensor, result.node, self.body.beside_rows(bias, len(result.shape)))
@@ -461,13 +470,15 @@ class Walk:
             self.bindings, distinct=bool(self.zeros),
         )  # fmt: skip
         region.size = (self.token_count, self.sizes.get(SLOT, region.top_k))
+        region.tables = self.tables
         region.features = {node: self.outer[node] for node in (tokens, *s)}
         return region
 
     def outside_use(self) -> Miss | None:
         for node in self.interior:
             for user in node.users:
-                if user not in self.interior and user is not self.root and not only_asserted(user):
+                ends = user is self.root or user in self.ending
+                if user not in self.interior and not ends and not only_asserted(user):
                     return Miss(
                         f"{node.name} to be read inside the layer only", f"{user.name} ({op_name(user) or user.op})",
                         node, dict(self.bindings), 10**6,
