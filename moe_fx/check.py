@@ -67,6 +67,7 @@ def check_layer(
     distinct: bool,
     each: Node | None = None,
     views: Sequence[Node] = (),
+    base: Node | None = None,
 ) -> CheckResult:
     """Compare ``root`` with ``experts(*operands, body)``.
 
@@ -76,7 +77,8 @@ def check_layer(
         in_range: ids are certainly ``0..E-1``; otherwise ids that name no expert are tried as well.
         distinct: the ids of a token certainly differ; otherwise repeated ones are tried as well.
         each: a symbolic expert number: what ``root`` means is its sum over all experts.
-        views: operands that are reshaped from those that the original layer reads.
+        views: operands that are made of those that the original layer reads.
+        base: what the original layer adds the experts' sum to.
     """
     started = time.perf_counter()
     tokens, ids, slots, params, shared = operands
@@ -85,7 +87,7 @@ def check_layer(
     routing = _Routing(count, in_range, distinct)
     parts = [part for node in params for part in _parts(node)]
     sources = [_source(node) for node in views]
-    given_nodes = [tokens, ids, *slots, *params, *parts, *shared, *sources]
+    given_nodes = [tokens, ids, *slots, *params, *parts, *shared, *sources, *([base] if base is not None else [])]
     nodes = _between(root, [*given_nodes, *([each] if each is not None else [])])
     sizes = _Sizes(ids, count, _affordable(params, ids, count), shrink=not views)
     generator = torch.Generator().manual_seed(0)
@@ -95,10 +97,14 @@ def check_layer(
     for node in params:
         env[node] = _windows(node, generator)
         env.update(zip(_parts(node), env[node], strict=False))
+    if base is not None and base not in env:
+        env[base] = _random(base, sizes, generator)
     env[ids] = _random_ids(tuple(sizes.leading(ids.meta["val"].shape)), routing, generator)
     for view, source in zip(views, sources, strict=True):
         if op_name(view) == "aten::gather":
-            env[source] = _random(source, sizes, generator)
+            # A table holds nothing for the experts that a token was not routed to.
+            table = _random(source, sizes, generator)
+            env[source] = torch.zeros_like(table).scatter(-1, env[ids], table.gather(-1, env[ids]))
             env[view] = env[source].gather(-1, env[ids])
         else:
             env[source] = env[view].reshape(sizes.evaluate(source.meta["val"].shape))
@@ -113,7 +119,7 @@ def check_layer(
                 expected = torch.stack(steps).sum(0)
             actual = experts(env[tokens], env[ids], **given, body=_in_float64(body))
         if expected.numel() == actual.numel():
-            actual = actual.reshape(expected.shape)
+            actual = actual.reshape(expected.shape) + (env[base] if base is not None else 0)
         if expected.shape == actual.shape and not expected.isnan().any():
             error = float((expected - actual).abs().max() / expected.abs().max().clamp_min(1e-30))
     except (RuntimeError, IndexError, TypeError, ValueError, KeyError) as failure:

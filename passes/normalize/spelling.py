@@ -2,7 +2,7 @@
 
 | written | becomes |
 |---|---|
-| `view`, `_unsafe_view`, `flatten` to one dimension | `reshape` |
+| `view`, `_unsafe_view`, `flatten` to one dimension or fixed sizes | `reshape` |
 | `_softmax(x, d, False)` | `softmax.int` |
 | `_to_copy(x, dtype=d)`, `type_as` | `to.dtype` |
 | `div(x, y, rounding_mode="floor")` | `floor_divide` |
@@ -12,6 +12,7 @@
 | `chunk`, `split.Tensor` | `split_with_sizes` |
 | `where(mask, scalar, x)` | `masked_fill.Scalar` |
 | `nonzero(mask, as_tuple=True)` | `where(mask)` |
+| `index_select(x, 0, places)`, `embedding(x, places)` | `index(x, [places])` |
 | `mm(x, w.T)`, `addmm(b, x, w.T)` | `linear` |
 
 `reshape` rather than `view`: it is legal for every stride, so an operand may be replaced by an equal one.
@@ -57,7 +58,9 @@ def _view(node: Node, given: dict[str, Any]) -> Spelling | None:
 
 def _flatten(node: Node, given: dict[str, Any]) -> Spelling | None:
     shape = shape_of(node)
-    return (aten.reshape.default, (given["self"], [-1])) if shape is not None and len(shape) == 1 else None
+    if shape is None or not (len(shape) == 1 or all(isinstance(size, int) for size in shape)):
+        return None
+    return aten.reshape.default, (given["self"], [-1] if len(shape) == 1 else list(shape))
 
 
 def _softmax(node: Node, given: dict[str, Any]) -> Spelling | None:
@@ -101,6 +104,15 @@ def _split(node: Node, given: dict[str, Any]) -> Spelling | None:
     if not all(isinstance(size, int) for size in sizes):
         return None
     return aten.split_with_sizes.default, (given["self"], sizes, given["dim"])
+
+
+def _index_select(node: Node, given: dict[str, Any]) -> Spelling | None:
+    places = shape_of(given["index"])
+    return (aten.index.Tensor, (given["self"], [given["index"]])) if given["dim"] == 0 and len(places or ()) == 1 else None
+
+
+def _embedding(node: Node, given: dict[str, Any]) -> Spelling | None:
+    return aten.index.Tensor, (given["weight"], [given["indices"]])
 
 
 def _nonzero(node: Node, given: dict[str, Any]) -> Spelling | None:
@@ -153,6 +165,8 @@ _RULES: dict[str, Callable[[Node, dict[str, Any]], Spelling | None]] = {
     "aten::split": _split,
     "aten::where": _where,
     "aten::nonzero_numpy": _nonzero,
+    "aten::index_select": _index_select,
+    "aten::embedding": _embedding,
     "aten::mm": _mm,
     "aten::addmm": _addmm,
 }

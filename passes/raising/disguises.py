@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from moe_fx.passes.raising import each_expert as each_expert_loop
 from moe_fx.passes.raising import gathered, grouped, loops
 from moe_fx.passes.raising.anchors import anchors_behind, leads_to_experts
-from moe_fx.passes.raising.axes import HIT, ONE, SLOT, TOKEN, features
-from moe_fx.passes.raising.endings import Ending, endings
+from moe_fx.passes.raising.axes import HIT, ONE, SLOT, SORTED_ROW, TOKEN, features
+from moe_fx.passes.raising.each_expert import terms
+from moe_fx.passes.raising.endings import Ending, endings, token_axes
 from moe_fx.passes.raising.pieces import Piece
 from moe_fx.passes.raising.region import Region, misfit
 from moe_fx.passes.raising.steps import merge_steps
@@ -53,7 +55,86 @@ def region_at(root: Node) -> tuple[Region | Miss, set[Node]] | None:
     steps = op_name(root) in ("aten::index_add", "aten::index_put") and near is not None and near.depth > 2
     if near is not None and steps and each:
         return near, {root}
-    return _sum(root)
+    return _rows_added(root) or _sum_of_terms(root) or _sum(root)
+
+
+def _rows_added(root: Node) -> tuple[Region | Miss, set[Node]] | None:
+    """Rows sorted by expert, each added to its token."""
+    found = match(grouped.COMBINE, root)
+    if not isinstance(found, Match):
+        return None
+    summed, axes = found["summed"], token_axes(shape_of(root) or ())
+    if axes is None or "ids" not in found.bindings:
+        return None
+    sizes, tokens, place = axes
+    slots = (shape_of(found["ids"]) or (0,))[-1]
+    sizes |= {SLOT: slots, SORTED_ROW: (shape_of(summed) or (0,))[0]}
+    bindings = {name: bound for name, bound in found.bindings.items() if name not in ("summed", "base")}
+    walk = Walk(root, sizes, tokens, PIECES, bindings)
+    output = walk.value(summed, ((SORTED_ROW,), place[-1]))
+    anchors = anchors_behind(summed) or {root}
+    if isinstance(output, Miss):
+        return output if walk.deepest is None else walk.deepest, anchors
+    region = walk.region(output)
+    if isinstance(region, Region):
+        region.base = None if filled_with(found["base"]) == 0 else found["base"]
+        wrong = misfit(region)
+        return (region if wrong is None else wrong), anchors
+    return region, anchors
+
+
+def _sum_of_terms(root: Node) -> tuple[Region | Miss, set[Node]] | None:
+    """A chain of additions, each of what one expert makes of every token."""
+    if op_name(root) != "aten::add" or any(op_name(user) == "aten::add" and terms(user) for user in root.users):
+        return None  # the terms are found from the last addition
+    found = terms(root)
+    if found is None or len(found[0]) < 2:
+        return None
+    numbered, base, chain = found
+    merged = each_expert_on(root, numbered)
+    if isinstance(merged, Miss):
+        return merged, {root}
+    for inner in chain - {root}:
+        if any(user not in chain for user in inner.users):
+            users = ", ".join(user.name for user in inner.users)
+            return Miss("a sum that nothing else reads", f"{inner.name}, read by {users}", inner), {root}
+    merged = dataclasses.replace(merged, interior=merged.interior | (chain - {root}), distinct=True, base=base)
+    wrong = misfit(merged)
+    return (merged if wrong is None else wrong), {root}
+
+
+def each_expert_on(root: Node, numbered: Sequence[tuple[int, Node]]) -> Region | Miss:
+    """The steps that compute one expert's result each, for every token, as one layer."""
+    numbers = [number for number, _ in numbered]
+    if sorted(numbers) != list(range(len(numbers))):
+        return Miss(f"every expert of {len(numbers)} once", f"experts {', '.join(map(str, numbers))}", root)
+    regions = []
+    own = each_expert_loop.specific([value for _, value in numbered])
+    for (number, value), nodes in sorted(zip(numbered, own, strict=True), key=lambda each: each[0][0]):
+        axes = token_axes(shape_of(value) or ())
+        if axes is None:
+            return Miss("rows of fixed size for each token", value.name, value)
+        sizes, tokens, place = axes
+        bindings = {"expert": number}
+        walk = Walk(root, sizes, tokens, each_expert_loop.PIECES, bindings, each_expert_loop.OWN, root.users, nodes)
+        output = walk.value(value, place)
+        if isinstance(output, Miss):
+            return output if walk.deepest is None else walk.deepest
+        walk.ending = _between(root, value)
+        region = walk.region(output)
+        if isinstance(region, Miss):
+            return region
+        regions.append(region)
+    merged = merge_steps(regions)
+    if isinstance(merged, Miss):
+        return merged
+    interior = set().union(*(region.interior for region in regions))
+    return dataclasses.replace(merged, root=root, interior=interior)
+
+
+def _between(root: Node, value: Node) -> set[Node]:
+    """The additions by which a root reads a term."""
+    return {root, *(user for user in value.users if op_name(user) == "aten::add")}
 
 
 def _sum(root: Node) -> tuple[Region | Miss, set[Node]] | None:

@@ -17,7 +17,7 @@ from torch.fx import Node
 from moe_fx.matcher import arguments, op_name
 from moe_fx.shapes import Dim, known_equal, shape_of
 
-__all__ = ["Ending", "endings"]
+__all__ = ["Ending", "endings", "token_axes"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,19 @@ def _sums(root: Node, shape: tuple[Dim, ...]) -> Iterator[Ending]:
 
 
 def _axes(shape: tuple[Dim, ...], axis: str, count: int) -> tuple[dict[str, Dim], tuple[str, ...], Place] | None:
-    """The result ``[tokens..., H]``: sizes of all row axes, the names of the token axes, and its place.
+    """The row axes of a sum over ``axis``, whose result is ``[tokens..., H]``."""
+    known = token_axes(shape)
+    if known is None:
+        return None
+    sizes, tokens, place = known
+    sizes[axis] = count
+    if axis == SLOT:
+        sizes[SORTED_ROW] = size_of((*tokens, SLOT), sizes)
+    return sizes, tokens, place
+
+
+def token_axes(shape: tuple[Dim, ...]) -> tuple[dict[str, Dim], tuple[str, ...], Place] | None:
+    """Of ``[tokens..., H]``: sizes of the row axes, the names of those of the tokens, and its place.
 
     Dimensions of size 1 may stand anywhere.
     """
@@ -96,10 +108,8 @@ def _axes(shape: tuple[Dim, ...], axis: str, count: int) -> tuple[dict[str, Dim]
     if counted[-1] >= wide[-1]:
         return None
     tokens = (TOKEN,) if len(counted) == 1 else tuple(f"{TOKEN}{number}" for number in range(len(counted)))
-    sizes: dict[str, Dim] = {ONE: 1, axis: count}
+    sizes: dict[str, Dim] = {ONE: 1}
     sizes.update((token, shape[at]) for token, at in zip(tokens, counted, strict=True))
-    if axis == SLOT:
-        sizes[SORTED_ROW] = size_of((*tokens, SLOT), sizes)
     named: dict[int, tuple[Axis, ...]] = {at: (token,) for token, at in zip(tokens, counted, strict=True)}
-    features: Axis = shape[wide[-1]]
-    return sizes, tokens, tuple(named.get(at, (features,) if at == wide[-1] else ()) for at in range(len(shape)))
+    last: Axis = shape[wide[-1]]
+    return sizes, tokens, tuple(named.get(at, (last,) if at == wide[-1] else ()) for at in range(len(shape)))

@@ -49,13 +49,35 @@ inverse = either(argsort(perm), aten.index_put(ANY, [perm], arange()), aten.scat
 # histc counts in the dtype it is given: one that holds every expert number exactly.
 exact = OneOfValues(torch.float32, torch.float64, torch.int32, torch.int64)
 num_experts, last_expert, top_k = Var("num_experts"), Var("last_expert"), Var("top_k")
-counts = aten.histc(
-    optional(lambda ids: aten.to(ids, exact), either(sorted_ids, flat_ids)), num_experts, 0, last_expert
+any_ids = either(sorted_ids, flat_ids)
+counted = optional(lambda ids: aten.to(ids, exact), any_ids)
+counts = either(
+    aten.histc(counted, num_experts, 0, last_expert),
+    # Bins one wide, up to E: an id E would be counted with the last expert.
+    As("counts_beyond", aten.histc(counted, num_experts, 0, num_experts)),
+    As("counts_beyond", aten.bincount(any_ids, None, num_experts)),
+    aten.sum(optional(lambda hot: aten.to(hot, ANY), aten.one_hot(any_ids, num_experts)), [0]),
 )
+ends = aten.arange(num_experts, dtype=ANY)
 offsets = either(
     aten.cumsum(counts, only_dim, dtype=torch.int32),
     aten.to(aten.cumsum(counts, only_dim), torch.int32),
-    aten.searchsorted(sorted_ids, aten.arange(num_experts, dtype=ANY), out_int32=True, right=True),
+    aten.searchsorted(sorted_ids, ends, out_int32=True, right=True),
+    aten.to(aten.searchsorted(sorted_ids, ends, right=True), torch.int32),
+)
+token_of_row = either(
+    aten.floor_divide(perm, top_k), aten.index(aten.repeat_interleave(arange(), top_k, ANY), [perm]),
+    aten.index(aten.repeat_interleave(arange(), top_k), [perm]),
+)  # fmt: skip
+column = either(aten.unsqueeze(token_of_row, Last(1)), aten.reshape(token_of_row, [-1, 1]))
+wide = either(aten.expand(column, ANY), aten.expand_as(column, ANY), aten.repeat(column, ANY))
+
+#: rows added to their tokens, to which the slots need not be brought back
+summed, base = Var("summed", rank=2), Var("base", rank=2)
+COMBINE = either(
+    aten.scatter_add(base, 0, wide, summed),
+    aten.index_add(base, 0, token_of_row, summed),
+    aten.index_put(base, [token_of_row], summed, True),
 )
 
 rows, weight = Var("rows", rank=2), Var("weight", rank=3)
@@ -76,8 +98,10 @@ def clamped(ids: Pattern) -> Pattern:
 
 PIECES: tuple[Piece, ...] = (
     View(TOKEN_MAJOR, aten.index(rows, [inverse]), to=SORTED),
-    Dispatch(SORTED, aten.index(Var("tokens"), [aten.floor_divide(perm, top_k)])),
+    Dispatch(SORTED, aten.index(Var("tokens"), [token_of_row])),
+    Dispatch(SORTED, aten.gather(Var("tokens", rank=2), 0, wide)),
     Slot(SORTED, aten.index(aten.reshape(Var("slot", rank=2), ANY), [perm])),
+    Slot(SORTED, aten.index(aten.unsqueeze(aten.reshape(Var("slot", rank=2), ANY), Last(1)), [perm])),
     ExpertLinear(SORTED, grouped_mm(transposed), "sort_grouped_mm"),
     ExpertLinear(SORTED, grouped_mm(weight), "sort_grouped_mm", transposed=True),
     ExpertRow(

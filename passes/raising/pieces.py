@@ -5,8 +5,7 @@ Routed rows stand in one of these layouts on their way from the tokens to the su
     slots         [T, K, ...]   one row per token and slot
     token_major   [T*K, ...]    the same, flat: row t*K + k
     sorted        [T*K, ...]    ordered by expert: row i is slot perm[i]
-    experts       [E, T, ...]   every expert on every token; what it was not chosen for must count zero
-    expert_major  [E*T, ...]    the same, flat: row e*T + t
+    tokens       [T, ...]      every token, in a loop in which every expert takes all of them
     hits          [n, ...]      the rows of one expert, in a loop over all of them
 
 A piece says what a value in one layout may be: the place where token rows come in, where a routing weight comes
@@ -22,12 +21,12 @@ from dataclasses import dataclass
 from moe_fx.pattern import ANY, Pattern, aten, either
 
 __all__ = [
-    "HITS", "SLOTS", "SORTED", "TOKEN_MAJOR", "Column", "Dispatch", "ExpertLinear", "ExpertRow", "Mask", "Piece",
-    "Slot", "View", "arange",
+    "HITS", "SLOTS", "SORTED", "TOKENS", "TOKEN_MAJOR", "Column", "Dispatch", "ExpertLinear", "ExpertRow", "Mask",
+    "Piece", "Slot", "View", "arange",
 ]  # fmt: skip
 
 SLOTS, TOKEN_MAJOR, SORTED = "slots", "token_major", "sorted"
-EXPERTS, EXPERT_MAJOR, HITS = "experts", "expert_major", "hits"
+TOKENS, HITS = "tokens", "hits"
 
 #: names whose values differ from piece to piece
 LOCAL = ("rows", "slot", "table", "weight", "bias", "param")

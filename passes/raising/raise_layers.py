@@ -147,6 +147,8 @@ def _prove_and_rewrite(work: Work, region: Region) -> Miss | None:
     loops = "expert" in region.bindings
     skips = "perm" in region.bindings or (loops and region.bindings.get("num_classes") != region.num_experts)
     in_range = selection.in_range or not skips
+    if "counts_beyond" in region.bindings and not selection.in_range:
+        return Miss("ids that certainly name an expert", f"{given_ids.name}, which may be counted beyond", given_ids)
     if region.tables and not in_range:
         return Miss("ids that certainly name an expert", f"{given_ids.name}, looked up in a table", given_ids)
     result = CheckResult(float("nan"), 0, 0.0)
@@ -154,7 +156,7 @@ def _prove_and_rewrite(work: Work, region: Region) -> Miss | None:
         operands = (region.tokens, region.ids, region.slots, region.params, region.shared)
         each = region.bindings["expert"] if region.step is not None else None
         root = region.step or region.root
-        result = check_layer(root, operands, region.body, in_range, selection.distinct, each, region.views)
+        result = check_layer(root, operands, region.body, in_range, selection.distinct, each, region.views, region.base)
         if not result.passed:
             wanted = "the same numbers from the layer and its experts node"
             found = result.problem or f"a difference of {result.error:.1e} of the output's range"
@@ -179,7 +181,10 @@ def _rewrite(program: Program, region: Region, clamp_ids: bool) -> Node:
         )
     node.meta.update({key: root.meta[key] for key in PROVENANCE if key in root.meta})
     node.meta["val"] = _rows_like(program, region)
-    replace(root, _in_shape_of(program, root, node, region))
+    result = _in_shape_of(program, root, node, region)
+    if region.base is not None:
+        result = Emitter(graph, root, FakeValues(program.fake_mode))(torch.ops.aten.add.Tensor, region.base, result)
+    replace(root, result)
     erase_dead(graph, [root])
     return node
 

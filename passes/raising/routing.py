@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from torch.fx import Node
 
 from moe_fx.matcher import arguments, op_name
-from moe_fx.shapes import shape_of, tensor_of
+from moe_fx.shapes import known_equal, shape_of, tensor_of
 
 __all__ = ["Selection", "describe_router", "foreign_slot", "selection_of"]
 
@@ -48,7 +48,9 @@ def selection_of(ids: Node, num_experts: int) -> Selection:
             moved = True
         elif name in MOVING:
             # Slicing, casting and adding dimensions of size 1 keep a token's ids together.
-            moved |= name not in ("aten::to", "aten::slice", "aten::clone", "aten::contiguous")
+            before, after = shape_of(node.args[0]) or (0,), shape_of(node) or (0,)
+            apart = name == "aten::reshape" and known_equal(before[-1], after[-1])  # batch and sequence, taken apart
+            moved |= name not in ("aten::to", "aten::slice", "aten::clone", "aten::contiguous") and not apart
         elif node.target is operator.getitem and isinstance(node.args[0], Node):
             element = node.args[1]
         else:

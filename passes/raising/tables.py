@@ -8,6 +8,7 @@ for all other experts goes through the same ops, and must come out as exactly ze
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -28,10 +29,14 @@ def cast(pattern: Pattern) -> Pattern:
     return optional(lambda value: aten.to(value, ANY), pattern)
 
 
-SCATTERED = aten.scatter(Var("base"), Last(-1), Var("ids"), Var("values"))
+scattered = (Var("base"), Last(-1), Var("ids"), Var("values"))
+SCATTERED = either(aten.scatter(*scattered), aten.scatter_add(*scattered))
 ids, column = Var("ids"), aten.unsqueeze(Var("values"), Last(-1))
 #: one_hot(ids) * values, added up over the slots
 chosen = either(aten.one_hot(ids, ANY), aten.eq(aten.unsqueeze(ids, Last(-1)), arange()))
+#: the same of one value for all: a mask
+SCATTERED_VALUE = aten.scatter(Var("base"), Last(-1), Var("ids"), ANY)
+COUNTED = aten.sum(cast(cast(chosen)), [Last(-2)])
 ADDED = aten.sum(aten.mul(cast(cast(chosen)), column), [Last(-2)])
 
 
@@ -39,12 +44,13 @@ ADDED = aten.sum(aten.mul(cast(cast(chosen)), column), [Last(-2)])
 class Slots:
     """What a table says: ``values [T, K]`` of the experts ``ids [T, K]``, after the ops of ``steps``.
 
-    It says so only if a token's ids differ: of a repeated one the table has a single entry.
+    Without ``values``, what the table itself holds for the ids. It says so only if a token's ids differ: of a repeated
+    one the table has a single entry.
     """
 
     ids: Node
-    values: Node
-    steps: tuple[Node, ...]
+    values: Node | None
+    steps: tuple[Node, ...] = ()
 
     def write(self, graph: Graph, value: Node) -> Node:
         """The steps applied to ``value``, in a body."""
@@ -58,23 +64,66 @@ def read_table(table: Node) -> Slots | Miss:
     """Read a table back; a Miss where something but zero may stand for experts that were not chosen."""
     steps: list[Node] = []
     node = table
-    while True:
-        found = match(SCATTERED, node)
-        if isinstance(found, Match):
-            filled = filled_with(found["base"])
-            if filled is None:
-                return Miss("a tensor of one value to scatter into", _describe(found["base"]), found["base"])
-            rest = _after(steps, filled, tensor_of(found["base"]).dtype)
-            if rest != 0:
-                return Miss("a table that is zero for experts not chosen", f"{rest} there", table)
-            return Slots(found["ids"], found["values"], tuple(steps))
-        added = match(ADDED, node)
-        if isinstance(added, Match) and _after(steps, 0.0, tensor_of(node).dtype) == 0:
-            return Slots(added["ids"], added["values"], tuple(steps))
-        if not _is_step(node):
-            return found if op_name(node) == "aten::scatter" else Miss("aten::scatter", _describe(node), node)
+    while _is_step(node):
         steps.append(node)
         (node,) = node.all_input_nodes
+    found = next((each for each in (match(SCATTERED, node), match(ADDED, node)) if isinstance(each, Match)), None)
+    filled = _elsewhere(table)
+    if isinstance(filled, Miss):
+        return filled
+    ids_of_table, rest = filled
+    if rest != 0:
+        return Miss("a table that is zero for experts not chosen", f"{rest} there", table)
+    return Slots(ids_of_table, found["values"], tuple(steps)) if found is not None else Slots(ids_of_table, None)
+
+
+def _elsewhere(node: Node) -> tuple[Node, float] | Miss:
+    """The ids of a table, and what it holds for all other experts."""
+    value = tensor_of(node)
+    if value is None:
+        return Miss("a table of routing weights", _describe(node), node)
+    found = match(SCATTERED, node)
+    if isinstance(found, Match) or isinstance(found := match(SCATTERED_VALUE, node), Match):
+        filled = filled_with(found["base"])
+        if filled is None:
+            return Miss("a tensor of one value to scatter into", _describe(found["base"]), found["base"])
+        if op_name(node) == "aten::scatter_add" and filled != 0:
+            return Miss("zeros to add to", f"{filled}", found["base"])
+        return found["ids"], float(torch.tensor(filled, dtype=value.dtype))
+    for pattern in (ADDED, COUNTED):
+        if isinstance(added := match(pattern, node), Match):
+            return added["ids"], 0.0
+    name = op_name(node)
+    if _is_step(node):
+        return _through(node, node.all_input_nodes[0])
+    if name == "aten::softmax" and node.args[1] in (-1, value.dim() - 1):
+        before = _elsewhere(node.args[0])  # type: ignore[arg-type]
+        if isinstance(before, Miss) or before[1] == -math.inf:
+            return before if isinstance(before, Miss) else (before[0], 0.0)
+    if name in ("aten::mul", "aten::div"):
+        # Zero times a weight, or over their sum, is zero; the weights are finite.
+        for factor in node.all_input_nodes[: 2 if name == "aten::mul" else 1]:
+            before = _elsewhere(factor)
+            if not isinstance(before, Miss) and before[1] == 0:
+                return before
+    if name in ("aten::masked_fill", "aten::where"):
+        mask, kept = (node.args[1], node.args[2]) if name == "aten::masked_fill" else (node.args[0], node.args[2])
+        filling = kept if not isinstance(kept, Node) else filled_with(kept)
+        before = _elsewhere(mask) if isinstance(mask, Node) else Miss("a mask", str(mask), node)
+        if not isinstance(before, Miss) and isinstance(filling, int | float):
+            if bool(before[1]) is (name == "aten::masked_fill"):
+                return before[0], float(filling)
+    return found if name == "aten::scatter" else Miss("aten::scatter", _describe(node), node)
+
+
+def _through(step: Node, source: Node) -> tuple[Node, float] | Miss:
+    """What an elementwise op makes of what a table holds elsewhere, in the dtypes of the graph."""
+    before = _elsewhere(source)
+    if isinstance(before, Miss):
+        return before
+    kwargs: Any = {name: given for name, given in step.kwargs.items() if name not in ("device", "pin_memory")}
+    number = torch.tensor([before[1]], dtype=tensor_of(source).dtype)  # type: ignore[union-attr]
+    return before[0], float(step.target(number, *step.args[1:], **kwargs))  # type: ignore[operator]
 
 
 def _describe(node: Node) -> str:
@@ -87,15 +136,6 @@ def _is_step(node: Node) -> bool:
         return False
     pointwise = torch.Tag.pointwise in node.target.tags or op_name(node) in ("aten::to", "aten::clone")
     return pointwise and isinstance(node.args[0], Node) and not node.target._schema.is_mutable
-
-
-def _after(steps: Iterable[Node], value: float, dtype: torch.dtype) -> float:
-    """A number through the ops, in the dtypes of the graph."""
-    number = torch.tensor([value], dtype=dtype)
-    for step in reversed(list(steps)):
-        kwargs = {name: given for name, given in step.kwargs.items() if name not in ("device", "pin_memory")}
-        number = step.target(number, *step.args[1:], **kwargs)  # type: ignore[operator]
-    return float(number)
 
 
 #: ops that yield zeros of zeros, however they move them

@@ -37,6 +37,7 @@ aten = torch.ops.aten
 
 #: ops through which the rows of an expert linear pass
 ROW_STEPS = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback", "moe_fx::grouped_mm"})
+LEAVES = ("placeholder", "get_attr")
 FORMS = {SLOT: "gather_bmm", EXPERT: "dense_bmm"}
 
 
@@ -44,19 +45,21 @@ class Walk:
     """One walk from ``root``; ``sizes`` of the row axes, the ``tokens`` axes among them.
 
     ``own`` is the pattern by which a step of a loop reads its expert's ``param``. ``ending`` are calls by which the root
-    reads what it sums.
+    reads what it sums. Where every token is given to every expert, ``specific`` are the nodes of one expert's step.
     """
 
     def __init__(
         self, root: Node, sizes: Mapping[str, Dim], tokens: tuple[str, ...], pieces: Sequence[kinds.Piece],
-        bindings: Mapping[str, Any], own: Pattern | None = None, ending: Collection[Node] = (),
+        bindings: Mapping[str, Any], own: Pattern | None = None, ending: Collection[Node] = (), specific: Collection[Node] | None = None,
     ) -> None:  # fmt: skip
-        self.ending = ending
+        self.ending, self.specific = ending, specific
+        #: whether all experts are summed, or all tokens are given to each
+        self.dense = EXPERT in sizes or specific is not None
         self.root, self.sizes, self.tokens, self.pieces, self.own = root, sizes, tokens, pieces, own
         self.bindings: dict[str, Any] = dict(bindings)
         self.layouts: dict[str, Place] = {
             kinds.SLOTS: (tokens, (SLOT,)), kinds.TOKEN_MAJOR: ((*tokens, SLOT),), kinds.SORTED: ((SORTED_ROW,),),
-            kinds.HITS: ((HIT,),),
+            kinds.HITS: ((HIT,),), kinds.TOKENS: tuple((token,) for token in tokens if specific is not None) or ((HIT,),),
         }  # fmt: skip
         self.body = Writer()
         self.known: dict[tuple[Node, Place], Value | Miss] = {}
@@ -144,6 +147,8 @@ class Walk:
 
     def walks_on(self, node: Node) -> bool:
         """Whether a value that has a row per token is computed by experts: with one slot, slots are tokens."""
+        if self.specific is not None:
+            return node in self.specific
         return known_equal(self.sizes.get(SLOT, 0), 1) and leads_to_experts(node)
 
     def token_rows(self, node: Node, place: Place) -> Value | Miss:
@@ -184,7 +189,8 @@ class Walk:
             return None
         (index,) = indices
         rank = len(shape_of(index) or ())
-        if axes_of(place[rank:]) or param.op not in ("placeholder", "get_attr"):
+        count = (shape_of(param) or (0,))[0]
+        if axes_of(place[rank:]) or not isinstance(count, int) or not (is_view(param) or param.op in LEAVES):
             return None
         ids = self.ids_of(index, place[:rank])
         if ids is None:
@@ -192,8 +198,8 @@ class Walk:
         if self.bindings.setdefault("ids", ids) is not ids:
             return self.miss(f"ids = {self.bindings['ids'].name}, as elsewhere in the layer", ids)
         self.interior.add(node)
-        outer = Value(self.body.placeholder("p", param), EXPERTS_OWN, self.numbers(param, 1))
-        return self.body.reshaped(outer, features(place[rank:]))
+        self.sizes = {**self.sizes, EXPERT: count}
+        return self.expert_value(param, ((EXPERT,), *place[rank:]))
 
     def ids_of(self, node: Node, place: Place) -> Node | None:
         """The ids ``[T, K]`` that an index is; they may be clamped first, which is then part of the routing."""
@@ -240,7 +246,9 @@ class Walk:
             return self.note(replace(found, depth=100 * self.visited + 80))
         if self.bindings.setdefault("ids", found.ids) is not found.ids:
             return self.miss("the layer's own ids", found.ids)
-        value = found.write(self.body.graph, self.row("s", found.values, ()).node)
+        if found.values is None:
+            self.tables.add(node)
+        value = found.write(self.body.graph, self.row("s", found.values or node, ()).node)
         self.zeros.append(value)
         return self.body.reshaped(Value(value, ROWS, ()), features(place))
 
@@ -273,12 +281,17 @@ class Walk:
                 return self.body.reshaped(self.row("x", tokens, self.numbers(tokens, 1)), shape)
             case kinds.Slot():
                 slot = found["slot"]
-                if not same_shape((shape_of(slot) or ())[:2], (self.token_count, self.sizes[SLOT])):
+                if not same_shape((shape_of(slot) or ())[:2], shape_of(found.get("ids")) or self.slot_shape):
                     return self.miss("a value for every token and slot", slot)
                 self.bind(found)
-                return self.body.reshaped(self.row("s", slot, self.numbers(slot, 2)), shape)
+                row = self.row("s", slot, self.numbers(slot, 2))
+                if piece.layout == kinds.TOKENS:
+                    self.zeros.append(row.node)  # added up over the slots of this expert: of other tokens, nothing
+                return self.body.reshaped(row, shape)
             case kinds.Column():
                 self.bind(found)
+                if piece.layout == kinds.TOKENS:
+                    return self.table(found["table"], place)
                 self.tables.add(found["table"])
                 return self.body.reshaped(self.row("s", found["table"], ()), shape)
             case kinds.View():
@@ -311,6 +324,10 @@ class Walk:
 
     def bind(self, found: Match) -> None:
         self.bindings = {name: bound for name, bound in found.bindings.items() if name not in LOCAL}
+
+    @property
+    def slot_shape(self) -> tuple[Dim, ...]:
+        return (self.token_count, self.sizes[SLOT]) if SLOT in self.sizes else ()
 
     @property
     def token_count(self) -> Dim:
@@ -419,7 +436,7 @@ class Walk:
         if op_name(node) == "aten::sum":
             self.interior.add(node.args[0])
         if any(factor.value.kind == EXPERTS_OWN for factor in factors.values()):
-            self.forms.add(FORMS[SLOT if SLOT in self.sizes and EXPERT not in self.sizes else EXPERT])
+            self.forms.add(FORMS[EXPERT if self.dense else SLOT])
         if found.bias is not None:
             own = aligned(place, shape_of(found.bias) or (), self.sizes)
             bias = self.value(found.bias, own if own is not None else place)
@@ -444,7 +461,7 @@ class Walk:
         used = self.outside_use()
         if used is not None:
             return used
-        if EXPERT in self.sizes and not counts_zero(output.node, self.zeros):
+        if self.dense and not counts_zero(output.node, self.zeros):
             wanted = "an expert's output that is zero wherever its routing weight is"
             return Miss(wanted, "one that need not be", self.root, dict(self.bindings), 10**6)
         graph = self.body.graph

@@ -1,0 +1,119 @@
+"""Disguise: every expert in turn on every token, weighted with zero where it was not chosen.
+
+for e in range(E):
+    out = out + table[:, e, None] * body(x, weight[e])      # table [T, E], or (weights * (ids == e)).sum(-1)
+
+ys = torch.stack([body(x, weight[e]) for e in range(E)], 1)
+out = ys.gather(1, ids[..., None].expand(T, K, H)) ...      # or a sum over E, weighted by a table
+
+What only one expert's result is computed by is its step; what several share comes from outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moe_fx.passes.raising.loops import literal, slots_of, sums
+from moe_fx.passes.raising.pieces import TOKENS, Column, Piece, Slot
+from torch.fx import Node
+
+from moe_fx.constants import filled_with
+from moe_fx.matcher import Match, match, op_name
+from moe_fx.pattern import ANY, Last, Pattern, Var, aten, either
+from moe_fx.shapes import same_shape, shape_of
+
+__all__ = ["OWN", "PIECES", "specific", "terms"]
+
+OWN: Pattern = aten.select(Var("param"), 0, literal)
+
+table = Var("table")
+column = aten.select(table, Last(-1), literal)
+total = sums(slots_of)
+kept_dim = aten.sum(either(aten.mul(Var("slot", rank=2), either(aten.to(slots_of, ANY), slots_of))), [Last(1)], True)
+
+PIECES: tuple[Piece, ...] = (
+    Column(TOKENS, column),
+    Column(TOKENS, aten.slice(table, Last(-1), literal, ANY)),
+    Slot(TOKENS, total),
+    Slot(TOKENS, kept_dim),
+)
+#: what tells one step from another: where an expert's number is read
+NUMBERED = (column, aten.slice(table, Last(-1), literal, ANY), slots_of)
+#: how far back from a term its expert's number is looked for
+NEAR = 80
+
+
+def terms(root: Node) -> tuple[list[tuple[int, Node]], Node | None, set[Node]] | None:
+    """A chain of additions as its terms, each with its expert's number; what it starts from; and the additions."""
+    found: list[tuple[int, Node]] = []
+    chain: set[Node] = set()
+    node: Node | None = root
+    while node is not None and op_name(node) == "aten::add" and len(node.args) == 2:
+        operands = [each for each in node.args if isinstance(each, Node)]
+        shapes = [shape_of(each) for each in operands]
+        if any(shape is None or not same_shape(shape, shapes[0] or ()) for shape in shapes):
+            break
+        numbers = [_number(each) for each in operands]
+        known = [place for place, number in enumerate(numbers) if number is not None]
+        if not known or (len(operands) == 1 and node.args[1] != 0):
+            break
+        chain.add(node)
+        if len(operands) == 1:
+            found.insert(0, (numbers[0], operands[0]))  # type: ignore[arg-type]
+            return found, None, chain
+        starts = [op_name(each) == "aten::add" and _starts(each) for each in operands]
+        if len(known) == 2 and any(starts):
+            known = [1 - starts.index(True)]  # the other is the sum so far, of one term
+        if len(known) == 2:
+            found[:0] = [(number, operand) for number, operand in zip(numbers, operands, strict=True) if number is not None]
+            return found, None, chain
+        found.insert(0, (numbers[known[0]], operands[known[0]]))  # type: ignore[arg-type]
+        node = operands[1 - known[0]]
+    if len(found) < 2 or node is None:
+        return None
+    return found, None if filled_with(node) == 0 else node, chain
+
+
+def _starts(node: Node) -> bool:
+    """Whether an addition is the first of a chain: to zero."""
+    return any(each == 0 if not isinstance(each, Node) else filled_with(each) == 0 for each in node.args[:2])
+
+
+def _number(term: Node) -> int | None:
+    """The expert whose number a term is computed with; None if there is none, or several."""
+    seen: set[Node] = set()
+    pending, numbers = [term], set()
+    while pending and len(seen) < NEAR:
+        node = pending.pop(0)
+        if node in seen or node.op != "call_function":
+            continue
+        seen.add(node)
+        for pattern in NUMBERED:
+            found = match(pattern, node)
+            if isinstance(found, Match) and isinstance(found["expert"], int):
+                numbers.add(found["expert"])
+                break
+        else:
+            pending.extend(node.all_input_nodes)
+    return numbers.pop() if len(numbers) == 1 else None
+
+
+def specific(values: Sequence[Node]) -> list[set[Node]]:
+    """For each of several values, the nodes that only it is computed by."""
+    behind = [_behind(value) for value in values]
+    counts: dict[Node, int] = {}
+    for nodes in behind:
+        for node in nodes:
+            counts[node] = counts.get(node, 0) + 1
+    return [{node for node in nodes if counts[node] == 1} for nodes in behind]
+
+
+def _behind(value: Node) -> set[Node]:
+    seen: set[Node] = set()
+    pending = [value]
+    while pending:
+        node = pending.pop()
+        if node not in seen and node.op == "call_function":
+            seen.add(node)
+            pending.extend(node.all_input_nodes)
+    return seen
