@@ -90,7 +90,7 @@ def leads_to_experts(value: Node, through: bool = False) -> bool:
         name = op_name(node)
         if name is None and node.target is not operator.getitem:
             continue
-        if name in GROUPED or (name == "aten::index" and _is_stack(node.args[0])):
+        if name in GROUPED or name == "aten::stack" or (name == "aten::index" and _is_stack(node.args[0])):
             return True
         if name in PRODUCTS and any(reads_stack(operand) for operand in node.all_input_nodes):
             return True

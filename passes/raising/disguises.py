@@ -11,7 +11,7 @@ import torch
 from moe_fx.passes.raising import each_expert as each_expert_loop
 from moe_fx.passes.raising import gathered, grouped, loops
 from moe_fx.passes.raising.anchors import anchors_behind, leads_to_experts
-from moe_fx.passes.raising.axes import HIT, ONE, SLOT, SORTED_ROW, TOKEN, features
+from moe_fx.passes.raising.axes import EXPERT, HIT, ONE, SLOT, SORTED_ROW, TOKEN, Place, axes_of, features
 from moe_fx.passes.raising.each_expert import terms
 from moe_fx.passes.raising.endings import Ending, endings, token_axes
 from moe_fx.passes.raising.pieces import Piece
@@ -23,7 +23,7 @@ from torch.fx import Node
 
 from moe_fx.constants import filled_with
 from moe_fx.kernels import each_expert
-from moe_fx.matcher import Match, Miss, match, op_name
+from moe_fx.matcher import Match, Miss, arguments, match, op_name
 from moe_fx.shapes import shape_of
 
 __all__ = ["region_at"]
@@ -70,7 +70,7 @@ def _rows_added(root: Node) -> tuple[Region | Miss, set[Node]] | None:
     slots = (shape_of(found["ids"]) or (0,))[-1]
     sizes |= {SLOT: slots, SORTED_ROW: (shape_of(summed) or (0,))[0]}
     bindings = {name: bound for name, bound in found.bindings.items() if name not in ("summed", "base")}
-    walk = Walk(root, sizes, tokens, PIECES, bindings)
+    walk = Walk(root, sizes, tokens, PIECES, bindings, ending=found.nodes)
     output = walk.value(summed, ((SORTED_ROW,), place[-1]))
     anchors = anchors_behind(summed) or {root}
     if isinstance(output, Miss):
@@ -101,6 +101,17 @@ def _sum_of_terms(root: Node) -> tuple[Region | Miss, set[Node]] | None:
     merged = dataclasses.replace(merged, interior=merged.interior | (chain - {root}), distinct=True, base=base)
     wrong = misfit(merged)
     return (merged if wrong is None else wrong), {root}
+
+
+def _stacked(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
+    """``stack`` of every expert's results, written into the body as those of one expert. None for any other op."""
+    given = arguments(node) if op_name(node) == "aten::stack" else {}
+    if not given or place[given["dim"] % len(place)] != (EXPERT,) or set(walk.tokens) - axes_of(place):
+        return None
+    merged = each_expert_on(node, list(enumerate(given["tensors"])))
+    if isinstance(merged, Miss):
+        return walk.note(merged)
+    return walk.inlined(merged, node, place)
 
 
 def each_expert_on(root: Node, numbered: Sequence[tuple[int, Node]]) -> Region | Miss:
@@ -135,6 +146,9 @@ def each_expert_on(root: Node, numbered: Sequence[tuple[int, Node]]) -> Region |
 def _between(root: Node, value: Node) -> set[Node]:
     """The additions by which a root reads a term."""
     return {root, *(user for user in value.users if op_name(user) == "aten::add")}
+
+
+Walk.stacked = staticmethod(_stacked)
 
 
 def _sum(root: Node) -> tuple[Region | Miss, set[Node]] | None:

@@ -52,10 +52,10 @@ num_experts, last_expert, top_k = Var("num_experts"), Var("last_expert"), Var("t
 any_ids = either(sorted_ids, flat_ids)
 counted = optional(lambda ids: aten.to(ids, exact), any_ids)
 counts = either(
-    aten.histc(counted, num_experts, 0, last_expert),
     # Bins one wide, up to E: an id E would be counted with the last expert.
     As("counts_beyond", aten.histc(counted, num_experts, 0, num_experts)),
     As("counts_beyond", aten.bincount(any_ids, None, num_experts)),
+    aten.histc(counted, num_experts, 0, last_expert),
     aten.sum(optional(lambda hot: aten.to(hot, ANY), aten.one_hot(any_ids, num_experts)), [0]),
 )
 ends = aten.arange(num_experts, dtype=ANY)

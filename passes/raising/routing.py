@@ -17,7 +17,7 @@ CHOOSING = frozenset({"aten::topk", "aten::sort", "aten::argsort", "aten::argmax
 #: ops that move integers about without making new ones
 MOVING = frozenset({
     "aten::reshape", "aten::slice", "aten::to", "aten::clone", "aten::unsqueeze", "aten::squeeze", "aten::select",
-    "aten::contiguous", "aten::transpose", "aten::expand", "aten::narrow",
+    "aten::contiguous", "aten::transpose", "aten::unflatten", "aten::expand", "aten::narrow",
 })  # fmt: skip
 #: where one token's features are mixed: what lies behind is no longer the router's doing
 MIXING = frozenset({"aten::linear", "aten::mm", "aten::addmm", "aten::matmul", "aten::bmm"})
@@ -49,7 +49,7 @@ def selection_of(ids: Node, num_experts: int) -> Selection:
         elif name in MOVING:
             # Slicing, casting and adding dimensions of size 1 keep a token's ids together.
             before, after = shape_of(node.args[0]) or (0,), shape_of(node) or (0,)
-            apart = name == "aten::reshape" and known_equal(before[-1], after[-1])  # batch and sequence, taken apart
+            apart = name in ("aten::reshape", "aten::unflatten") and known_equal(before[-1], after[-1])  # batch and sequence, taken apart
             moved |= name not in ("aten::to", "aten::slice", "aten::clone", "aten::contiguous") and not apart
         elif node.target is operator.getitem and isinstance(node.args[0], Node):
             element = node.args[1]

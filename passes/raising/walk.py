@@ -7,7 +7,7 @@ takes each row by itself and belongs to the body (`through.py`), or the walk end
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,8 @@ from torch.fx.node import map_arg
 
 from moe_fx.experts import per_row
 from moe_fx.matcher import Match, Miss, arguments, match, op_name
-from moe_fx.pattern import Pattern
+from moe_fx.pattern import Last, Pattern, Var, either
+from moe_fx.pattern import aten as aten_
 from moe_fx.rewrite import only_asserted
 from moe_fx.shapes import Dim, is_number, known_equal, same_shape, shape_of
 
@@ -37,6 +38,8 @@ aten = torch.ops.aten
 
 #: ops through which the rows of an expert linear pass
 ROW_STEPS = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback", "moe_fx::grouped_mm"})
+#: 0, 1, 2, ... as a column
+each_token = either(aten_.unsqueeze(kinds.arange(), Last(1)), aten_.reshape(kinds.arange(), [-1, 1]))
 LEAVES = ("placeholder", "get_attr")
 FORMS = {SLOT: "gather_bmm", EXPERT: "dense_bmm"}
 
@@ -109,6 +112,10 @@ class Walk:
             return self.token_rows(node, place)
         if axes == {EXPERT}:
             return self.expert_value(node, place)
+        if EXPERT in axes and (stacked := self.stacked(self, node, place)) is not None:
+            return stacked
+        if SLOT in axes and (chosen := self.chosen(node, place)) is not None:
+            return chosen
         if SLOT in axes and (gathered := self.gathered(node, place)) is not None:
             return gathered
         outside = self.routing_weight(node, place, axes)
@@ -119,6 +126,9 @@ class Walk:
         if isinstance(inner, Miss) and isinstance(found, Miss) and found.depth > 0:
             self.note(replace(found, depth=found.depth + 100 * self.visited + 50))
         return inner
+
+    #: how a stack of the experts' results is read: set where the disguises are put together
+    stacked: Callable[[Walk, Node, Place], Value | Miss | None] = staticmethod(lambda walk, node, place: None)
 
     # What comes from outside
 
@@ -200,6 +210,42 @@ class Walk:
         self.interior.add(node)
         self.sizes = {**self.sizes, EXPERT: count}
         return self.expert_value(param, ((EXPERT,), *place[rank:]))
+
+    def chosen(self, node: Node, place: Place) -> Value | Miss | None:
+        """``results.gather(1, ids)``: of what every expert makes of a token, what it was routed to."""
+        at, rows = len(self.tokens), len(self.slot_places[1])
+        if place[:rows] != self.slot_places[1]:
+            return None
+        by_token = (*place[:at], (EXPERT,), *place[rows:])
+        by_expert = ((EXPERT,), *place[:at], *place[rows:])
+        for pattern, before, whole in (
+            (aten_.gather(Var("results"), Last(at), Var("index")), by_token, True),
+            (aten_.index(Var("results"), [each_token, Var("index")]), by_token, False),
+            (aten_.index(Var("results"), [Var("index"), each_token]), by_expert, False),
+        ):
+            found = match(pattern, node)
+            if not isinstance(found, Match) or (not whole and at > 1):
+                continue
+            count = (shape_of(found["results"]) or (0,) * len(before))[before.index((EXPERT,))]
+            ids = self.ids_of(found["index"], place if whole else place[:rows])
+            if ids is None or not isinstance(count, int) or self.bindings.setdefault("ids", ids) is not ids:
+                return None
+            self.sizes = {**self.sizes, EXPERT: count}
+            self.interior.add(node)
+            return self.value(found["results"], before)
+        return None
+
+    def inlined(self, found: Region, node: Node, place: Place) -> Value:
+        """What another walk found, written into this body."""
+        outer = [*found.slots, *found.params, *found.shared]
+        kinds_of = ["s"] * len(found.slots) + ["p"] * len(found.params) + ["h"] * len(found.shared)
+        given = [self.row("x", found.tokens, found.features[found.tokens]).node]
+        given += [self.body.placeholder(kind, each) for kind, each in zip(kinds_of, outer, strict=True)]
+        copied = dict(zip(found.body.graph.find_nodes(op="placeholder"), given, strict=True))
+        output = self.body.graph.graph_copy(found.body.graph, copied)
+        self.interior |= found.interior | {node}
+        self.forms.add(found.form)
+        return self.body.reshaped(Value(output, ROWS, tuple(features(place))), features(place))  # type: ignore[arg-type]
 
     def ids_of(self, node: Node, place: Place) -> Node | None:
         """The ids ``[T, K]`` that an index is; they may be clamped first, which is then part of the routing."""
@@ -451,17 +497,18 @@ class Walk:
     def region(self, output: Value) -> Region | Miss:
         """Everything was found: check that it fits together."""
         step = self.own is not None
+        nested = self.specific is not None and "ids" not in self.bindings
         if not self.forms and not step:
             return self.miss("a row that meets its expert's weight", self.root, "no such op")
         captured = self.body.captured
         if not captured["x"]:
             return self.miss("token rows sent to their experts", self.root, "no dispatch")
-        if "ids" not in self.bindings:
+        if "ids" not in self.bindings and not nested:
             return self.miss("the ids of the experts", self.root, "none")
         used = self.outside_use()
         if used is not None:
             return used
-        if self.dense and not counts_zero(output.node, self.zeros):
+        if self.dense and not nested and not counts_zero(output.node, self.zeros):
             wanted = "an expert's output that is zero wherever its routing weight is"
             return Miss(wanted, "one that need not be", self.root, dict(self.bindings), 10**6)
         graph = self.body.graph
@@ -483,7 +530,7 @@ class Walk:
         (tokens,) = captured["x"]
         form = "expert_loop" if step else "+".join(sorted(self.forms))
         region = Region(
-            self.root, form, tokens, self.bindings["ids"], s, p, h, GraphModule({}, graph), self.interior,
+            self.root, form, tokens, self.bindings.get("ids", tokens), s, p, h, GraphModule({}, graph), self.interior,
             self.bindings, distinct=bool(self.zeros),
         )  # fmt: skip
         region.size = (self.token_count, self.sizes.get(SLOT, region.top_k))
