@@ -108,7 +108,9 @@ def _split(node: Node, given: dict[str, Any]) -> Spelling | None:
 
 def _index_select(node: Node, given: dict[str, Any]) -> Spelling | None:
     places = shape_of(given["index"])
-    return (aten.index.Tensor, (given["self"], [given["index"]])) if given["dim"] == 0 and len(places or ()) == 1 else None
+    return (
+        (aten.index.Tensor, (given["self"], [given["index"]])) if given["dim"] == 0 and len(places or ()) == 1 else None
+    )
 
 
 def _embedding(node: Node, given: dict[str, Any]) -> Spelling | None:

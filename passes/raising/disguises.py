@@ -6,6 +6,7 @@ To add one: declare its pieces in a file of its own, and name it here.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from moe_fx.passes.raising import each_expert as each_expert_loop
@@ -88,7 +89,7 @@ def _sum_of_terms(root: Node) -> tuple[Region | Miss, set[Node]] | None:
     if op_name(root) != "aten::add" or any(op_name(user) == "aten::add" and terms(user) for user in root.users):
         return None  # the terms are found from the last addition
     found = terms(root)
-    if found is None or len(found[0]) < 2:
+    if found is None or len({number for number, _ in found[0]}) < 2:
         return None
     numbered, base, chain = found
     merged = each_expert_on(root, numbered)

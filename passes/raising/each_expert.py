@@ -20,7 +20,7 @@ from torch.fx import Node
 from moe_fx.constants import filled_with
 from moe_fx.matcher import Match, match, op_name
 from moe_fx.pattern import ANY, Last, Pattern, Var, aten, either
-from moe_fx.shapes import same_shape, shape_of
+from moe_fx.shapes import known_equal, same_shape, shape_of
 
 __all__ = ["OWN", "PIECES", "specific", "terms"]
 
@@ -59,17 +59,18 @@ def terms(root: Node) -> tuple[list[tuple[int, Node]], Node | None, set[Node]] |
             break
         chain.add(node)
         if len(operands) == 1:
-            found.insert(0, (numbers[0], operands[0]))  # type: ignore[arg-type]
+            found.insert(0, (numbers[0], operands[0]))
             return found, None, chain
         starts = [op_name(each) == "aten::add" and _starts(each) for each in operands]
         if len(known) == 2 and any(starts):
             known = [1 - starts.index(True)]  # the other is the sum so far, of one term
         if len(known) == 2:
-            found[:0] = [(number, operand) for number, operand in zip(numbers, operands, strict=True) if number is not None]
+            both = zip(numbers, operands, strict=True)
+            found[:0] = [(number, operand) for number, operand in both if number is not None]
             return found, None, chain
-        found.insert(0, (numbers[known[0]], operands[known[0]]))  # type: ignore[arg-type]
+        found.insert(0, (numbers[known[0]], operands[known[0]]))
         node = operands[1 - known[0]]
-    if len(found) < 2 or node is None:
+    if node is None:
         return None
     return found, None if filled_with(node) == 0 else node, chain
 
@@ -90,12 +91,17 @@ def _number(term: Node) -> int | None:
         seen.add(node)
         for pattern in NUMBERED:
             found = match(pattern, node)
-            if isinstance(found, Match) and isinstance(found["expert"], int):
+            if isinstance(found, Match) and isinstance(found["expert"], int) and _is_one_wide(node):
                 numbers.add(found["expert"])
                 break
         else:
             pending.extend(node.all_input_nodes)
     return numbers.pop() if len(numbers) == 1 else None
+
+
+def _is_one_wide(node: Node) -> bool:
+    """Whether a slice is a single column."""
+    return op_name(node) != "aten::slice" or known_equal((shape_of(node) or (0,))[-1], 1)
 
 
 def specific(values: Sequence[Node]) -> list[set[Node]]:

@@ -49,7 +49,8 @@ def selection_of(ids: Node, num_experts: int) -> Selection:
         elif name in MOVING:
             # Slicing, casting and adding dimensions of size 1 keep a token's ids together.
             before, after = shape_of(node.args[0]) or (0,), shape_of(node) or (0,)
-            apart = name in ("aten::reshape", "aten::unflatten") and known_equal(before[-1], after[-1])  # batch and sequence, taken apart
+            # Batch and sequence may be taken apart.
+            apart = name in ("aten::reshape", "aten::unflatten") and known_equal(before[-1], after[-1])
             moved |= name not in ("aten::to", "aten::slice", "aten::clone", "aten::contiguous") and not apart
         elif node.target is operator.getitem and isinstance(node.args[0], Node):
             element = node.args[1]

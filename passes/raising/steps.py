@@ -104,7 +104,7 @@ def _read(graph: Graph, user: Node, matrix: Node, rows: Node) -> bool:
     if name == "aten::linear" and matrix is args[1] and len(args) < 3:
         return True
     if name == "aten::transpose" and matrix.op != "placeholder":
-        user.replace_all_uses_with(matrix.args[0])  # type: ignore[arg-type]  # turned around twice is as it was
+        user.replace_all_uses_with(matrix.args[0])  # turned around twice is as it was
         return True
     if name == "aten::transpose":
         return all(_read(graph, reader, user, rows) for reader in list(user.users))

@@ -97,7 +97,7 @@ def _elsewhere(node: Node) -> tuple[Node, float] | Miss:
     if _is_step(node):
         return _through(node, node.all_input_nodes[0])
     if name == "aten::softmax" and node.args[1] in (-1, value.dim() - 1):
-        before = _elsewhere(node.args[0])  # type: ignore[arg-type]
+        before = _elsewhere(node.args[0])
         if isinstance(before, Miss) or before[1] == -math.inf:
             return before if isinstance(before, Miss) else (before[0], 0.0)
     if name in ("aten::mul", "aten::div"):
@@ -110,9 +110,9 @@ def _elsewhere(node: Node) -> tuple[Node, float] | Miss:
         mask, kept = (node.args[1], node.args[2]) if name == "aten::masked_fill" else (node.args[0], node.args[2])
         filling = kept if not isinstance(kept, Node) else filled_with(kept)
         before = _elsewhere(mask) if isinstance(mask, Node) else Miss("a mask", str(mask), node)
-        if not isinstance(before, Miss) and isinstance(filling, int | float):
-            if bool(before[1]) is (name == "aten::masked_fill"):
-                return before[0], float(filling)
+        told = not isinstance(before, Miss) and isinstance(filling, int | float)
+        if told and bool(before[1]) is (name == "aten::masked_fill"):
+            return before[0], float(filling)
     return found if name == "aten::scatter" else Miss("aten::scatter", _describe(node), node)
 
 
@@ -122,7 +122,7 @@ def _through(step: Node, source: Node) -> tuple[Node, float] | Miss:
     if isinstance(before, Miss):
         return before
     kwargs: Any = {name: given for name, given in step.kwargs.items() if name not in ("device", "pin_memory")}
-    number = torch.tensor([before[1]], dtype=tensor_of(source).dtype)  # type: ignore[union-attr]
+    number = torch.tensor([before[1]], dtype=tensor_of(source).dtype)
     return before[0], float(step.target(number, *step.args[1:], **kwargs))  # type: ignore[operator]
 
 

@@ -1,0 +1,17 @@
+"""MoE layers as real authors write them; see `base.py`."""
+
+from styles import all_at_once, around, gathered, grouped, modules, one_after_another, one_hot, stacked
+from styles.base import STYLES, Style
+
+__all__ = [
+    "STYLES",
+    "Style",
+    "all_at_once",
+    "around",
+    "gathered",
+    "grouped",
+    "modules",
+    "one_after_another",
+    "one_hot",
+    "stacked",
+]

@@ -1,0 +1,151 @@
+"""Each slot gathers its expert's weights."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from styles.base import (
+    BATCHED,
+    Apart,
+    BestThenSoftmax,
+    H,
+    Hashed,
+    I,
+    Interleaved,
+    MaxOfSoftmax,
+    MoE,
+    Simple,
+    Sorted,
+    Stacked,
+    geglu,
+    normal,
+    style,
+    swiglu,
+)
+
+
+@style("gathered_einsum_gpt_fast", **BATCHED)
+class GptFast(MoE):
+    """gpt-fast's Mixtral: w1 and w3 [E, I, H], w2 [E, H, I], all [T, A, ...] by einsum."""
+
+    E = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w2, self.w3 = normal(self.E, I, H), normal(self.E, H, I), normal(self.E, I, H)
+
+    def expert(self, rows, e):
+        return F.linear(F.silu(F.linear(rows, self.w1[e])) * F.linear(rows, self.w3[e]), self.w2[e])
+
+    def forward(self, x):
+        shape = x.shape
+        x = x.view(-1, H)
+        expert_indices, expert_weights = self.router(x)
+        w1_weights, w3_weights, w2_weights = (w[expert_indices] for w in (self.w1, self.w3, self.w2))
+        x1 = F.silu(torch.einsum("ti,taoi -> tao", x, w1_weights))
+        x3 = torch.einsum("ti, taoi -> tao", x, w3_weights)
+        outs = torch.einsum("tao, taio -> tai", (x1 * x3), w2_weights)
+        return torch.einsum("tai,ta -> ti", outs, expert_weights).view(shape)
+
+
+@style("gathered_einsum_bias_gpt_oss")
+class GptOssReference(MoE):
+    """OpenAI's torch reference: weights and biases gathered [T, K, ...], interleaved halves."""
+
+    route = BestThenSoftmax
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp1_weight, self.mlp1_bias = normal(self.E, 2 * I, H), normal(self.E, 2 * I)
+        self.mlp2_weight, self.mlp2_bias = normal(self.E, H, I), normal(self.E, H)
+
+    def swiglu(self, h):
+        x_glu, x_linear = h[..., ::2].clamp(min=None, max=1.0), h[..., 1::2].clamp(min=-1.0, max=1.0)
+        return x_glu * torch.sigmoid(1.702 * x_glu) * (x_linear + 1)
+
+    def expert(self, rows, e):
+        h = self.swiglu(F.linear(rows, self.mlp1_weight[e], self.mlp1_bias[e]))
+        return F.linear(h, self.mlp2_weight[e], self.mlp2_bias[e])
+
+    def forward(self, t):
+        ids, weights = self.router(t)
+        h = torch.einsum("beck,bk->bec", self.mlp1_weight[ids, ...], t) + self.mlp1_bias[ids, ...]
+        h = torch.einsum("beck,bek->bec", self.mlp2_weight[ids, ...], self.swiglu(h))
+        h += self.mlp2_bias[ids, ...]
+        return torch.einsum("bec,be->bc", h, weights)
+
+
+@style("gathered_bmm_rows_repeated")
+class GatheredBmm(Stacked):
+    """A row per slot, one ``bmm`` per projection."""
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        flat, token = ids.reshape(-1), torch.arange(x.shape[0]).unsqueeze(1).expand(-1, self.K).reshape(-1)
+        h = torch.bmm(self.gate_up[flat], x[token].unsqueeze(-1)).squeeze(-1)
+        gate, up = h.chunk(2, dim=-1)
+        y = torch.bmm(self.down[flat], (F.silu(gate) * up).unsqueeze(-1)).squeeze(-1)
+        return (y * weights.reshape(-1, 1)).view(-1, self.K, H).sum(dim=1)
+
+
+@style("gathered_matmul_slots")
+class GatheredMatmul(Apart):
+    """[T, K, 1, H] @ [T, K, H, I], weights by ``index_select``."""
+
+    def gather(self, weight, ids):
+        return torch.index_select(weight, 0, ids.flatten()).view(*ids.shape, *weight.shape[1:])
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        rows = x[:, None, None, :].expand(-1, self.K, -1, -1)
+        h = geglu(rows @ self.gather(self.w_gate, ids), rows @ self.gather(self.w_up, ids))
+        y = (h @ self.gather(self.w_down, ids)).squeeze(-2)
+        return (weights.unsqueeze(-2) @ y).squeeze(-2)
+
+
+@style("gathered_multiply_and_sum")
+class GatheredMultiply(Simple):
+    """No matrix product at all: broadcast, multiply, sum; weights by ``F.embedding``."""
+
+    route = Hashed
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        up = F.embedding(ids, self.up.flatten(1)).view(*ids.shape, I, H)
+        down = F.embedding(ids, self.down.flatten(1)).view(*ids.shape, H, I)
+        h = F.relu((up * x[:, None, None, :]).sum(dim=-1))
+        y = (down * h.unsqueeze(-2)).sum(dim=-1)
+        return (y * weights[..., None]).sum(dim=-2)
+
+
+@style("slot_loop_gathered_bmm")
+class SlotLoop(Apart):
+    """A Python loop over the slots, each of which gathers its expert's weights."""
+
+    act = staticmethod(swiglu)
+    route = Sorted
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        out = torch.zeros_like(x)
+        for k in range(self.K):
+            e, rows = ids[:, k], x.unsqueeze(1)
+            h = F.silu(torch.bmm(rows, self.w_gate[e])) * torch.bmm(rows, self.w_up[e])
+            out = out + torch.bmm(h, self.w_down[e]).squeeze(1) * weights[:, k : k + 1]
+        return out
+
+
+@style("gathered_top1_baddbmm")
+class TopOne(Interleaved):
+    """One expert per token: no sum over slots at all."""
+
+    K = 1
+    route = MaxOfSoftmax
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        e = ids.squeeze(-1)
+        h = torch.baddbmm(self.gate_up_proj_bias[e].unsqueeze(1), x.unsqueeze(1), self.gate_up_proj[e])
+        y = torch.baddbmm(self.down_proj_bias[e].unsqueeze(1), self.act(h), self.down_proj[e])
+        return y.squeeze(1) * weights

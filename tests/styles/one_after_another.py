@@ -1,0 +1,127 @@
+"""Every expert on every token, one after another."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from styles.base import (
+    BATCHED,
+    Apart,
+    BestThenSoftmax,
+    GeGLU,
+    H,
+    Interleaved,
+    Listed,
+    ReLU2,
+    Sequence,
+    Simple,
+    Sorted,
+    TwoArgmaxes,
+    style,
+)
+
+
+@style("dense_loop_scatter_table")
+class DenseLoop(Listed):
+    def forward(self, x):
+        ids, weights = self.router(x)
+        table = torch.zeros(x.shape[0], self.E, dtype=x.dtype).scatter_(1, ids, weights)
+        out = torch.zeros_like(x)
+        for e in range(self.E):
+            out = out + table[:, e : e + 1] * self.experts[e](x)
+        return out
+
+
+@style("dense_loop_one_hot_table", **BATCHED)
+class DenseOneHot(Interleaved):
+    """[B, S, H] all the way; the table from one-hot rows; a sum that starts with None."""
+
+    def forward(self, x):
+        ids, weights = self.router(x.flatten(0, 1))
+        ids, weights = ids.unflatten(0, x.shape[:2]), weights.unflatten(0, x.shape[:2])
+        table = (F.one_hot(ids, self.E).to(x.dtype) * weights[..., None]).sum(dim=-2)
+        out = None
+        for e in range(self.E):
+            y = self.expert(x, e) * table[..., e, None]
+            out = y if out is None else out + y
+        return out
+
+
+@style("dense_loop_masked_softmax")
+class DenseMaskedSoftmax(Apart):
+    """The table is a softmax over logits, -inf where not chosen; a slice of a stack per expert."""
+
+    route = BestThenSoftmax
+
+    def forward(self, x):
+        logits = self.router.linear(x)
+        best = logits.topk(self.K, dim=-1).indices
+        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, best, True)
+        table = logits.masked_fill(~chosen, float("-inf")).softmax(dim=-1)
+        return sum(table[:, e].unsqueeze(-1) * self.expert(x, e) for e in range(self.E))
+
+
+@style("dense_loop_equal_ids_sum")
+class DenseEqual(Listed):
+    """The weight of an expert is what its slots add up to, zero if there are none."""
+
+    kind = GeGLU
+    route = TwoArgmaxes
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        out = 0
+        for e, expert in enumerate(self.experts):
+            weight = ((ids == e) * weights).sum(dim=-1, keepdim=True)
+            out = out + expert(x) * weight
+        return out
+
+
+@style("dense_loop_where_weight")
+class DenseWhere(Simple):
+    """``torch.where`` picks a slot's weight or zero; a loop over slots in one over experts."""
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        out = torch.zeros_like(x)
+        for e in range(self.E):
+            y = self.expert(x, e)
+            for k in range(self.K):
+                out += torch.where(ids[:, k] == e, weights[:, k], 0.0).unsqueeze(-1) * y
+        return out
+
+
+@style("stack_gather")
+class StackGather(Listed):
+    """All results stacked; each slot gathers its own."""
+
+    route = Sorted
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        every = torch.stack([expert(x) for expert in self.experts], dim=1)
+        chosen = torch.gather(every, 1, ids.unsqueeze(-1).expand(-1, -1, H))
+        return (chosen * weights.unsqueeze(-1)).sum(dim=1)
+
+
+@style("stack_index_by_ids")
+class StackIndex(Listed):
+    kind = ReLU2
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        every = torch.stack([expert(x) for expert in self.experts])
+        chosen = every[ids, torch.arange(x.shape[0])[:, None]]
+        return (weights[:, None] @ chosen).squeeze(1)
+
+
+@style("stack_einsum_gate", **BATCHED)
+class StackEinsum(Listed):
+    kind = Sequence
+
+    def forward(self, x):
+        ids, weights = self.router(x.view(-1, H))
+        gates = torch.zeros(ids.shape[0], self.E).scatter(1, ids, weights).view(*x.shape[:2], self.E)
+        every = torch.stack([expert(x) for expert in self.experts], dim=-2)
+        return torch.einsum("bse,bseh->bsh", gates, every)

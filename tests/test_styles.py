@@ -1,0 +1,102 @@
+"""The zoo of styles: which are raised, and that what looks like one and is none stays as it is."""
+
+import pytest
+import torch
+from lookalikes import LOOKALIKES
+from styles import STYLES
+from torch.export import Dim
+
+import moe_fx
+
+#: styles that are not raised yet: left as they are
+NOT_YET = {
+    "all_experts_einsum_gate_in_contraction": "a product of three tensors",
+    "all_experts_gather_arange_scatter_add_llama4": "rows gathered for all experts",
+    "binned_bmm_capacity_of_all_tokens": "bins",
+    "dense_loop_equal_ids_sum": "ids that are two maxima: not proven to be distinct",
+    "dense_loop_where_weight": "a loop over slots and experts",
+    "gathered_top1_baddbmm": "one expert per token, and no sum",
+    "grouped_slices_by_counts_torchtitan": "rows of an expert by slices",
+    "identity_experts_longcat": "experts of two kinds",
+    "modulelist_masked_copy_per_expert_nllb": "results written over the inputs",
+    "modulelist_scatter_add": "slots by flat ids, tokens by slots",
+    "modulelist_slot_masks_combine_after": "rows of slots written by a mask",
+    "modulelist_split_counts_unsort": "rows of an expert by split",
+    "modulelist_switch_bool_column": "rows written, not added",
+    "one_hot_dispatch_combine_tec_gshard": "places in a buffer by one-hot",
+    "one_hot_dispatch_switch_mesh": "one-hot rows for one expert per token",
+    "one_hot_per_slot_tke": "one-hot rows per slot",
+    "slot_loop_gathered_bmm": "a loop over the slots",
+    "stacked_index_assign_add_geglu": "ids from a table: not known to be distinct, and += keeps one row of a token",
+    "stacked_loop_over_slots_and_experts": "a loop over slots and experts",
+    "stacked_parallel_linear_jetmoe": "rows of an expert by split",
+    "stacked_slices_cat_index_back": "rows of an expert by slices",
+}
+#: styles that cannot be traced yet
+NOT_EXPORTED = {
+    "modulelist_counts_continue_deepseek_v3": "counts as numbers",
+    "modulelist_if_any_gating_table_makemoe": "a mask over batch and sequence",
+    "modulelist_moe_infer_deepseek_v2": "counts as numbers",
+    "stacked_slots_if_mask_sum_vllm_reference": "rows of slots written by a mask",
+}
+
+
+def given(shape, seed, model):
+    dtype = next(model.parameters()).dtype
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def exported(item):
+    torch.manual_seed(0)
+    model = item.build().eval()
+    x = given(item.shape, 1, model)
+    shapes = (dict.fromkeys(range(x.dim() - 1), Dim.AUTO),) if item.dynamic else None
+    export = torch.export.export if item.through == "export" else moe_fx.export
+    return model, export(model, (x,), dynamic_shapes=shapes)
+
+
+def inputs(item, model):
+    other = (9, *item.shape[1:]) if len(item.shape) == 2 else (3, 7, *item.shape[2:])
+    return [given(item.shape, seed, model) for seed in (1, 2)] + ([given(other, 3, model)] if item.dynamic else [])
+
+
+def nodes(program):
+    return [(node.op, node.name, node.target) for node in program.graph.nodes]
+
+
+@pytest.mark.parametrize("name", [name for name in STYLES if name not in {**NOT_YET, **NOT_EXPORTED}])
+@torch.no_grad()
+def test_a_style_is_raised(name):
+    model, program = exported(STYLES[name])
+    after = moe_fx.transform(program, moe_fx.Config(require="all"))
+    assert len(moe_fx.report(after).layers) == STYLES[name].layers
+    for x in inputs(STYLES[name], model):
+        # bfloat16: the order of a sum and the places of its roundings may change
+        tolerance = 2e-2 if x.dtype is torch.bfloat16 else 1e-5
+        expected = model(x).float()
+        assert (after.module()(x).float() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", NOT_YET)
+@torch.no_grad()
+def test_a_style_that_is_not_raised_yet_is_left_alone(name):
+    _, program = exported(STYLES[name])
+    assert nodes(moe_fx.transform(program)) == nodes(program)
+
+
+@pytest.mark.parametrize("name", NOT_EXPORTED)
+@torch.no_grad()
+def test_a_style_that_cannot_be_traced_yet_is_refused(name):
+    with pytest.raises(moe_fx.ExportError):
+        exported(STYLES[name])
+
+
+@pytest.mark.parametrize("name", LOOKALIKES)
+@torch.no_grad()
+def test_a_look_alike_is_left_alone(name):
+    if LOOKALIKES[name].through == "moe_fx.export":
+        with pytest.raises(moe_fx.ExportError):
+            exported(LOOKALIKES[name])
+        return
+    _, program = exported(LOOKALIKES[name])
+    assert nodes(moe_fx.transform(program)) == nodes(program)
