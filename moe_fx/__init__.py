@@ -12,10 +12,10 @@ from moe_fx.errors import ConfigError, ExportError, MoeFxError, ProgramError, Re
 from moe_fx.fill import fill
 from moe_fx.formats import Float8Dynamic, Float8WeightOnly, Int4WeightOnly, Int8Dynamic, Int8WeightOnly
 from moe_fx.report import Report
-from moe_fx.transform import explain, report, transform
+from moe_fx.transform import explain, register, report, transform
 
 __all__ = [
     "Comparison", "Config", "ConfigError", "ExportError", "Float8Dynamic", "Float8WeightOnly", "Int4WeightOnly",
     "Int8Dynamic", "Int8WeightOnly", "MoeFxError", "ProgramError", "Report", "RequirementError", "backend", "compare",
-    "explain", "export", "fill", "report", "transform",
+    "explain", "export", "fill", "register", "report", "transform",
 ]  # fmt: skip

@@ -14,12 +14,12 @@ from moe_fx.passes.normalize.spelling import leftover as not_normal
 from moe_fx.passes.packing import name_linears, plan_layers
 from moe_fx.passes.packing.plan import format_name
 from moe_fx.passes.quantizing import quantize_experts, quantize_linears
-from moe_fx.passes.raising import raise_layers
+from moe_fx.passes.raising import raise_layers, register
 from moe_fx.pipeline import Layer, Pass, Stage, Work, run_passes
 from moe_fx.program import META_KEY, ExportedWork, check_inference
 from moe_fx.report import LayerReport, LinearReport, Report
 
-__all__ = ["FIND", "WRITE", "check_requirement", "explain", "report", "transform", "work_report"]
+__all__ = ["FIND", "WRITE", "check_requirement", "explain", "register", "report", "transform", "work_report"]
 
 
 def _normalize(work: Work) -> None:

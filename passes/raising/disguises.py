@@ -23,16 +23,37 @@ from moe_fx.passes.raising.writer import ROWS, Value
 from torch.fx import Node
 
 from moe_fx.constants import filled_with
+from moe_fx.errors import ConfigError
 from moe_fx.kernels import each_expert
 from moe_fx.matcher import Match, Miss, arguments, match, op_name
 from moe_fx.shapes import shape_of
 
-__all__ = ["region_at"]
+__all__ = ["region_at", "register"]
 
 aten = torch.ops.aten
 
 #: the pieces between a sum over slots, or over all experts, and the tokens
 PIECES: tuple[Piece, ...] = (*grouped.PIECES, *gathered.PIECES)
+#: pieces from outside this package
+REGISTERED: list[Piece] = []
+
+
+def register(*pieces: Piece) -> None:
+    """Declare pieces of a disguise that the library does not know, from outside it.
+
+    Args:
+        pieces: of :mod:`moe_fx.passes.raising.pieces`, tried after the library's own between a sum and the tokens. A
+            piece says what a value in one layout may be; the layer it helps to find is proven and checked as any other.
+
+    Raises:
+        ConfigError: something that is no piece.
+    """
+    for piece in pieces:
+        if not isinstance(piece, Piece) or type(piece) is Piece:
+            kinds = "Dispatch, Slot, ExpertLinear, ExpertRow, Mask or View"
+            raise ConfigError(f"moe_fx.register takes pieces ({kinds} of moe_fx.passes.raising.pieces), not {piece!r}")
+    REGISTERED.extend(piece for piece in pieces if piece not in REGISTERED)
+
 
 #: how deep a walk must have come from a product, of which there are many, to be worth a report
 FAR = 400
@@ -71,7 +92,7 @@ def _rows_added(root: Node) -> tuple[Region | Miss, set[Node]] | None:
     slots = (shape_of(found["ids"]) or (0,))[-1]
     sizes |= {SLOT: slots, SORTED_ROW: (shape_of(summed) or (0,))[0]}
     bindings = {name: bound for name, bound in found.bindings.items() if name not in ("summed", "base")}
-    walk = Walk(root, sizes, tokens, PIECES, bindings, ending=found.nodes)
+    walk = Walk(root, sizes, tokens, (*PIECES, *REGISTERED), bindings, ending=found.nodes)
     output = walk.value(summed, ((SORTED_ROW,), place[-1]))
     anchors = anchors_behind(summed) or {root}
     if isinstance(output, Miss):
@@ -172,7 +193,7 @@ def _sum(root: Node) -> tuple[Region | Miss, set[Node]] | None:
 
 
 def _walk(root: Node, ending: Ending) -> Region | Miss:
-    walk = Walk(root, ending.sizes, ending.tokens, PIECES, {})
+    walk = Walk(root, ending.sizes, ending.tokens, (*PIECES, *REGISTERED), {})
     values: list[Value] = []
     for node, place in ending.factors:
         found = walk.value(node, place)
