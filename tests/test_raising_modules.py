@@ -210,3 +210,26 @@ def test_refuses_an_expert_with_a_factor_of_its_own():
             return out
 
     assert refusal(Factors()).found == "steps that differ"
+
+
+def test_every_expert_in_turn_is_summed_in_the_dtype_of_the_model():
+    class Wide(Model):
+        """Experts in bfloat16, whose results are added up in float32."""
+
+        def forward(self, x):
+            weights, ids = self.router(x).softmax(-1).topk(2, dim=-1)
+            table = torch.zeros(x.shape[0], NUM_EXPERTS, dtype=x.dtype).scatter(1, ids, weights)
+            out = torch.zeros(x.shape, dtype=torch.float32)
+            for e, expert in enumerate(self.experts):
+                out = out + table[:, e, None] * expert(x)
+            return out
+
+    model = Wide().bfloat16().eval()
+    x = torch.randn(6, HIDDEN, dtype=torch.bfloat16)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: Dim.AUTO},))
+    after = moe_fx.transform(program, moe_fx.Config(require="all", experts="linear"))
+    with torch.no_grad():
+        actual, expected = after.module()(x), model(x)
+    assert actual.dtype is torch.float32
+    # Terms are rounded alike, and no sum is.
+    assert (actual - expected).abs().max() <= 1e-6 * expected.abs().max()

@@ -26,7 +26,7 @@ from moe_fx.constants import filled_with
 from moe_fx.errors import ConfigError
 from moe_fx.kernels import each_expert
 from moe_fx.matcher import Match, Miss, arguments, match, op_name
-from moe_fx.shapes import shape_of
+from moe_fx.shapes import shape_of, tensor_of
 
 __all__ = ["region_at", "register"]
 
@@ -153,6 +153,11 @@ def each_expert_on(root: Node, numbered: Sequence[tuple[int, Node]]) -> Region |
         output = walk.value(value, place)
         if isinstance(output, Miss):
             return output if walk.deepest is None else walk.deepest
+        summed, mine = tensor_of(root), tensor_of(value)
+        if summed is not None and mine is not None and summed.dtype != mine.dtype:
+            # The sum is of a wider dtype than its terms.
+            widened = walk.body.write(aten.to.dtype, output.node, summed.dtype)
+            output = Value(widened, output.kind, output.shape)
         walk.ending = _between(root, value)
         region = walk.region(output)
         if isinstance(region, Miss):

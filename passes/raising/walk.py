@@ -117,6 +117,8 @@ class Walk(Outside):
                     self.zeros.append(row.node)  # added up over the slots of this expert: of other tokens, nothing
                 return self.body.reshaped(row, shape)
             case kinds.Column():
+                if any(size > 1 for size in shape):
+                    return self.miss("a number for each token and expert", node)
                 self.bind(found)
                 if piece.layout == kinds.TOKENS:
                     return self.table(found["table"], place)
