@@ -15,6 +15,8 @@ What cannot be proven is an error.
 from __future__ import annotations
 
 import contextlib
+import io
+import sys
 from typing import Any
 
 import torch
@@ -135,8 +137,10 @@ def _raised(given: Given, mode: EachExpert | EveryExpert) -> ExportedProgram | W
     """The program traced under ``mode``; with its loops raised, if it has any."""
     model, args, kwargs, dynamic_shapes = given
     try:
-        with mode:
+        # An attempt that fails is followed by others: the graph that torch.export then prints helps nobody.
+        with mode, contextlib.redirect_stderr(io.StringIO()) as said:
             traced = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        sys.stderr.write(said.getvalue())
         mode.finish()
     except ExportError as error:
         raise ExportError(f"{_name(given)}: {error}: the program would be wrong for other routing") from None

@@ -82,6 +82,11 @@ def test_a_loop_over_modules_is_exported(kind):
             torch.testing.assert_close(program.module()(x), model(x), rtol=1e-5, atol=1e-6)
 
 
+def test_attempts_that_fail_say_nothing(capsys):
+    exported(Asking())
+    assert "def forward" not in capsys.readouterr().err
+
+
 def refusal(model):
     with pytest.raises(moe_fx.ExportError) as refused:
         exported(model)
