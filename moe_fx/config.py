@@ -12,7 +12,7 @@ from moe_fx.formats import AnyLinear, Torchao, WeightFormat, from_torchao, is_to
 
 __all__ = ["Config", "FormatRules"]
 
-EXPERTS = ("auto", "grouped_mm", "linear", "gather")
+EXPERTS = ("auto", "grouped_mm", "linear", "gather", "fused")
 STORAGE = ("auto", "stacked", "per_expert")
 
 
@@ -64,7 +64,9 @@ class Config(metaclass=_NamedFields):
     Attributes:
         experts: the lowering. ``"grouped_mm"`` sorts token rows by expert and multiplies group by group;
             ``"linear"`` applies every expert as plain linears; ``"gather"`` reads only the chosen experts'
-            weights, row by row; ``"auto"`` chooses per layer, and the report says why.
+            weights, row by row; ``"fused"`` is this library's Triton kernels (compute capability 9.0 or higher;
+            elsewhere ``"grouped_mm"`` is written, and the report says so); ``"auto"`` chooses per layer, and the
+            report says why.
         quantize: the weight format of the experts: ``None`` leaves weights as they are, a format such as
             ``moe_fx.Int8WeightOnly()`` takes all experts, and a dict maps name patterns (shell style: ``*``,
             ``?``, ``[...]``) to a format or ``None``. A pattern is compared with the full name of each expert

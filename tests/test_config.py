@@ -13,7 +13,10 @@ INT8 = moe_fx.Int8WeightOnly()
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"experts": "groupedmm"}, "Config.experts='groupedmm' is not one of 'auto', 'grouped_mm', 'linear', 'gather'"),
+        (
+            {"experts": "groupedmm"},
+            "Config.experts='groupedmm' is not one of 'auto', 'grouped_mm', 'linear', 'gather', 'fused'",
+        ),
         ({"storage": "split"}, "Config.storage='split' is not one of 'auto', 'stacked', 'per_expert'"),
         ({"expert": "auto"}, "Config has no option 'expert'; the options are experts, quantize, linears"),
         ({"quantize": "int8"}, "Config.quantize='int8' is not a weight format"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from moe_fx.passes.lowering.fused import lower_to_fused
 from moe_fx.passes.lowering.gather import lower_to_gather
 from moe_fx.passes.lowering.grouped import lower_to_grouped_mm
 from moe_fx.passes.lowering.linear import lower_to_linear
@@ -19,7 +20,9 @@ from moe_fx.shapes import shape_of, tensor_of
 
 __all__ = ["leftover", "lower_layers"]
 
-LOWERINGS = {"grouped_mm": lower_to_grouped_mm, "linear": lower_to_linear, "gather": lower_to_gather}
+LOWERINGS = {
+    "grouped_mm": lower_to_grouped_mm, "linear": lower_to_linear, "gather": lower_to_gather, "fused": lower_to_fused,
+}  # fmt: skip
 
 
 def lower_layers(work: Work) -> None:

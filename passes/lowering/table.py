@@ -24,11 +24,12 @@ from moe_fx.formats import (
     Unquantized,
     WeightFormat,
 )  # fmt: skip
-from moe_fx.kernels import grouped_int4, grouped_mm, kept
+from moe_fx.kernels import fused_experts, grouped_int4, grouped_mm, kept
+from moe_fx.kernels.triton_or_none import unavailable
 from moe_fx.rewrite import Emitter
 from moe_fx.shapes import shape_of, tensor_of
 
-__all__ = ["RoutedRows", "expert_linear_call"]
+__all__ = ["RoutedRows", "expert_linear_call", "unfit_reasons"]
 
 aten = torch.ops.aten
 
@@ -44,11 +45,13 @@ class RoutedRows:
     Attributes:
         offsets: int32 ``[E]``, where each expert's rows end (grouped_mm).
         expert_of_row: int64 ``[R]`` (grouped_mm, gather).
+        ids: ``[T, K]``, where rows are slots or tokens in their own order (fused).
     """
 
     emit: Emitter
     offsets: Node | None = None
     expert_of_row: Node | None = None
+    ids: Node | None = None
     #: activations that were quantized once for several experts
     quantized: dict[tuple[Node, WeightFormat], tuple[Node, Node | None]] = field(default_factory=dict)
 
@@ -81,6 +84,12 @@ def expert_linear_call(
             return cell.emit(routed, rows, tensors, form), passed_over
         passed_over.append(reason)
     raise AssertionError(f"the last cell of {lowering} x {form.name} fits everything")
+
+
+def unfit_reasons(lowering: str, rows: Node, tensors: Sequence[Node], form: WeightFormat) -> list[str]:
+    """Why no way of a lowering can write an expert linear; empty if one can."""
+    reasons = [cell.unfit(rows, tensors, form) for cell in TABLE[lowering][type(form)]]
+    return [] if None in reasons else [reason for reason in reasons if reason is not None]
 
 
 def _dtype(node: Node) -> torch.dtype:
@@ -229,6 +238,32 @@ def _pairwise_product(emit: Emitter, halves: tuple[Node, Node], column: Node) ->
     return emit(aten.add.Tensor, even, odd)
 
 
+# fused: tensors are stacked over experts; rows are those of tokens, or of slots ---------------------------------------
+
+
+def _fused_unfit(rows: Node, tensors: Sequence[Node], form: WeightFormat) -> str | None:
+    reason = unavailable(tensor_of(rows).device)
+    if reason is not None:
+        return reason
+    dtype = _dtype(rows)
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"the fused kernels multiply in bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if isinstance(form, Unquantized) and _dtype(tensors[0]) is not dtype:
+        return f"the fused kernels multiply {dtype} rows with {dtype} weights, not {_dtype(tensors[0])}"
+    if not all(tensor_of(tensor).is_contiguous() for tensor in tensors):
+        return "the fused kernels read contiguous weights, and these would be copied at every call"
+    if isinstance(form, Int4WeightOnly) and form.group_size % 32:
+        return f"the fused kernels take int4 groups of multiples of 32 inputs, not {form.group_size}"
+    return None
+
+
+def _fused(routed: RoutedRows, rows: Node, tensors: Sequence[Node], form: WeightFormat) -> Node:
+    fixed = isinstance((shape_of(routed.ids) or (None,))[0], int)
+    target = (torch.ops.moe_fx.slot_linear if fixed else torch.ops.moe_fx.slot_linear_any).default
+    transposed = isinstance(form, Unquantized) and form.transposed
+    return routed.emit(target, rows, routed.ids, list(tensors), form.name, transposed)
+
+
 _WIDENED = (Cell(_grouped_native, _widening_unfit), Cell(_grouped_own))
 
 TABLE: dict[str, dict[type[WeightFormat], tuple[Cell, ...]]] = {
@@ -242,8 +277,11 @@ TABLE: dict[str, dict[type[WeightFormat], tuple[Cell, ...]]] = {
     },
     "linear": {**dict.fromkeys(FORMATS, (Cell(_linear),)), AnyLinear: (Cell(_linear_as_traced),)},
     "gather": dict.fromkeys(FORMATS, (Cell(_gather),)),
+    # What does not fit in one linear is written as grouped_mm for the whole layer: see fused.py.
+    "fused": dict.fromkeys(FORMATS, (Cell(_fused, _fused_unfit),)),
 }
 
 assert grouped_mm is not None  # importing them registers the ops
+assert fused_experts is not None
 assert grouped_int4 is not None
 assert kept is not None

@@ -1,0 +1,64 @@
+"""Triton, where it is installed; where it is not, names that let the modules with kernels be imported.
+
+Kernels are annotated with strings (``from __future__ import annotations``), so a stub of ``jit`` is all they need.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+__all__ = ["AVAILABLE", "INTERPRETED", "jit", "opaque", "tl", "triton", "unavailable", "wrapped"]
+
+try:
+    triton: Any = importlib.import_module("triton")
+    tl: Any = importlib.import_module("triton.language")
+except ImportError:  # a machine without a GPU
+    triton = tl = None
+
+AVAILABLE: bool = triton is not None
+#: TRITON_INTERPRET=1: kernels run as Python on the CPU, without inline assembly
+INTERPRETED: bool = AVAILABLE and bool(triton.knobs.runtime.interpret)
+
+
+def jit(do_not_specialize: tuple[str, ...] = ()) -> Callable[[Any], Any]:
+    """``triton.jit``, or nothing where there is no Triton."""
+    return triton.jit(do_not_specialize=list(do_not_specialize)) if AVAILABLE else lambda function: function
+
+
+_OPAQUE: ContextVar[bool] = ContextVar("opaque", default=False)
+
+
+@contextmanager
+def opaque() -> Iterator[None]:
+    """Within, kernels are launched without torch.compile's wrapper: for ops that it does not look into."""
+    token = _OPAQUE.set(True)
+    try:
+        yield
+    finally:
+        _OPAQUE.reset(token)
+
+
+def wrapped(kernel: Any) -> Any:
+    """A kernel that torch.compile can see through."""
+    return kernel if INTERPRETED or _OPAQUE.get() else torch.library.wrap_triton(kernel)
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why this library's kernels do not run on a device, or None."""
+    if device.type != "cuda":
+        return f"the fused kernels need a GPU of compute capability 9.0 or higher, not {device.type}"
+    if not AVAILABLE:
+        return "the fused kernels need Triton, which is not installed"
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return "the fused kernels need a GPU of compute capability 9.0 or higher, found none here"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (9, 0):
+        found = ".".join(map(str, capability))
+        return f"the fused kernels need a GPU of compute capability 9.0 or higher, found {found}"
+    return None

@@ -1,0 +1,145 @@
+"""Slots sorted by expert, in tiles: a counting sort on the device, without a word to the host.
+
+    ids [T, K]  =>  slots int32 [B, BM], tile_expert int32 [B], tile_count int32 [1]
+
+Tile b < tile_count holds slots of the expert ``tile_expert[b]``; ``T * K`` stands where a tile has none. Ids that name
+no expert are in no tile. B is the largest number of tiles that ids of this size can need.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moe_fx.kernels.triton_or_none import jit, tl, wrapped
+
+__all__ = ["max_tiles", "route", "route_reference"]
+
+#: up to how many slots one program sorts all of them
+ONE_PROGRAM = 2048
+
+
+def max_tiles(num_slots: Any, num_experts: int, block: int) -> Any:
+    """How many tiles of ``block`` rows any routing of so many slots fits into."""
+    return num_slots // block + min(num_slots, num_experts)
+
+
+def route_reference(ids: torch.Tensor, num_experts: int, block: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What :func:`route` yields, but for the order of the slots of an expert."""
+    flat = ids.reshape(-1)
+    count = max_tiles(flat.shape[0], num_experts, block)
+    slots = torch.full((count, block), flat.shape[0], dtype=torch.int32, device=ids.device)
+    tile_expert = torch.zeros(count, dtype=torch.int32, device=ids.device)
+    tile = 0
+    for expert in range(num_experts):
+        own = torch.where(flat == expert)[0]
+        for first in range(0, own.shape[0], block):
+            slots[tile, : own.shape[0] - first] = own[first : first + block]
+            tile_expert[tile] = expert
+            tile += 1
+    return slots, tile_expert, torch.tensor([tile], dtype=torch.int32, device=ids.device)
+
+
+@jit(do_not_specialize=("S", "B"))
+def sort_few_kernel(ids, slots, tile_expert, tile_count, start, S, E, B, CHUNK: tl.constexpr, EP: tl.constexpr,
+                    BM: tl.constexpr):  # fmt: skip
+    """One program. ``start`` int32 [EP]: where an expert's next slot goes."""
+    e = tl.arange(0, EP)
+    c = tl.arange(0, CHUNK)
+    count = tl.zeros((EP,), tl.int32)
+    for s0 in range(0, S, CHUNK):
+        some = tl.load(ids + s0 + c, mask=s0 + c < S, other=-1).to(tl.int32)
+        valid = (some >= 0) & (some < E)
+        count += tl.histogram(tl.where(valid, some, 0), EP, mask=valid)
+    tiles = tl.cdiv(count, BM)
+    ends = tl.cumsum(tiles, 0)
+    tl.store(start + e, (ends - tiles) * BM)
+    tl.store(tile_count, tl.sum(tiles, 0))
+    for b0 in range(0, B, 16):
+        b = b0 + tl.arange(0, 16)
+        expert = tl.sum((ends[None, :] <= b[:, None]).to(tl.int32), 1)
+        tl.store(tile_expert + b, expert, mask=b < B)
+        none = tl.zeros((16, BM), tl.int32) + S
+        tl.store(slots + b[:, None] * BM + tl.arange(0, BM)[None, :], none, mask=(b < B)[:, None])
+    tl.debug_barrier()  # every thread's stores are seen by the whole program
+    for s0 in range(0, S, CHUNK):
+        some = tl.load(ids + s0 + c, mask=s0 + c < S, other=-1).to(tl.int32)
+        valid = (some >= 0) & (some < E)
+        place = tl.atomic_add(start + tl.where(valid, some, 0), 1, mask=valid, sem="relaxed")
+        tl.store(slots + place, s0 + c, mask=valid)
+
+
+@jit(do_not_specialize=("S",))
+def count_kernel(ids, counts, S, E, EP: tl.constexpr, CHUNK: tl.constexpr):
+    """counts [EP] += how many of a program's CHUNK slots go to each expert."""
+    s = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    some = tl.load(ids + s, mask=s < S, other=-1).to(tl.int32)
+    valid = (some >= 0) & (some < E)
+    count = tl.histogram(tl.where(valid, some, 0), EP, mask=valid)
+    tl.atomic_add(counts + tl.arange(0, EP), count, mask=count > 0, sem="relaxed")
+
+
+@jit(do_not_specialize=("S", "B"))
+def plan_kernel(counts, start, slots, tile_expert, tile_count, S, B, EP: tl.constexpr, BM: tl.constexpr,
+                TILES: tl.constexpr):  # fmt: skip
+    """Each program plans TILES tiles; the first one also writes where each expert's slots begin."""
+    pid = tl.program_id(0)
+    e = tl.arange(0, EP)
+    tiles = tl.cdiv(tl.load(counts + e), BM)
+    ends = tl.cumsum(tiles, 0)
+    if pid == 0:
+        tl.store(start + e, (ends - tiles) * BM)
+        tl.store(tile_count, tl.sum(tiles, 0))
+    b = pid * TILES + tl.arange(0, TILES)
+    expert = tl.sum((ends[None, :] <= b[:, None]).to(tl.int32), 1)
+    tl.store(tile_expert + b, expert, mask=b < B)
+    none = tl.zeros((TILES, BM), tl.int32) + S
+    tl.store(slots + b[:, None] * BM + tl.arange(0, BM)[None, :], none, mask=(b < B)[:, None])
+
+
+@jit(do_not_specialize=("S",))
+def place_kernel(ids, start, slots, S, E, CHUNK: tl.constexpr):
+    """Each slot into the next free place of its expert."""
+    s = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    some = tl.load(ids + s, mask=s < S, other=-1).to(tl.int32)
+    valid = (some >= 0) & (some < E)
+    place = tl.atomic_add(start + tl.where(valid, some, 0), 1, mask=valid, sem="relaxed")
+    tl.store(slots + place, s, mask=valid)
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def route(ids: torch.Tensor, num_experts: int, block: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sort on the device; see the module.
+
+    Args:
+        ids: ``[T, K]`` of any integer dtype, contiguous; T * K > 0.
+        num_experts: E. block: rows per tile, BM.
+
+    Returns:
+        slots int32 ``[B, BM]``, tile_expert int32 ``[B]``, tile_count int32 ``[1]``.
+    """
+    num_slots = ids.numel()
+    count = max_tiles(num_slots, num_experts, block)
+    padded = _power_of_two(num_experts)
+    slots = ids.new_empty((count, block), dtype=torch.int32)
+    tile_expert = ids.new_empty((count,), dtype=torch.int32)
+    tile_count = ids.new_empty((1,), dtype=torch.int32)
+    start = ids.new_empty((padded,), dtype=torch.int32)
+    if num_slots <= ONE_PROGRAM:
+        wrapped(sort_few_kernel)[(1,)](
+            ids, slots, tile_expert, tile_count, start, num_slots, num_experts, count,
+            CHUNK=512, EP=padded, BM=block, num_warps=8,
+        )  # fmt: skip
+        return slots, tile_expert, tile_count
+    counts = ids.new_zeros((padded,), dtype=torch.int32)
+    chunks = -(-num_slots // 1024)
+    wrapped(count_kernel)[(chunks,)](ids, counts, num_slots, num_experts, EP=padded, CHUNK=1024, num_warps=4)
+    wrapped(plan_kernel)[(-(-count // 16),)](
+        counts, start, slots, tile_expert, tile_count, num_slots, count, EP=padded, BM=block, TILES=16, num_warps=4
+    )
+    wrapped(place_kernel)[(chunks,)](ids, start, slots, num_slots, num_experts, CHUNK=1024, num_warps=4)
+    return slots, tile_expert, tile_count

@@ -1,0 +1,224 @@
+"""The lowering fused on a CPU: its references, what it writes, and what it says where it cannot be used."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import MAIN, exported, relative_error, sqnr
+from test_format_product import FORMATS, defined, layer, x
+from toys import Gathered, export, interleaved_clamped_swiglu, relu_squared
+
+import moe_fx
+from moe_fx.kernels import fused_tiles
+from moe_fx.kernels.triton_routing import max_tiles, route_reference
+from moe_fx.kernels.triton_rows import quantize_rows_reference, sum_slots_reference
+from moe_fx.kernels.triton_widen import widen_int4_reference
+
+
+@pytest.fixture
+def anywhere(monkeypatch):
+    """The lowering is written for the CPU too, where its ops are their references."""
+    monkeypatch.setattr("moe_fx.passes.lowering.table.unavailable", lambda device: None)
+
+
+def fused(model, dynamic=True, quantize=None, hidden=8):
+    program = export(model, dynamic=dynamic, hidden=hidden)
+    return moe_fx.transform(program, moe_fx.Config(experts="fused", quantize=quantize, require=1))
+
+
+def targets(program):
+    return [str(node.target) for node in program.graph.nodes if "moe_fx" in str(node.target)]
+
+
+def geglu(h):
+    gate, up = h.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def up_then_gate(h):
+    up, gate = h.chunk(2, dim=-1)
+    return up * F.silu(gate)
+
+
+def mish_glu(h):
+    gate, up = h.chunk(2, dim=-1)
+    return F.mish(gate) * up
+
+
+KNOWN = {
+    "swiglu": dict(bias=True),
+    "geglu": dict(activation=geglu),
+    "up before gate": dict(activation=up_then_gate),
+    "interleaved and clamped, transposed": dict(activation=interleaved_clamped_swiglu, bias=True, transposed=True),
+    "no gate": dict(activation=relu_squared, gated=False),
+    "no activation but gelu": dict(activation=F.gelu, gated=False, bias=True),
+    "weight before": dict(weight_before=True, bias=True),
+}
+
+
+@pytest.mark.parametrize("options", KNOWN.values(), ids=KNOWN)
+def test_a_known_body_is_one_op(options, anywhere):
+    model = Gathered(dtype=torch.bfloat16, **options)
+    program = fused(model)
+    assert targets(program) == ["moe_fx.fused_experts_any.default"]
+    rows = torch.randn(7, 8, generator=torch.Generator().manual_seed(7)).bfloat16()
+    with torch.no_grad():
+        assert sqnr(program.module()(rows).float(), model.float()(rows.float())) > 35
+
+
+def test_gate_and_up_of_two_weights_are_one_op(anywhere):
+    class Two(Gathered):
+        def __init__(self, **options):
+            super().__init__(gated=False, **options)
+            self.gate = torch.nn.Parameter(torch.randn_like(self.up))
+            if self.bias:
+                self.gate_bias = torch.nn.Parameter(torch.randn_like(self.up_bias))
+
+        def experts(self, x, ids, weights):
+            flat = ids.reshape(-1)
+            rows, slot = x.repeat_interleave(self.K, 0), weights.reshape(-1, 1)
+            gate, up = self.apply(rows, self.gate, flat), self.apply(rows, self.up, flat)
+            gate, up = gate + self.gate_bias[flat], up + self.up_bias[flat]
+            y = self.apply(F.silu(gate) * up, self.down, flat) + self.down_bias[flat]
+            return (y * slot).view(-1, self.K, y.shape[-1]).sum(1)
+
+    model = Two(dtype=torch.bfloat16, bias=True)
+    program = fused(model)
+    assert targets(program) == ["moe_fx.fused_experts_any.default"]
+    rows = torch.randn(7, 8, generator=torch.Generator().manual_seed(7)).bfloat16()
+    with torch.no_grad():
+        assert sqnr(program.module()(rows).float(), model.float()(rows.float())) > 35
+
+
+def test_a_fixed_number_of_tokens_takes_the_op_that_compilers_see_through(anywhere):
+    assert targets(fused(Gathered(dtype=torch.bfloat16), dynamic=False)) == ["moe_fx.fused_experts.default"]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_any_other_body_keeps_its_own_ops_between_fused_linears(bias, anywhere):
+    model = Gathered(dtype=torch.bfloat16, activation=mish_glu, bias=bias)
+    program = fused(model)
+    assert targets(program) == ["moe_fx.slot_linear_any.default"] * 2
+    why = moe_fx.report(program).layers[0].why
+    assert why.startswith("as configured; the body is not fused as a whole: ")
+    rows = torch.randn(7, 8, generator=torch.Generator().manual_seed(7)).bfloat16()
+    with torch.no_grad():
+        assert sqnr(program.module()(rows).float(), model.float()(rows.float())) > 35
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=repr)
+def test_every_format_equals_its_definition(form, anywhere):
+    model = layer(torch.bfloat16)
+    program = fused(model, quantize=form, hidden=32)
+    small_groups = isinstance(form, moe_fx.Int4WeightOnly)  # of 16 and 8 inputs, for which there is no kernel
+    assert bool(targets(program)[0].startswith("moe_fx.fused_experts")) is not small_groups
+    with torch.no_grad():
+        actual, expected = (each(x(6, torch.bfloat16)) for each in (program.module(), defined(model, form)))
+    assert sqnr(actual, expected) > 35
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_int4_groups_of_32_are_fused(symmetric, anywhere):
+    model, form = Gathered(dtype=torch.bfloat16, hidden=64, inner=32), moe_fx.Int4WeightOnly(32, symmetric)
+    program = fused(model, quantize=form, hidden=64)
+    assert targets(program) == ["moe_fx.fused_experts_any.default"]
+    rows = torch.randn(6, 64, generator=torch.Generator().manual_seed(6)).bfloat16()
+    with torch.no_grad():
+        assert sqnr(program.module()(rows), defined(model, form)(rows)) > 35
+
+
+@pytest.mark.parametrize("family", MAIN)
+def test_models_are_fused_whole(family, anywhere):
+    pytest.importorskip("transformers", reason="the models come from transformers")
+    program = exported(family, "grouped_mm", torch.bfloat16)
+    result = moe_fx.transform(program, moe_fx.Config(experts="fused", require="all", validate=False))
+    assert set(targets(result)) == {"moe_fx.fused_experts_any.default"}
+    ids = torch.arange(3, 17).reshape(2, 7)
+    with torch.no_grad():
+        actual, expected = (each.module()(input_ids=ids).logits.float() for each in (result, program))
+    assert sqnr(actual, expected) > 12  # rounded to bfloat16 at other places, which the routers behind amplify
+
+
+def refusal(dtype=torch.bfloat16, **options):
+    program = fused(Gathered(dtype=dtype, **options))
+    assert not [target for target in targets(program) if "fused" in target or "slot_linear" in target]
+    (layer,) = moe_fx.report(program).layers
+    assert layer.lowering == "grouped_mm"
+    return layer.why
+
+
+def test_on_a_cpu_grouped_mm_is_written_and_the_report_says_why():
+    assert refusal().startswith(
+        "as configured; the fused kernels need a GPU of compute capability 9.0 or higher, not cpu: grouped_mm"
+    )
+
+
+def test_without_triton_grouped_mm_is_written_and_the_report_says_why(monkeypatch):
+    from moe_fx.kernels import triton_or_none
+
+    monkeypatch.setattr(triton_or_none, "AVAILABLE", False)
+    assert triton_or_none.unavailable(torch.device("cuda")) == "the fused kernels need Triton, which is not installed"
+
+
+def test_float32_is_refused(anywhere):
+    assert "the fused kernels multiply in bfloat16 and float16, not float32: grouped_mm" in refusal(torch.float32)
+
+
+def test_routing_reference():
+    ids = torch.tensor([[2, 0], [2, 5], [2, -1], [0, 2]])
+    slots, tile_expert, tile_count = route_reference(ids, 4, 2)
+    assert slots.shape == (max_tiles(8, 4, 2), 2) == (8, 2)
+    assert slots[:3].tolist() == [[1, 6], [0, 2], [4, 7]]
+    assert tile_expert[:3].tolist() == [0, 2, 2]
+    assert tile_count.tolist() == [3]
+
+
+def test_every_routing_fits_into_max_tiles():
+    for generator in (torch.Generator().manual_seed(seed) for seed in range(50)):
+        num_slots, experts, block = (int(torch.randint(1, most, (), generator=generator)) for most in (200, 20, 33))
+        count = torch.randint(0, experts, (num_slots,), generator=generator).bincount(minlength=experts)
+        assert int(((count + block - 1) // block).sum()) <= max_tiles(num_slots, experts, block)
+
+
+def test_sum_over_slots_leaves_out_what_names_no_expert():
+    rows = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    rows[2] = float("nan")
+    ids = torch.tensor([[0, 1], [4, 3], [2, 2]])
+    assert torch.equal(
+        sum_slots_reference(rows, ids, 4, torch.float32), torch.stack([rows[0] + rows[1], rows[3], rows[4] + rows[5]])
+    )
+
+
+def test_quantized_rows_stand_for_the_rows():
+    rows = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    values, scale = quantize_rows_reference(rows, torch.int8)
+    assert relative_error(values * scale.unsqueeze(-1), rows.float()) < 0.5 / 127
+
+
+def test_widened_int4_is_the_formats_own():
+    form = moe_fx.Int4WeightOnly(32, symmetric=False)
+    tensors = form.quantize(torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(widen_int4_reference(tensors, torch.float32), form.dequantize(*tensors))
+
+
+def test_there_is_a_tile_for_every_product():
+    kinds = {kind for kind, _, _ in fused_tiles.TILES}
+    for slots in (1, 8, 64, 500, 4096, 131072):
+        for experts in (1, 8, 128):
+            block = fused_tiles.block_of_rows(slots, experts)
+            assert all(fused_tiles.tile_of(kind, two, block) for kind in kinds for two in (False, True))
+
+
+def test_the_ops_keep_their_promises_to_the_compiler():
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(3, 8, generator=generator)
+    up, down = torch.randn(4, 12, 8, generator=generator), torch.randn(4, 8, 6, generator=generator)
+    ids, slot = torch.randint(0, 4, (3, 2), generator=generator), torch.rand(3, 2, generator=generator)
+    whole = (
+        tokens, ids, slot, [up], [], "none", False, [down], None, "none", False,
+        "gate_up", "silu", 0.0, 0.0, False, torch.bfloat16,
+    )  # fmt: skip
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.moe_fx.fused_experts_any.default, whole, test_utils=checks)
+    torch.library.opcheck(
+        torch.ops.moe_fx.slot_linear_any.default, (tokens, ids, [up], "none", False), test_utils=checks
+    )

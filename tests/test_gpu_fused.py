@@ -1,0 +1,367 @@
+"""On a CUDA device: the fused kernels against their references, and whole layers through every road to the compiler."""
+
+import copy
+
+import pytest
+import torch
+from models import MAIN, build, sqnr, token_ids
+from test_format_product import defined
+from test_fused import KNOWN, mish_glu
+from toys import Gathered
+
+import moe_fx
+from moe_fx.formats import Unquantized
+from moe_fx.kernels import fused_experts as ops
+from moe_fx.kernels import triton_or_none, triton_rows, triton_widen
+from moe_fx.kernels.triton_routing import route, route_reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        triton_or_none.unavailable(torch.device("cuda")) is not None, reason="needs a CUDA device the kernels run on"
+    ),
+]
+
+FORMATS = {
+    "none": Unquantized(), "transposed": Unquantized(transposed=True), "int8": moe_fx.Int8WeightOnly(),
+    "int8 dynamic": moe_fx.Int8Dynamic(), "float8": moe_fx.Float8WeightOnly(), "float8 dynamic": moe_fx.Float8Dynamic(),
+    "int4": moe_fx.Int4WeightOnly(128), "int4 of 32": moe_fx.Int4WeightOnly(32),
+    "int4 asymmetric": moe_fx.Int4WeightOnly(64, symmetric=False),
+}  # fmt: skip
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
+
+
+def poison():
+    """What is allocated next holds NaN."""
+    for size in (1 << 24, 1 << 20, 1 << 16, 1 << 12):
+        kept = [torch.full((size,), float("nan"), device="cuda") for _ in range(3)]
+        del kept
+
+
+def routed(tokens, experts, top_k, how, generator):
+    if how == "all on one":
+        return torch.full((tokens, top_k), experts - 1, device="cuda")
+    ids = torch.randint(0, experts, (tokens, top_k), device="cuda", generator=generator)
+    if how == "idle experts":
+        ids = ids // 2 * 2
+    if how == "ids of no expert" and tokens:
+        ids[0, 0], ids[-1, -1] = experts, -1
+    return ids
+
+
+class Layer:
+    """Random operands of one fused layer; ``hidden`` and ``inner`` fit no tile unless asked."""
+
+    def __init__(self, form, dtype, gated="gate_up", tokens=37, experts=6, top_k=2, hidden=384, inner=256, bias=True,
+                 how="idle experts", seed=0):  # fmt: skip
+        generator = torch.Generator("cuda").manual_seed(seed)
+
+        def random(*shape, scale=1.0):
+            return (torch.randn(*shape, device="cuda", generator=generator) * scale).to(dtype)
+
+        self.form, self.dtype, self.gated = form, dtype, gated
+        self.tokens = random(tokens, hidden)
+        self.ids = routed(tokens, experts, top_k, how, generator)
+        self.slot = torch.rand(tokens, top_k, device="cuda", generator=generator).to(dtype)
+        wide = inner if gated in ("none", "two") else 2 * inner
+        count = 2 if gated == "two" else 1
+        transposed = getattr(form, "transposed", False)
+
+        def stored(weight):
+            if transposed:
+                return [weight.mT.contiguous()]
+            return [weight] if isinstance(form, Unquantized) else list(form.quantize(weight))
+
+        self.up = [each for _ in range(count) for each in stored(random(experts, wide, hidden, scale=hidden**-0.5))]
+        self.down = stored(random(experts, hidden, inner, scale=inner**-0.5))
+        self.up_bias = [random(experts, wide) for _ in range(count)] if bias else []
+        self.down_bias = random(experts, hidden) if bias else None
+
+    def arguments(self, activation, dtype=None, before=False):
+        def to(tensor):
+            return tensor.to(dtype) if dtype is not None and tensor.dtype is self.dtype else tensor
+
+        transposed = getattr(self.form, "transposed", False)
+        return (
+            to(self.tokens), self.ids, to(self.slot), [to(each) for each in self.up],
+            [to(each) for each in self.up_bias],
+            self.form.name, transposed, [to(each) for each in self.down],
+            None if self.down_bias is None else to(self.down_bias), self.form.name, transposed, self.gated, activation,
+            1.702, 1.5, before, dtype or self.dtype,
+        )  # fmt: skip
+
+    def check(self, activation="silu", before=False):
+        poison()
+        actual = torch.ops.moe_fx.fused_experts_any(*self.arguments(activation, before=before))
+        exact = ops.fused_experts_reference(*self.arguments(activation, torch.float64, before))
+        again = torch.ops.moe_fx.fused_experts(*self.arguments(activation, before=before))
+        assert torch.equal(actual, again)
+        assert actual.dtype is self.dtype
+        if not actual.numel():
+            return
+        assert bool(actual.isfinite().all())
+        # As exact as the same ops one by one in this dtype, which round more often; a quantized activation between
+        # two steps may take the other one, in which case both are as far from the truth.
+        plain = ops.fused_experts_reference(*self.arguments(activation, before=before))
+        size = exact.norm().clamp_min(1e-6)
+        error, least = (float((each.double() - exact).norm() / size) for each in (actual, plain))
+        assert error < (2 if "dynamic" in self.form.name else 1.3) * least + 5e-4, (error, least)
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("tokens", [0, 1, 3, 37, 300, 2500])
+def test_every_format_at_every_number_of_tokens(tokens, dtype, form):
+    Layer(form, dtype, tokens=tokens, seed=tokens).check()
+
+
+@pytest.mark.parametrize("form", [FORMATS["none"], FORMATS["int8"], FORMATS["int4"]], ids=repr)
+@pytest.mark.parametrize("tokens", [5, 200])
+@pytest.mark.parametrize("gated", ops.GATED)
+def test_every_layout_of_gate_and_up(gated, tokens, form):
+    Layer(form, torch.bfloat16, gated, tokens).check("relu" if gated == "none" else "silu")
+
+
+@pytest.mark.parametrize("activation", [*ops.ACTIVATIONS, "clamped_swiglu"])
+@pytest.mark.parametrize("gated", ["none", "interleaved", "gate_up"])
+def test_every_activation(gated, activation):
+    if gated == "none" and activation == "clamped_swiglu":
+        pytest.skip("of gate and up only")
+    Layer(FORMATS["none"], torch.bfloat16, gated).check(activation)
+
+
+@pytest.mark.parametrize("how", ["all on one", "idle experts", "ids of no expert"])
+@pytest.mark.parametrize("form", [FORMATS["none"], FORMATS["float8 dynamic"], FORMATS["int4"]], ids=repr)
+@pytest.mark.parametrize("tokens", [1, 60, 400, 5000])
+def test_every_routing(tokens, form, how):
+    Layer(form, torch.bfloat16, tokens=tokens, how=how).check()
+
+
+@pytest.mark.parametrize(("hidden", "inner"), [(40, 24), (72, 200), (2880, 136), (64, 1000)])
+@pytest.mark.parametrize("form", list(FORMATS.values())[:6], ids=list(FORMATS)[:6])
+@pytest.mark.parametrize("tokens", [3, 150, 700])
+def test_sizes_that_are_no_multiple_of_a_tile(tokens, form, hidden, inner):
+    Layer(form, torch.bfloat16, tokens=tokens, hidden=hidden, inner=inner).check()
+    Layer(form, torch.bfloat16, "interleaved", tokens=tokens, hidden=hidden, inner=inner).check("clamped_swiglu")
+
+
+@pytest.mark.parametrize("form", [FORMATS["none"], FORMATS["float8 dynamic"]], ids=repr)
+def test_routing_weight_on_the_rows(form):
+    Layer(form, torch.bfloat16, top_k=1).check(before=True)
+
+
+def test_rows_need_not_be_contiguous():
+    layer = Layer(FORMATS["none"], torch.bfloat16)
+    for tokens in (layer.tokens.mT.contiguous().mT, torch.cat([layer.tokens] * 2, 1)[:, : layer.tokens.shape[1]]):
+        assert not tokens.is_contiguous()
+        arguments = list(layer.arguments("silu"))
+        expected = torch.ops.moe_fx.fused_experts_any(*arguments)
+        arguments[0] = tokens
+        arguments[1] = layer.ids.mT.contiguous().mT
+        assert torch.equal(torch.ops.moe_fx.fused_experts_any(*arguments), expected)
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("tokens", [3, 300, 2500])
+def test_linears_of_slots(tokens, form):
+    layer = Layer(form, torch.bfloat16, tokens=tokens)
+    transposed = getattr(form, "transposed", False)
+    by_token = layer.tokens
+    by_slot = by_token.repeat_interleave(2, 0)
+    for rows in (by_token, by_slot):
+        poison()
+        actual = torch.ops.moe_fx.slot_linear_any(rows, layer.ids, layer.up, form.name, transposed)
+        weights = [each.double() if each.dtype is torch.bfloat16 else each for each in layer.up]
+        exact = ops.slot_linear_reference(rows.double(), layer.ids, weights, form.name, transposed)
+        assert float((actual.double() - exact).norm() / exact.norm()) < (2**-5 if "dynamic" in form.name else 2**-8)
+
+
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+@pytest.mark.parametrize("slots", [1, 30, 1000, 2048, 2049, 50000])
+@pytest.mark.parametrize("experts", [1, 8, 130])
+def test_routing(experts, slots, block):
+    generator = torch.Generator("cuda").manual_seed(slots)
+    ids = torch.randint(-1, experts + 1, (slots, 1), device="cuda", generator=generator)
+    poison()
+    actual, expected = route(ids, experts, block), route_reference(ids.cpu(), experts, block)
+    count = int(expected[2])
+    assert int(actual[2]) == count
+    assert torch.equal(actual[1][:count].cpu(), expected[1][:count])
+    # Which of an expert's tiles holds a slot is left open.
+    for expert in range(experts):
+        mine = expected[1][:count] == expert
+        assert torch.equal(
+            actual[0][:count].cpu()[mine].flatten().sort().values, expected[0][:count][mine].flatten().sort().values
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("width", [1, 100, 2880, 14336])
+def test_quantized_rows_to_the_bit(width, dtype):
+    rows = torch.randn(33, width, device="cuda").bfloat16() * torch.logspace(-6, 3, 33, device="cuda").unsqueeze(-1)
+    rows[5] = 0
+    rows = rows.bfloat16()
+    poison()
+    # On a GPU, torch divides by a number as it multiplies by its reciprocal: what is exact is the CPU.
+    actual, expected = triton_rows.quantize_rows(rows, dtype), triton_rows.quantize_rows_reference(rows.cpu(), dtype)
+    assert torch.equal(actual[1].cpu(), expected[1])
+    assert torch.equal(actual[0].float().cpu(), expected[0].float())
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+def test_sum_over_slots(top_k):
+    rows = torch.randn(45 * top_k, 1000, device="cuda").bfloat16()
+    ids = torch.randint(-1, 5, (45, top_k), device="cuda")
+    for dtype in (torch.float32, torch.bfloat16):
+        actual = triton_rows.sum_slots(rows, ids, 4, dtype)
+        expected = triton_rows.sum_slots_reference(rows, ids, 4, dtype)
+        torch.testing.assert_close(actual, expected, rtol=1e-6 if dtype is torch.float32 else 2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_widened_int4(symmetric):
+    tensors = moe_fx.Int4WeightOnly(32, symmetric).quantize(torch.randn(3, 50, 4160, device="cuda").bfloat16())
+    assert torch.equal(
+        triton_widen.widen_int4(tensors, torch.bfloat16), triton_widen.widen_int4_reference(tensors, torch.bfloat16)
+    )
+
+
+# Whole layers ------------------------------------------------------------------------------------------------------
+
+LAYER_FORMATS = {
+    "none": None, "int8": moe_fx.Int8WeightOnly(), "float8 dynamic": moe_fx.Float8Dynamic(),
+    "int4": moe_fx.Int4WeightOnly(32),
+}  # fmt: skip
+
+
+def rows(count, seed=0):
+    return torch.randn(count, 64, generator=torch.Generator().manual_seed(count + seed)).bfloat16()
+
+
+def transformed(model, form, tokens=None):
+    dynamic = None if tokens else ({0: torch.export.Dim("tokens", min=2, max=4096)},)
+    with torch.no_grad():
+        program = torch.export.export(
+            copy.deepcopy(model).cuda().eval(), (rows(tokens or 37).cuda(),), dynamic_shapes=dynamic
+        )
+    result = moe_fx.transform(program, moe_fx.Config(experts="fused", quantize=form, require="all"))
+    assert [node for node in result.graph.nodes if "moe_fx.fused_experts" in str(node.target)]
+    return result
+
+
+def expected_of(model, form, x):
+    ids, weights = (chosen.cpu() for chosen in copy.deepcopy(model).cuda().route(x.cuda()))
+    twin = defined(model, form, "cuda") if form else copy.deepcopy(model).float()
+    with torch.no_grad():
+        return twin.experts(x if form else x.float(), ids, weights if form else weights.float())
+
+
+def least(form):
+    return 22 if form == moe_fx.Float8Dynamic() else 35
+
+
+@pytest.mark.parametrize("form", LAYER_FORMATS.values(), ids=LAYER_FORMATS)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "inductor"])
+@pytest.mark.parametrize("tokens", [None, 1, 37, 300])
+def test_layer(tokens, compiled, form):
+    model = Gathered(num_experts=8, hidden=64, inner=96, bias=True, dtype=torch.bfloat16)
+    run = transformed(model, form, tokens).module()
+    if compiled:
+        torch.compiler.reset()
+        run = torch.compile(run, fullgraph=True)
+    for count in (tokens,) if tokens else (37, 2, 300, 4000):
+        x = rows(count)
+        with torch.no_grad():
+            actual = run(x.cuda()).cpu()
+        assert sqnr(actual.float(), expected_of(model, form, x).float()) > least(form)
+
+
+@pytest.mark.parametrize("form", LAYER_FORMATS.values(), ids=LAYER_FORMATS)
+@pytest.mark.parametrize("tokens", [1, 37, 700])
+def test_layer_in_a_cuda_graph_waits_for_nobody(tokens, form):
+    model = Gathered(num_experts=8, hidden=64, inner=96, dtype=torch.bfloat16)
+    eager = transformed(model, form, tokens).module()
+    torch.compiler.reset()
+    run = torch.compile(eager, fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad():
+        for seed in range(5):
+            x = rows(tokens, seed)
+            torch.compiler.cudagraph_mark_step_begin()
+            actual = run(x.cuda()).cpu()
+            assert sqnr(actual.float(), expected_of(model, form, x).float()) > least(form)
+        x = x.cuda()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            eager(x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("options", KNOWN.values(), ids=KNOWN)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "inductor"])
+def test_known_bodies(options, compiled):
+    model = Gathered(num_experts=8, hidden=64, inner=96, dtype=torch.bfloat16, **options)
+    run = transformed(model, None, 37).module()
+    torch.compiler.reset()
+    run = torch.compile(run, fullgraph=True) if compiled else run
+    x = rows(37)
+    with torch.no_grad():
+        assert sqnr(run(x.cuda()).cpu().float(), expected_of(model, None, x)) > 35
+
+
+@pytest.mark.parametrize("form", LAYER_FORMATS.values(), ids=LAYER_FORMATS)
+@pytest.mark.parametrize("tokens", [None, 37])
+def test_any_other_body_compiles_between_fused_linears(tokens, form):
+    model = Gathered(num_experts=8, hidden=64, inner=96, bias=True, dtype=torch.bfloat16, activation=mish_glu)
+    dynamic = None if tokens else ({0: torch.export.Dim("tokens", min=2, max=4096)},)
+    with torch.no_grad():
+        program = torch.export.export(copy.deepcopy(model).cuda(), (rows(37).cuda(),), dynamic_shapes=dynamic)
+    program = moe_fx.transform(program, moe_fx.Config(experts="fused", quantize=form, require="all"))
+    assert [node for node in program.graph.nodes if "moe_fx.slot_linear" in str(node.target)]
+    torch.compiler.reset()
+    for run in (program.module(), torch.compile(program.module(), fullgraph=True)):
+        for count in (37,) if tokens else (37, 300):
+            x = rows(count)
+            with torch.no_grad():
+                assert sqnr(run(x.cuda()).cpu().float(), expected_of(model, form, x).float()) > least(form)
+
+
+def test_compiled_weights_are_read_where_they_lie():
+    """A compiler that thought that a kernel writes its operands would copy the weights at every call."""
+    model = Gathered(num_experts=8, hidden=1024, inner=2048, dtype=torch.bfloat16).cuda()
+    x = torch.randn(37, 1024, device="cuda").bfloat16()
+    with torch.no_grad():
+        program = moe_fx.transform(torch.export.export(model, (x,)), moe_fx.Config(experts="fused", require="all"))
+        torch.compiler.reset()
+        run = torch.compile(program.module(), fullgraph=True)
+        run(x)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run(x)
+    assert torch.cuda.max_memory_allocated() - before < model.down.numel() * 2 / 4
+
+
+@pytest.mark.parametrize("quantize", [None, moe_fx.Int8WeightOnly()], ids=["none", "int8"])
+@pytest.mark.parametrize("family", MAIN)
+def test_whole_models(family, quantize):
+    pytest.importorskip("transformers", reason="the models come from transformers")
+    torch.compiler.reset()
+    model = copy.deepcopy(build(family, "grouped_mm", torch.bfloat16)).cuda()
+    backend = moe_fx.backend(moe_fx.Config(experts="fused", quantize=quantize, require="all"))
+    compiled = torch.compile(model, backend=backend)
+    for shape in ((2, 9), (1, 5)):
+        ids = token_ids(shape).cuda()
+        with torch.no_grad():
+            actual, expected = compiled(input_ids=ids).logits.float(), model(input_ids=ids).logits.float()
+        assert sqnr(actual, expected) > 12  # rounded at other places, which the routers behind amplify
+    assert all("the fused kernels" not in layer.why for report in backend.reports for layer in report.layers)
+
+
+def test_saved_and_loaded(tmp_path):
+    model = Gathered(num_experts=8, hidden=64, inner=96, dtype=torch.bfloat16)
+    program = transformed(model, moe_fx.Int8WeightOnly())
+    torch.export.save(program, tmp_path / "program.pt2")
+    loaded = torch.export.load(tmp_path / "program.pt2")
+    with torch.no_grad():
+        assert torch.equal(loaded.module()(rows(20).cuda()), program.module()(rows(20).cuda()))
