@@ -21,7 +21,7 @@ from torch.fx.node import map_arg
 from moe_fx.constants import filled_with
 from moe_fx.experts import experts
 from moe_fx.matcher import op_name
-from moe_fx.shapes import is_number, shape_of
+from moe_fx.shapes import depends_on_values, is_number, shape_of
 
 __all__ = ["CheckResult", "check_layer"]
 
@@ -159,7 +159,8 @@ def _between(root: Node, inputs: list[Node]) -> list[Node]:
         found.add(node)
         order.append(node)
         # Sizes are given numbers directly, whatever they were computed from; constants their value.
-        if not isinstance(node.meta.get("val"), torch.SymInt | int) and filled_with(node) is None:
+        value = node.meta.get("val")
+        if depends_on_values(value) or (not isinstance(value, torch.SymInt | int) and filled_with(node) is None):
             pending.extend(node.all_input_nodes)
     return sorted(order)
 
@@ -254,7 +255,7 @@ class _Interpreter:
 
     def call(self, node: Node) -> Any:
         value = node.meta.get("val")
-        if isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
+        if isinstance(value, torch.SymInt | int) and not isinstance(value, bool) and not depends_on_values(value):
             number = self.sizes.evaluate(value)
             return self.sizes.rows.get(number, number)
         filled = filled_with(node)

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Node
 
 from moe_fx.matcher import arguments, op_name
 
-__all__ = ["filled_with"]
+__all__ = ["filled_with", "reads_shapes"]
 
 #: ops that make such tensors: the value, or the argument that holds it
 _FILLS: dict[str, float | str] = {
     "aten::zeros": 0.0, "aten::zeros_like": 0.0, "aten::new_zeros": 0.0, "aten::ones": 1.0, "aten::ones_like": 1.0,
     "aten::new_ones": 1.0, "aten::full": "fill_value", "aten::full_like": "fill_value", "aten::new_full": "fill_value",
 }  # fmt: skip
+
+
+#: ops whose results hold nothing of the values of what they are given
+_SHAPES = frozenset({
+    *_FILLS, "aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_permuted", "aten::sym_size",
+    "aten::sym_numel", "aten::sym_storage_offset",
+})  # fmt: skip
+
+
+def reads_shapes(node: Node) -> bool:
+    """Whether a call depends on the shapes of its operands only, or computes with sizes."""
+    return op_name(node) in _SHAPES or isinstance(node.meta.get("val"), torch.SymInt | int)
 
 
 def filled_with(node: Node) -> float | None:

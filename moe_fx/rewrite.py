@@ -13,6 +13,7 @@ from torch.fx.node import map_arg
 from moe_fx.constants import filled_with
 from moe_fx.experts import experts
 from moe_fx.matcher import op_name
+from moe_fx.shapes import is_number
 
 __all__ = [
     "Emitter", "FakeValues", "drop_dead_code", "erase_dead", "only_asserted", "outline", "replace", "respell",
@@ -145,10 +146,12 @@ def is_pure(node: Node) -> bool:
 
 
 def only_asserted(node: Node) -> bool:
-    """Whether a node is an assertion, or is computed for assertions only."""
+    """Whether a node is an assertion, or is computed for assertions only; so is a size that nobody reads."""
     if op_name(node) in ASSERTS:
         return True
-    return bool(node.users) and is_pure(node) and all(only_asserted(user) for user in node.users)
+    if not node.users and not is_number(node):
+        return False
+    return is_pure(node) and all(only_asserted(user) for user in node.users)
 
 
 def asserting(node: Node) -> list[Node]:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
-__all__ = ["Dim", "is_number", "known_equal", "same_shape", "shape_of", "tensor_of", "upper_bound"]
+__all__ = ["Dim", "depends_on_values", "is_number", "known_equal", "same_shape", "shape_of", "tensor_of", "upper_bound"]
 
 Dim = int | torch.SymInt
 
@@ -33,6 +33,11 @@ def _plain(size: Dim) -> Dim:
 def is_number(node: Node) -> bool:
     """Whether a node yields a number, symbolic or not: a size, or a float attribute of a model under Dynamo."""
     return isinstance(node.meta.get("val"), torch.SymFloat | torch.SymInt | torch.SymBool | float | int)
+
+
+def depends_on_values(size: object) -> bool:
+    """Whether a size is one that only the values in a tensor tell, such as how many rows an expert has."""
+    return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
 
 
 def known_equal(left: Dim, right: Dim) -> bool:

@@ -16,12 +16,10 @@ NOT_YET = {
     "dense_loop_equal_ids_sum": "ids that are two maxima: not proven to be distinct",
     "dense_loop_where_weight": "a loop over slots and experts",
     "gathered_top1_baddbmm": "one expert per token, and no sum",
-    "grouped_slices_by_counts_torchtitan": "rows of an expert by slices",
     "identity_experts_longcat": "experts of two kinds",
     "modulelist_masked_copy_per_expert_nllb": "results written over the inputs",
     "modulelist_scatter_add": "slots by flat ids, tokens by slots",
     "modulelist_slot_masks_combine_after": "rows of slots written by a mask",
-    "modulelist_split_counts_unsort": "rows of an expert by split",
     "modulelist_switch_bool_column": "rows written, not added",
     "one_hot_dispatch_combine_tec_gshard": "places in a buffer by one-hot",
     "one_hot_dispatch_switch_mesh": "one-hot rows for one expert per token",
@@ -29,8 +27,6 @@ NOT_YET = {
     "slot_loop_gathered_bmm": "a loop over the slots",
     "stacked_index_assign_add_geglu": "ids from a table: not known to be distinct, and += keeps one row of a token",
     "stacked_loop_over_slots_and_experts": "a loop over slots and experts",
-    "stacked_parallel_linear_jetmoe": "rows of an expert by split",
-    "stacked_slices_cat_index_back": "rows of an expert by slices",
 }
 #: styles that cannot be traced yet
 NOT_EXPORTED = {

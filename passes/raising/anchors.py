@@ -7,9 +7,9 @@ import operator
 from moe_fx.passes.raising.routing import MIXING, ancestors
 from torch.fx import Node
 
-from moe_fx.matcher import op_name
+from moe_fx.matcher import arguments, op_name
 from moe_fx.report import module_of
-from moe_fx.shapes import shape_of
+from moe_fx.shapes import depends_on_values, shape_of
 
 __all__ = ["anchors_behind", "anchors_near", "is_anchor", "leads_to_experts", "reads_stack"]
 
@@ -90,13 +90,29 @@ def leads_to_experts(value: Node, through: bool = False) -> bool:
         name = op_name(node)
         if name is None and node.target is not operator.getitem:
             continue
-        if name in GROUPED or name == "aten::stack" or (name == "aten::index" and _is_stack(node.args[0])):
+        if (
+            name in GROUPED
+            or name == "aten::stack"
+            or _joins_parts(node)
+            or (name == "aten::index" and _is_stack(node.args[0]))
+        ):
             return True
         if name in PRODUCTS and any(reads_stack(operand) for operand in node.all_input_nodes):
             return True
         if name not in MIXING:
             pending.extend(node.all_input_nodes)
     return False
+
+
+def _joins_parts(node: Node) -> bool:
+    """Whether a value is made of parts, of which only values tell how many rows they have."""
+    if op_name(node) == "aten::cat" and arguments(node)["dim"] == 0:
+        parts = arguments(node)["tensors"]
+    elif op_name(node) == "aten::slice_scatter" and arguments(node)["dim"] == 0:
+        parts = [arguments(node)["src"]]
+    else:
+        return False
+    return any(depends_on_values((shape_of(part) or (0,))[0]) for part in parts)
 
 
 def _is_stack(node: object) -> bool:

@@ -15,6 +15,7 @@ from moe_fx.passes.raising.anchors import anchors_behind, leads_to_experts
 from moe_fx.passes.raising.axes import EXPERT, HIT, ONE, SLOT, SORTED_ROW, TOKEN, Place, axes_of, features
 from moe_fx.passes.raising.each_expert import terms
 from moe_fx.passes.raising.endings import Ending, endings, token_axes
+from moe_fx.passes.raising.parts import joined
 from moe_fx.passes.raising.pieces import Piece
 from moe_fx.passes.raising.region import Region, misfit
 from moe_fx.passes.raising.steps import merge_steps
@@ -176,6 +177,7 @@ def _between(root: Node, value: Node) -> set[Node]:
 
 
 Walk.stacked = staticmethod(_stacked)
+Walk.joined = staticmethod(joined)
 
 
 def _sum(root: Node) -> tuple[Region | Miss, set[Node]] | None:
@@ -194,7 +196,10 @@ def _sum(root: Node) -> tuple[Region | Miss, set[Node]] | None:
         return None
     # Weights that are chosen by row speak of slots.
     chosen = anchors_behind(root, chosen=True)
-    return near[bool(chosen)], chosen or anchors_behind(root, chosen=False)
+    miss = near[bool(chosen)]
+    if not chosen and "ids" in near[True].bindings:
+        return near[True], {root}
+    return miss, chosen or anchors_behind(root, chosen=False)
 
 
 def _walk(root: Node, ending: Ending) -> Region | Miss:

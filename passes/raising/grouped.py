@@ -51,12 +51,14 @@ exact = OneOfValues(torch.float32, torch.float64, torch.int32, torch.int64)
 num_experts, last_expert, top_k = Var("num_experts"), Var("last_expert"), Var("top_k")
 any_ids = either(sorted_ids, flat_ids)
 counted = optional(lambda ids: aten.to(ids, exact), any_ids)
+numbers = either(aten.arange(num_experts, dtype=ANY), aten.arange(0, num_experts, dtype=ANY))
+one_hot = either(aten.one_hot(any_ids, num_experts), aten.eq(aten.unsqueeze(any_ids, Last(1)), numbers))
 counts = either(
     # Bins one wide, up to E: an id E would be counted with the last expert.
     As("counts_beyond", aten.histc(counted, num_experts, 0, num_experts)),
     As("counts_beyond", aten.bincount(any_ids, None, num_experts)),
     aten.histc(counted, num_experts, 0, last_expert),
-    aten.sum(optional(lambda hot: aten.to(hot, ANY), aten.one_hot(any_ids, num_experts)), [0]),
+    aten.sum(optional(lambda hot: aten.to(hot, ANY), one_hot), [0]),
 )
 ends = aten.arange(num_experts, dtype=ANY)
 offsets = either(
@@ -66,11 +68,14 @@ offsets = either(
     aten.to(aten.searchsorted(sorted_ids, ends, right=True), torch.int32),
 )
 token_of_row = either(
-    aten.floor_divide(perm, top_k), aten.index(aten.repeat_interleave(arange(), top_k, ANY), [perm]),
+    aten.floor_divide(perm, top_k), aten.div(perm, top_k, rounding_mode=OneOfValues("floor", "trunc")),
+    aten.index(aten.repeat_interleave(arange(), top_k, ANY), [perm]),
     aten.index(aten.repeat_interleave(arange(), top_k), [perm]),
 )  # fmt: skip
 column = either(aten.unsqueeze(token_of_row, Last(1)), aten.reshape(token_of_row, [-1, 1]))
 wide = either(aten.expand(column, ANY), aten.expand_as(column, ANY), aten.repeat(column, ANY))
+
+wide_perm = either(*(spread(aten.unsqueeze(perm, Last(1)), ANY) for spread in (aten.expand, aten.repeat)))
 
 #: rows added to their tokens, to which the slots need not be brought back
 summed, base = Var("summed", rank=2), Var("base", rank=2)
@@ -98,6 +103,10 @@ def clamped(ids: Pattern) -> Pattern:
 
 PIECES: tuple[Piece, ...] = (
     View(TOKEN_MAJOR, aten.index(rows, [inverse]), to=SORTED),
+    # Every row is written once: what stood there before is gone.
+    View(TOKEN_MAJOR, aten.index_put(ANY, [perm], rows), to=SORTED),
+    View(TOKEN_MAJOR, aten.index_copy(ANY, 0, perm, rows), to=SORTED),
+    View(TOKEN_MAJOR, aten.scatter(ANY, 0, wide_perm, rows), to=SORTED),
     Dispatch(SORTED, aten.index(Var("tokens"), [token_of_row])),
     Dispatch(SORTED, aten.gather(Var("tokens", rank=2), 0, wide)),
     Slot(SORTED, aten.index(aten.reshape(Var("slot", rank=2), ANY), [perm])),

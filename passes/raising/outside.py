@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,14 +37,15 @@ class Outside:
 
     ``own`` is the pattern by which a step of a loop reads its expert's ``param``. ``ending`` are calls by which the
     root reads what it sums. Where every token is given to every expert, ``specific`` are the nodes of one of them.
+    ``cuts`` are values known to be some rows of others.
     """
 
     def __init__(
         self, root: Node, sizes: Mapping[str, Dim], tokens: tuple[str, ...], pieces: Sequence[kinds.Piece],
         bindings: Mapping[str, Any], own: Pattern | None = None, ending: Collection[Node] = (),
-        specific: Collection[Node] | None = None,
+        specific: Collection[Node] | None = None, cuts: Mapping[Node, Node] = MappingProxyType({}),
     ) -> None:  # fmt: skip
-        self.ending, self.specific = ending, specific
+        self.ending, self.specific, self.cuts = ending, specific, cuts
         #: whether all experts are summed, or all tokens are given to each
         self.dense = EXPERT in sizes or specific is not None
         self.root, self.sizes, self.tokens, self.pieces, self.own = root, sizes, tokens, pieces, own
@@ -66,6 +68,8 @@ class Outside:
         self.tables: set[Node] = set()
         #: the ops of the body whose results are taken apart
         self.splits: dict[tuple[Node, Node], Node] = {}
+        #: the experts whose rows are in a joined value, in order
+        self.visits: list[tuple[int, ...]] = []
         #: values of the body that are zero for a token's row where it was not routed to the expert
         self.zeros: list[Node] = []
 
@@ -88,6 +92,8 @@ class Outside:
 
     #: how a stack of the experts' results is read: set where the disguises are put together
     stacked: Callable[[Any, Node, Place], Value | Miss | None] = staticmethod(lambda walk, node, place: None)
+    #: the same for what was joined of the experts' rows
+    joined: Callable[[Any, Node, Place], Value | Miss | None] = staticmethod(lambda walk, node, place: None)
 
     def same_for_all(self, node: Node, place: Place) -> Value:
         if self.own is not None and (own := self.own_value(node, place)) is not None:
@@ -130,6 +136,16 @@ class Outside:
         if known and node not in known:
             return self.miss("one tensor of token rows", node)
         return self.body.reshaped(self.row("x", node, tuple(features(place))), shape)
+
+    def cut_rows(self, source: Node, place: Place) -> Value | Miss:
+        """Some rows of another value: those of tokens, or a number for each."""
+        shape = tuple(features(place))
+        known = self.body.captured["x"]
+        if all(size == 1 for size in shape):
+            return self.row("s", source, shape)
+        if known and source not in known:
+            return self.miss("one tensor of rows", source)
+        return self.row("x", source, shape)
 
     def row(self, kind: str, node: Node, shape: tuple[int, ...]) -> Value:
         """A row per token, or per slot, from outside."""
@@ -192,12 +208,23 @@ class Outside:
             return self.value(found["results"], before)
         return None
 
-    def inlined(self, found: Region, node: Node, place: Place) -> Value:
-        """What another walk found, written into this body."""
-        outer = [*found.slots, *found.params, *found.shared]
-        kinds_of = ["s"] * len(found.slots) + ["p"] * len(found.params) + ["h"] * len(found.shared)
-        given = [self.row("x", found.tokens, found.features[found.tokens]).node]
-        given += [self.body.placeholder(kind, each) for kind, each in zip(kinds_of, outer, strict=True)]
+    def inlined(self, found: Region, node: Node, place: Place, sorted_rows: bool = False) -> Value | Miss:
+        """What another walk found, written into this body. Its rows are tokens, or ``sorted_rows`` of this walk."""
+        given = []
+        for kind, rows in (("x", [found.tokens]), ("s", found.slots)):
+            for each in rows:
+                shape = found.features[each]
+                row: Value | Miss
+                if sorted_rows:
+                    row = self.value(each, ((SORTED_ROW,), *((size,) for size in shape)))
+                    if isinstance(row, Miss):
+                        return row
+                    row = self.body.reshaped(row, shape)
+                else:
+                    row = self.row(kind, each, shape)
+                given.append(row.node)
+        for kind, outer in (("p", found.params), ("h", found.shared)):
+            given += [self.body.placeholder(kind, each) for each in outer]
         copied = dict(zip(found.body.graph.find_nodes(op="placeholder"), given, strict=True))
         output = self.body.graph.graph_copy(found.body.graph, copied)
         self.interior |= found.interior | {node}

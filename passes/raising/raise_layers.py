@@ -149,6 +149,10 @@ def _prove_and_rewrite(work: Work, region: Region) -> Miss | None:
     in_range = selection.in_range or not skips
     if "counts_beyond" in region.bindings and not selection.in_range:
         return Miss("ids that certainly name an expert", f"{given_ids.name}, which may be counted beyond", given_ids)
+    every = tuple(range(region.num_experts))
+    for visited in region.visits:
+        if visited != every:
+            return Miss(f"every expert of {len(every)} once", f"experts {', '.join(map(str, visited))}", region.root)
     if region.tables and not in_range:
         return Miss("ids that certainly name an expert", f"{given_ids.name}, looked up in a table", given_ids)
     result = CheckResult(float("nan"), 0, 0.0)

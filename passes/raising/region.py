@@ -23,7 +23,8 @@ class Region:
     step, where the layer is one. A parameter that the model holds as one per expert is a tuple of these. ``size`` is
     how many tokens there are, and slots for each. ``features`` are the sizes that a row of tokens and slots has, which
     need not stand as ``[T, ...]`` and ``[T, K, ...]`` in the program; ``views`` are written to make them so. Slots
-    among ``tables [T, E]`` are looked up by ids. The experts' sum is added to ``base``, if there is one.
+    among ``tables [T, E]`` are looked up by ids. The experts' sum is added to ``base``, if there is one. ``visits``
+    are the experts whose rows were joined, where they were cut apart.
     """
 
     root: Node
@@ -43,6 +44,7 @@ class Region:
     views: list[Node] = field(default_factory=list)
     tables: set[Node] = field(default_factory=set)
     base: Node | None = None
+    visits: list[tuple[int, ...]] = field(default_factory=list)
 
     @property
     def num_experts(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from moe_fx.passes.raising import pieces as kinds
 from moe_fx.passes.raising.anchors import reads_stack
-from moe_fx.passes.raising.axes import EXPERT, SLOT, Place, aligned, axes_of, features, size_of
+from moe_fx.passes.raising.axes import EXPERT, SLOT, SORTED_ROW, Place, aligned, axes_of, features, size_of
 from moe_fx.passes.raising.contraction import Contraction, contraction
 from moe_fx.passes.raising.outside import Outside
 from moe_fx.passes.raising.products import Factor, elementwise_product, product
@@ -25,6 +25,7 @@ from moe_fx.passes.raising.writer import EXPERTS_OWN, ROWS, SHARED, Value
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from moe_fx.constants import reads_shapes
 from moe_fx.experts import per_row
 from moe_fx.matcher import Match, Miss, match, op_name
 from moe_fx.rewrite import only_asserted
@@ -52,6 +53,11 @@ class Walk(Outside):
     def find(self, node: Node, place: Place) -> Value | Miss:
         self.visited += 1
         axes = axes_of(place)
+        if node in self.cuts:
+            return self.cut_rows(self.cuts[node], place)
+        # Before shapes are compared: how many rows the parts have together, only their counts tell.
+        if SORTED_ROW in axes and (joined := self.joined(self, node, place)) is not None:
+            return joined
         shape = shape_of(node)
         if shape is not None and not same_shape(shape, [size_of(dim, self.sizes) for dim in place]):
             rows = " x ".join(str(size_of(dim, self.sizes)) for dim in place)
@@ -300,18 +306,24 @@ class Walk(Outside):
         form = "expert_loop" if step else "+".join(sorted(self.forms))
         region = Region(
             self.root, form, tokens, self.bindings.get("ids", tokens), s, p, h, GraphModule({}, graph), self.interior,
-            self.bindings, distinct=bool(self.zeros),
+            self.bindings, distinct=bool(self.zeros) or "counted_once" in self.bindings,
         )  # fmt: skip
         region.size = (self.token_count, self.sizes.get(SLOT, region.top_k))
         region.tables = self.tables
+        region.visits = self.visits
         region.features = {node: self.outer[node] for node in (tokens, *s)}
         return region
+
+    def serves(self, user: Node) -> bool:
+        """Whether a reader belongs to the layer, is its end, or wants to know a size for one of these only."""
+        if user in self.interior or user is self.root or user in self.ending or only_asserted(user):
+            return True
+        return bool(user.users) and reads_shapes(user) and all(self.serves(reader) for reader in user.users)
 
     def outside_use(self) -> Miss | None:
         for node in self.interior:
             for user in node.users:
-                ends = user is self.root or user in self.ending
-                if user not in self.interior and not ends and not only_asserted(user):
+                if not self.serves(user):
                     return Miss(
                         f"{node.name} to be read inside the layer only", f"{user.name} ({op_name(user) or user.op})",
                         node, dict(self.bindings), 10**6,

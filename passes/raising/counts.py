@@ -1,0 +1,131 @@
+"""Where one expert's rows begin and end among sorted rows: sums of how many rows each expert has.
+
+counts = histc(ids, E);  end = start + counts[2]          => counts[0] + counts[1] + counts[2]
+
+A number is read back as how often each expert's count is in it: `{0: 1, 1: 1, 2: 1}`.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from moe_fx.passes.raising import grouped
+from torch.fx import Node
+
+from moe_fx.constants import filled_with
+from moe_fx.matcher import Match, arguments, match, op_name
+from moe_fx.pattern import ANY, As, Last, Var, aten, optional
+from moe_fx.shapes import shape_of
+
+__all__ = ["Counts", "Total"]
+
+#: how often each expert's count is in a sum
+Total = dict[int, int]
+
+#: a mask by token and expert, added up: an expert that a token was routed to twice counts once
+ONCE = aten.sum(
+    optional(lambda hot: aten.to(hot, ANY), aten.scatter(As("zeros", ANY), Last(-1), Var("ids", rank=2), 1)), [0]
+)
+#: ops that yield the same numbers
+SAME = frozenset({"aten::item", "aten::_local_scalar_dense", "aten::clone", "aten::reshape", "aten::squeeze"})
+#: dtypes that hold every number of rows exactly
+EXACT = (torch.float32, torch.float64, torch.int32, torch.int64)
+
+
+class Counts:
+    """Reads sums of counts; ``bindings`` are what is known of the layer, and grow by whose ids are counted."""
+
+    def __init__(self, bindings: dict[str, Any]) -> None:
+        self.bindings = bindings
+        self._known: dict[Node, Any] = {}
+
+    def total(self, value: object) -> Total | None:
+        """A number as a sum of counts; None for any other."""
+        found = self.read(value)
+        return found if isinstance(found, dict) else None
+
+    def read(self, value: Any) -> Total | list[Total] | None:
+        """A number, or the numbers of a vector."""
+        if not isinstance(value, Node):
+            return {} if value == 0 and not isinstance(value, bool) else None
+        if value not in self._known:
+            self._known[value] = self._counted(value) or self._computed(value)
+        found: Total | list[Total] | None = self._known[value]
+        return found
+
+    def _counted(self, node: Node) -> list[Total] | None:
+        """The counts themselves, by expert."""
+        for pattern in (grouped.counts, ONCE):
+            found = match(pattern, node, self.bindings)
+            shape = shape_of(node) or ()
+            if not isinstance(found, Match) or len(shape) != 1 or not isinstance(shape[0], int):
+                continue
+            if pattern is ONCE:
+                if filled_with(found["zeros"]) != 0:
+                    continue
+                found.bindings["counted_once"] = True
+            self.bindings = {name: bound for name, bound in found.bindings.items() if name != "zeros"}
+            return [{expert: 1} for expert in range(shape[0])]
+        return None
+
+    def _computed(self, node: Node) -> Any:
+        name = op_name(node)
+        if node.target in (operator.add, operator.sub) or name in ("aten::add", "aten::sub"):
+            if len(node.args) > 2 or node.kwargs:
+                return None
+            sign = 1 if node.target is operator.add or name == "aten::add" else -1
+            left, right = node.args
+            return _combined(self.read(left), self.read(right), sign)
+        if node.target is operator.getitem and op_name(node.args[0]) == "aten::unbind":
+            vector, place = self.read(node.args[0]), node.args[1]
+            return vector[place] if isinstance(vector, list) and isinstance(place, int) else None
+        if name == "aten::cat":
+            parts = [self.read(part) for part in arguments(node)["tensors"]]
+            return (
+                [total for part in parts for total in part] if all(isinstance(part, list) for part in parts) else None
+            )
+        if filled_with(node) == 0 and len(shape_of(node) or ()) == 1:
+            return [{} for _ in range(shape_of(node)[0])] if isinstance(shape_of(node)[0], int) else None
+        if name == "aten::to" and node.args[1] not in EXACT:
+            return None
+        before = self.read(node.args[0]) if node.args and isinstance(node.args[0], Node) else None
+        if isinstance(before, list) and len(before) == 1 and shape_of(node) in (None, ()):
+            return before[0]  # a vector of one number, as that number
+        if before is None or name in SAME or name in ("aten::to", "aten::unbind"):
+            return before
+        return _of_vector(name, before, arguments(node)) if isinstance(before, list) else None
+
+
+def _of_vector(name: str | None, vector: list[Total], given: dict[str, Any]) -> Any:
+    if name == "aten::select":
+        place = given["index"]
+        return vector[place] if isinstance(place, int) and -len(vector) <= place < len(vector) else None
+    if name == "aten::slice":
+        bounds = (given["start"], given["end"], given["step"])
+        return vector[slice(*bounds)] if all(bound is None or isinstance(bound, int) for bound in bounds) else None
+    if name == "aten::cumsum":
+        ends: list[Total] = []
+        for total in vector:
+            ends.append(_sum(ends[-1] if ends else {}, total, 1))
+        return ends
+    if name in ("aten::constant_pad_nd", "aten::pad") and given.get("mode", "constant") == "constant":
+        if given["value"] not in (0, None) or not all(isinstance(many, int) and many >= 0 for many in given["pad"]):
+            return None
+        front, back = given["pad"]
+        return [{} for _ in range(front)] + vector + [{} for _ in range(back)]
+    return None
+
+
+def _combined(left: Any, right: Any, sign: int) -> Any:
+    if isinstance(left, dict) and isinstance(right, dict):
+        return _sum(left, right, sign)
+    if isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
+        return [_sum(one, other, sign) for one, other in zip(left, right, strict=True)]
+    return None
+
+
+def _sum(left: Total, right: Total, sign: int) -> Total:
+    added = {expert: left.get(expert, 0) + sign * right.get(expert, 0) for expert in {*left, *right}}
+    return {expert: many for expert, many in added.items() if many}

@@ -1,0 +1,138 @@
+"""Disguise: rows sorted by expert are cut into parts, each expert takes its own, and the results are joined.
+
+counts = histc(ids, E).tolist()
+rows = x[perm // K].split(counts)                    # or rows[start : start + counts[e]], one after the other
+y = torch.cat([body(rows[e], weight[e]) for e in range(E)])
+out = (y[inverse of perm]).view(T, K, H) * s ...     # from there on, as with grouped_mm
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+from moe_fx.passes.raising.axes import HIT, ONE, SORTED_ROW, Place, features
+from moe_fx.passes.raising.counts import Counts, Total
+from moe_fx.passes.raising.each_expert import OWN, specific
+from moe_fx.passes.raising.region import Region
+from moe_fx.passes.raising.steps import merge_steps
+from moe_fx.passes.raising.walk import Walk
+from moe_fx.passes.raising.writer import Value
+from torch.fx import Node
+
+from moe_fx.matcher import Miss, arguments, op_name
+from moe_fx.shapes import same_shape, shape_of
+
+__all__ = ["joined"]
+
+#: a mismatch within an expert's part says more than any outside
+FAR = 10**5
+
+
+def joined(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
+    """Every expert's results joined, written into the body as those of one expert. None for any other op."""
+    parts = _parts(node)
+    if parts is None or place[0] != (SORTED_ROW,):
+        return None
+    values = [value for value, *_ in parts]
+    if not all(same_shape((shape_of(value) or ())[1:], features(place)) for value in values):
+        return None
+    counts = Counts(walk.bindings)
+    own, regions = specific(values), []
+    start: Total = {}
+    cuts: dict[Node, Cut] = {}
+    for (value, begin, end), nodes in zip(parts, own, strict=True):
+        mine = {each: cut for each in nodes if (cut := _cut(each, counts)) is not None}
+        cuts |= mine
+        experts = {cut.expert for cut in mine.values()}
+        if len(experts) != 1:
+            return walk.miss("rows of one expert, between sums of how many rows the experts have", value)
+        (expert,) = experts
+        here = [{"start": cut.start, "end": cut.end} for cut in mine.values()]
+        if begin is not None and end is not None:
+            here.append({"start": counts.total(begin), "end": counts.total(end)})
+        if any(bounds["start"] != start or bounds["end"] != _after(start, expert) for bounds in here):
+            return walk.miss(f"rows of expert {expert} where those of the experts before it end", value)
+        start = _after(start, expert)
+        region = _part(node, value, expert, {each: cut.source for each, cut in mine.items()}, nodes)
+        if isinstance(region, Miss):
+            return walk.note(dataclasses.replace(region, bindings=counts.bindings, depth=FAR))
+        regions.append(region)
+    merged = merge_steps(regions)
+    if isinstance(merged, Miss):
+        return walk.note(dataclasses.replace(merged, bindings=counts.bindings, depth=FAR))
+    walk.bindings = dict(counts.bindings)
+    # Rows of no expert would be in no part.
+    walk.bindings["counts_beyond"] = node
+    walk.visits.append(tuple(start))
+    splits = {each.args[0] for each in cuts if each.target is operator.getitem}
+    interior = set().union(*(region.interior for region in regions), splits, cuts, _chain(node))
+    merged = dataclasses.replace(merged, root=node, interior=interior, form="sorted_parts")
+    return walk.inlined(merged, node, place, sorted_rows=True)
+
+
+def _after(start: Total, expert: int) -> Total:
+    return {**start, expert: 1}
+
+
+def _part(root: Node, value: Node, expert: int, sources: dict[Node, Node], nodes: set[Node]) -> Region | Miss:
+    """What one expert makes of its rows."""
+    shape = shape_of(value) or ()
+    walk = Walk(root, {ONE: 1, HIT: shape[0]}, (HIT,), (), {"expert": expert}, OWN, [root], nodes, sources)
+    output = walk.value(value, ((HIT,), *((size,) for size in shape[1:])))
+    if isinstance(output, Miss):
+        return output if walk.deepest is None else walk.deepest
+    return walk.region(output)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """One expert's rows of a tensor of sorted rows."""
+
+    source: Node
+    expert: int
+    start: Total
+    end: Total
+
+
+def _cut(node: Node, counts: Counts) -> Cut | None:
+    if op_name(node) == "aten::slice":
+        given = arguments(node)
+        start, end = counts.total(given["start"] or 0), counts.total(given["end"])
+        if given["dim"] != 0 or given["step"] != 1 or start is None or end is None:
+            return None
+        mine = [expert for expert in end if expert not in start]
+        return Cut(given["self"], mine[0], start, end) if len(mine) == 1 else None
+    if node.target is not operator.getitem or op_name(node.args[0]) != "aten::split_with_sizes":
+        return None
+    given = arguments(node.args[0])
+    sizes = [counts.total(size) for size in given["split_sizes"]]
+    if given["dim"] != 0 or any(size is None or list(size.values()) != [1] for size in sizes):
+        return None
+    order = [next(iter(size)) for size in sizes if size is not None]
+    place: Any = node.args[1]
+    start = dict.fromkeys(order[:place], 1)
+    return Cut(given["self"], order[place], start, {**start, order[place]: 1})
+
+
+def _parts(node: Node) -> list[tuple[Node, Any, Any]] | None:
+    """What is joined, each with where it begins and ends if that is said."""
+    if op_name(node) == "aten::cat":
+        given = arguments(node)
+        return [(part, None, None) for part in given["tensors"]] if given["dim"] == 0 else None
+    parts: list[tuple[Node, Any, Any]] = []
+    for step in _chain(node):
+        given = arguments(step)
+        if given["dim"] != 0 or given["step"] != 1:
+            return None
+        parts.insert(0, (given["src"], given["start"] or 0, given["end"]))
+    return parts or None
+
+
+def _chain(node: Node) -> Iterator[Node]:
+    """Rows written into one tensor, part after part: the writes, from the last to the first."""
+    while op_name(node) == "aten::slice_scatter":
+        yield node
+        node = arguments(node)["self"]
