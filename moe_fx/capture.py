@@ -15,25 +15,31 @@ What cannot be proven is an error.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
+from torch.utils import _pytree as pytree
 
 from moe_fx.config import Config
 from moe_fx.errors import ExportError
-from moe_fx.pipeline import Work, run_passes
+from moe_fx.matcher import arguments, op_name
+from moe_fx.pipeline import Layer, Work, run_passes
 from moe_fx.program import ExportedWork
 from moe_fx.questions import EveryExpert
 from moe_fx.report import source_line
-from moe_fx.rewrite import drop_dead_code, outline, same_graph
+from moe_fx.rewrite import Outline, drop_dead_code, erase_dead, outline, same_graph
 from moe_fx.tracing import EachExpert
 from moe_fx.transform import FIND, WRITE, work_report
 
 __all__ = ["export"]
+
+aten = torch.ops.aten
 
 
 def export(
@@ -98,12 +104,17 @@ def _a_few_experts(given: Given, last_apart: bool = False) -> ExportedProgram | 
 
 def _every_expert(given: Given) -> ExportedProgram | Work:
     """The loops traced as if every expert had rows, and as if none had: that must be the same without the experts."""
-    mode = EveryExpert(hit=True, rows=True)
+    mode = EveryExpert(hit=True, idle=lambda expert: False)
     every = _raised(given, mode)
     if isinstance(every, ExportedProgram):
         return every
-    others = [EveryExpert(hit=True, rows=False)] if mode.questions else []
-    others += [EveryExpert(hit=False, rows=False)] if mode.lists else []
+    if mode.questions and any("sorted_parts" in layer.source_form for layer in every.layers):
+        # Rows are cut into parts, which must be there for the rest of the program to have a meaning.
+        for left_out in range(2):
+            _check_parts(given, every, functools.partial(_every_other, left_out))
+        return every
+    others = [EveryExpert(hit=True, idle=lambda expert: True)] if mode.questions else []
+    others += [EveryExpert(hit=False, idle=lambda expert: True)] if mode.lists else []
     for other in others:
         none = _raised(given, other)
         assert isinstance(none, Work)
@@ -111,8 +122,8 @@ def _every_expert(given: Given) -> ExportedProgram | Work:
         # A loop that ends at the first expert without rows asks fewer questions than there are experts.
         stops = other.hit and (looked_at == 0 or other.questions % looked_at > 0)
         # Without rows more is left in the program: the places of rows that nobody reads, and what is asserted of them.
-        (yielded, asserted), (rest, more) = _outline(every), _outline(none)
-        if stops or yielded != rest or asserted - more:
+        all_of_it, rest = _outline(every), _outline(none)
+        if stops or all_of_it.yielded != rest.yielded or all_of_it.asserted - rest.asserted:
             if every.misses:
                 raise ExportError(_explanation([], every))
             raise ExportError(
@@ -122,7 +133,44 @@ def _every_expert(given: Given) -> ExportedProgram | Work:
     return every
 
 
-def _outline(work: Work) -> tuple[list[int], set[int]]:
+def _every_other(left_out: int, expert: int) -> bool:
+    return expert % 2 == left_out
+
+
+def _check_parts(given: Given, every: Work, idle: Callable[[int], bool]) -> None:
+    """The program traced with some experts idle must be the one traced without, but for their parts.
+
+    Raises:
+        ExportError: it is another.
+    """
+    some = _raised(given, EveryExpert(hit=True, idle=idle), partial=True)
+    assert isinstance(some, Work)
+    one, other = _outline(every), _outline(some)
+    layers = list(zip(every.layers, some.layers, strict=False))
+    same = len(every.layers) == len(some.layers) and one.yielded == other.yielded
+    if not same or not all(_same_but_for(idle, pair, (one, other)) for pair in layers):
+        raise ExportError(
+            f"{_name(given)} asks whether an expert has rows, and if it has none, does something else than leave "
+            "it out: the program would be wrong for other routing"
+        )
+
+
+def _same_but_for(idle: Callable[[int], bool], layers: tuple[Layer, Layer], outlines: tuple[Outline, Outline]) -> bool:
+    """Whether two layers are the same but for the parameters of idle experts."""
+
+    def numbers(layer: Layer, outline: Outline) -> list[int]:
+        operands: list[Node] = []
+        for operand in pytree.tree_leaves(layer.node.args[:5]):
+            parts = arguments(operand)["tensors"] if op_name(operand) == "aten::stack" else [operand]
+            apart = len(parts) == layer.num_experts
+            operands += [part for expert, part in enumerate(parts) if not (apart and idle(expert))]
+        return [outline.numbers[operand] for operand in operands]
+
+    one, other = (numbers(layer, outline) for layer, outline in zip(layers, outlines, strict=True))
+    return one == other and same_graph(layers[0].body.graph, layers[1].body.graph)
+
+
+def _outline(work: Work) -> Outline:
     program = work.program
     assert isinstance(program, ExportedWork)
     constants = {node: weight.tensor for node, weight in program.weights.items() if weight.fqn in program.constants}
@@ -133,8 +181,8 @@ def _name(given: Given) -> str:
     return type(given[0]).__name__
 
 
-def _raised(given: Given, mode: EachExpert | EveryExpert) -> ExportedProgram | Work:
-    """The program traced under ``mode``; with its loops raised, if it has any."""
+def _raised(given: Given, mode: EachExpert | EveryExpert, partial: bool = False) -> ExportedProgram | Work:
+    """The program traced under ``mode``; with its loops raised, if it has any. ``partial``: without some experts."""
     model, args, kwargs, dynamic_shapes = given
     try:
         # An attempt that fails is followed by others: the graph that torch.export then prints helps nobody.
@@ -148,8 +196,10 @@ def _raised(given: Given, mode: EachExpert | EveryExpert) -> ExportedProgram | W
         raise ExportError(f"torch.export cannot trace {type(model).__name__}: {error}") from error
     if not mode.asked:
         return traced
-    work = Work(ExportedWork(traced), Config(experts="grouped_mm"))
+    work = Work(ExportedWork(traced), Config(experts="grouped_mm", validate=not partial), partial=partial)
     run_passes(FIND, work)
+    # That bincount answers at least with what it was asked for, torch.export asserts even where nobody reads it.
+    erase_dead(work.program.graph, work.program.graph.find_nodes(op="call_function", target=aten.bincount.default))
     drop_dead_code(work.program.graph)
     left = _unproven(work.program)
     if left:

@@ -86,6 +86,8 @@ class Work:
     #: memory that in-place ops still write: nothing that reads it may be moved
     written: set[Node] = field(default_factory=set)
     seconds: dict[str, float] = field(default_factory=dict)
+    #: whether experts may be missing, as in a trace that leaves idle ones out: to be compared, and never run
+    partial: bool = False
 
 
 @dataclass(frozen=True)

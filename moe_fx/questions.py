@@ -9,14 +9,19 @@ itself: a question is answered only if it is known to ask that, and what the mod
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from moe_fx.counted import Count, length_of, plain_slices, rows_between, slice_bounds
 from moe_fx.errors import ExportError
+from moe_fx.shapes import depends_on_values, known_equal
 from moe_fx.tracing import NONZERO, Number, Places, is_vector
 
 __all__ = ["EveryExpert"]
@@ -32,8 +37,12 @@ POSITIVE = (torch.gt, Tensor.gt, Tensor.__gt__, torch.greater, Tensor.greater, t
 TOTALS = (torch.sum, Tensor.sum, torch.any, Tensor.any, torch.count_nonzero, Tensor.count_nonzero)
 RESHAPES = (
     torch.squeeze, Tensor.squeeze, torch.unsqueeze, Tensor.unsqueeze, Tensor.reshape, torch.reshape, Tensor.view,
-    torch.flatten, Tensor.flatten, Tensor.bool, Tensor.long, Tensor.int, Tensor.to, Tensor.contiguous,
+    torch.flatten, Tensor.flatten, Tensor.bool, Tensor.long, Tensor.int, Tensor.to, Tensor.contiguous, Tensor.cpu,
 )  # fmt: skip
+LISTS = (Tensor.tolist, Tensor.numpy, Tensor.unbind, torch.unbind)
+BINS = (torch.bincount, Tensor.bincount, torch.histc, Tensor.histc)
+SCATTERS = (Tensor.scatter, Tensor.scatter_, torch.scatter)
+JOINS = (torch.cat, torch.concat, torch.concatenate)
 READS = (Tensor.__getitem__, Tensor.select, torch.select)
 
 
@@ -42,13 +51,16 @@ class _Meaning:
     """What a tensor says of the rows of an expert.
 
     ``kind``: "mask" where they are, "rows" their places, "count" how many there are, or whether there are any (``no``:
-    whether there are none). ``source``: the tensor that it was read from, which says it of all experts.
+    whether there are none). ``source``: the tensor that it was read from, which says it of all experts. ``total``: of
+    counts, how many ids were counted, and ``bins`` how many experts there are, if that is known.
     """
 
     kind: str
     source: Tensor
     expert: int | None
     no: bool = False
+    total: Any = None
+    bins: Any = None
 
     def same_expert(self, other: _Meaning) -> bool:
         return self.source is other.source and self.expert == other.expert
@@ -83,17 +95,24 @@ class EveryExpert(TorchFunctionMode):
 
     Args:
         hit: a list of the experts that were hit names all; otherwise none.
-        rows: an expert that is looked at has rows; otherwise it has none.
+        idle: which experts have no rows, if they are looked at.
     """
 
-    def __init__(self, hit: bool, rows: bool) -> None:
+    def __init__(self, hit: bool, idle: Callable[[int], bool]) -> None:
         super().__init__()
-        self.hit, self.rows = hit, rows
+        self.hit, self.idle = hit, idle
         #: how often it was asked which experts were hit, and whether one has rows
         self.lists = self.questions = 0
         self._known: list[tuple[Tensor, _Meaning]] = []
         self._settled: list[Tensor] = []
+        #: the same tensors in another shape or dtype: what they were made of
+        self._views: list[tuple[Tensor, Tensor]] = []
+        #: masks by token and expert, and the ids that they were made of
+        self._masks: list[tuple[Tensor, Tensor]] = []
+        #: sums of all numbers of rows, and what they come to
+        self._totals: list[tuple[torch.SymInt, Any]] = []
         self._last: _Meaning | None = None
+        self._number: Count | None = None
         self._used = False
 
     @property
@@ -111,9 +130,16 @@ class EveryExpert(TorchFunctionMode):
         if func in NONZERO and is_vector(args[0]) and first is not None and first.expert is None:
             return self.listed(args[0], first, kwargs.get("as_tuple", False))
         if func is Tensor.__bool__ and first is not None and first.kind == "count" and first.expert is not None:
-            self.question(first)
-            return self.rows is not first.no
+            return self.answer(first) is not first.no
+        if func in LISTS and first is not None and first.kind == "count" and is_counts(args[0], first):
+            return self.numbers(args[0], first)
         self.hold_to_the_last(args, kwargs, func)
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            args = (args[0], plain_slices(args[1]), *args[2:])
+        bounds = slice_bounds(func, args)
+        if bounds is not None and func is not Tensor.__setitem__:
+            self.hold_slice(*bounds)
+            return rows_between(args[0], *bounds)
         if func in READS and isinstance(args[1], _Row):
             result = args[0][int(args[1])].unsqueeze(0)
             self.remember(result, self.of_expert(args[0], args[1][0]))
@@ -121,6 +147,8 @@ class EveryExpert(TorchFunctionMode):
         result = func(*(int(arg) if isinstance(arg, _Row) else arg for arg in args), **kwargs)
         if func in SIZES:
             return self.size(args[0], first, result)
+        if func in JOINS and depends_on_values(result.shape[0]):
+            return self.joined(result)
         for each in result if isinstance(result, tuple) else (result,):
             if isinstance(each, Tensor):
                 self.remember(each, self.follow(func, args, kwargs, first, each))
@@ -165,12 +193,25 @@ class EveryExpert(TorchFunctionMode):
         """What is read of an unknown tensor: one expert's part of a mask, or the rows that every expert has."""
         if not args or not isinstance(args[0], Tensor):
             return None
+        if func in RESHAPES and (self.origin(args[0]) is not args[0] or not args[0].is_floating_point()):
+            self._views.append((result, self.origin(args[0])))
+            return None
         if (func in READS or func in EQUALS) and len(args) == 2 and isinstance(args[1], int):
-            return self.of_expert(args[0], args[1])
+            return self.of_expert(self.origin(args[0]), args[1])
+        if func in BINS and result.dim() == 1:
+            bins = kwargs.get("minlength", args[2] if len(args) > 2 else None)
+            return _Meaning("count", self.origin(args[0]), None, total=args[0].numel(), bins=bins)
+        if func in SCATTERS:
+            self._masks += [(args[0], args[2]), (result, args[2])]
+        if func is F.one_hot:
+            self._masks.append((result, args[0]))
         dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
         if func in TOTALS and args[0].dim() == 3 and isinstance(dims, list | tuple):
             inner = {dim % 3 for dim in dims} == {1, 2}
             return _Meaning("count", args[0], None) if inner and result.dim() == 1 else None
+        if func in TOTALS and args[0].dim() == 2 and dims in (0, [0], (0,)) and result.dim() == 1:
+            ids = next((ids for mask, ids in self._masks if mask is args[0]), None)
+            return _Meaning("count", args[0], None, total=ids.numel() if ids is not None else None)
         return None
 
     def listed(self, hits: Tensor, meaning: _Meaning, as_tuple: bool) -> Any:
@@ -186,14 +227,50 @@ class EveryExpert(TorchFunctionMode):
         rows = Places(places)
         return (rows.flatten(),) if as_tuple else rows
 
-    def question(self, meaning: _Meaning) -> None:
+    def origin(self, tensor: Tensor) -> Tensor:
+        return next((origin for view, origin in self._views if view is tensor), tensor)
+
+    def numbers(self, counts: Tensor, meaning: _Meaning) -> list[Count]:
+        """How many rows the experts have, as numbers."""
+        found = []
+        # bincount answers with more than it was asked for if an id is none of an expert: these are not looked at.
+        unsure = depends_on_values(counts.shape[0]) and meaning.bins is not None
+        numbers = [counts[expert].item() for expert in range(meaning.bins)] if unsure else counts.tolist()
+        for expert, number in enumerate(numbers):
+            of_expert = dataclasses.replace(meaning, expert=expert)
+            found.append(Count.of(number, functools.partial(self.answer, of_expert)))
+        there = [count for expert, count in enumerate(found) if not self.idle(expert)]
+        if meaning.total is not None and there:
+            self._totals.append((functools.reduce(operator.add, there), meaning.total))
+        return found
+
+    def joined(self, rows: Tensor) -> Tensor:
+        """Rows of which there are certainly as many as ids, in a shape that says so; an error where there are not."""
+        for total, known in self._totals:
+            if known_equal(total, rows.shape[0]):
+                return rows.split([known])[0]
+        return rows
+
+    def answer(self, meaning: _Meaning, number: Count | None = None) -> bool:
+        """Whether an expert has rows."""
         self.finish()
         self.questions += 1
-        self._last, self._used = meaning, False
+        self._last, self._number, self._used = meaning, number, False
+        assert meaning.expert is not None
+        return not self.idle(meaning.expert)
+
+    def hold_slice(self, start: Any, stop: Any) -> None:
+        """A slice that follows the question for a number takes that many rows."""
+        if self._number is None:
+            return
+        if length_of(start, stop) != self._number.node.expr:
+            assert self._last is not None
+            raise ExportError(f"other rows than those of expert {self._last.expert}, which was asked for")
+        self._used = True
 
     def finish(self) -> None:
         """What was asked about must have been used: otherwise the answer decides on something else."""
-        if self.rows and self._last is not None and not self._used:
+        if self._last is not None and not self._used and not self.idle(self._last.expert or 0):
             raise ExportError(f"a question whether expert {self._last.expert} has rows, which are not used then")
 
     def size(self, places: Tensor, meaning: _Meaning | None, size: Any) -> Any:
@@ -201,12 +278,13 @@ class EveryExpert(TorchFunctionMode):
         count = places.shape[0] if places.dim() else None
         if meaning is None or meaning.kind != "rows" or not isinstance(count, torch.SymInt):
             return size
+        idle = self.idle(meaning.expert or 0)
         if not any(places is known for known in self._settled):
-            self.question(meaning)
+            self.answer(meaning)
             self._settled.append(places)
-            if self.rows:
+            if not idle:
                 torch._check(count > 0)
-        if not self.rows:
+        if idle:
             return torch.Size([0, *size[1:]]) if isinstance(size, torch.Size) else 0
         return size
 
@@ -226,6 +304,10 @@ class EveryExpert(TorchFunctionMode):
                 self._used = True
             elif meaning.kind == "rows" and (meaning.source is self._last.source or expert == self._last.expert):
                 raise ExportError(f"rows of expert {expert}, after the question whether there are others")
+
+
+def is_counts(tensor: Tensor, meaning: _Meaning) -> bool:
+    return meaning.expert is None and not meaning.no and tensor.dim() == 1 and tensor.dtype is not torch.bool
 
 
 def _leaves(value: Any) -> Iterator[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +14,10 @@ from torch.fx.node import map_arg
 from moe_fx.constants import filled_with
 from moe_fx.experts import experts
 from moe_fx.matcher import op_name
-from moe_fx.shapes import is_number
 
 __all__ = [
-    "Emitter", "FakeValues", "drop_dead_code", "erase_dead", "only_asserted", "outline", "replace", "respell",
-    "same_graph",
+    "Emitter", "FakeValues", "Outline", "drop_dead_code", "erase_dead", "only_asserted", "outline", "replace",
+    "respell", "same_graph",
 ]  # fmt: skip
 
 #: what a new node tells about where it comes from
@@ -146,12 +146,8 @@ def is_pure(node: Node) -> bool:
 
 
 def only_asserted(node: Node) -> bool:
-    """Whether a node is an assertion, or is computed for assertions only; so is a size that nobody reads."""
-    if op_name(node) in ASSERTS:
-        return True
-    if not node.users and not is_number(node):
-        return False
-    return is_pure(node) and all(only_asserted(user) for user in node.users)
+    """Whether a node is an assertion, or is computed for assertions only, or for nothing."""
+    return op_name(node) in ASSERTS or (is_pure(node) and all(only_asserted(user) for user in node.users))
 
 
 def asserting(node: Node) -> list[Node]:
@@ -184,8 +180,17 @@ def erase_dead(graph: Graph, starts: Iterable[Node]) -> None:
         graph.erase_node(node)
 
 
-def outline(graph: Graph, constants: Mapping[Node, torch.Tensor]) -> tuple[list[int], set[int]]:
-    """What a graph yields and writes, and what it asserts, as numbers that equal graphs share.
+@dataclass(frozen=True)
+class Outline:
+    """What a graph computes, as numbers that equal graphs share: what it yields and writes, asserts, and each node."""
+
+    yielded: list[int]
+    asserted: set[int]
+    numbers: dict[Node, int]
+
+
+def outline(graph: Graph, constants: Mapping[Node, torch.Tensor]) -> Outline:
+    """What a graph computes, to be compared with others.
 
     The layers raised count as zeros.
 
@@ -212,7 +217,7 @@ def outline(graph: Graph, constants: Mapping[Node, torch.Tensor]) -> tuple[list[
             asserted.add(numbers[node])
         elif node.op == "output" or (node.op == "call_function" and not is_pure(node)):
             yielded.append(numbers[node])
-    return yielded, asserted
+    return Outline(yielded, asserted, numbers)
 
 
 #: numbers given to what a node computes, for the time of a process

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from moe_fx.counted import plain_slices
 from moe_fx.kernels import each_expert
 
 __all__ = ["NONZERO", "EachExpert", "Number", "Places", "is_vector"]
@@ -85,6 +86,8 @@ class EachExpert(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            args = (args[0], plain_slices(args[1]), *args[2:])
         if func in NONZERO and is_vector(args[0]):
             rows = Places([place] for place in self.places_of(args[0]))
             return (rows.flatten(),) if kwargs.get("as_tuple") else rows

@@ -30,9 +30,7 @@ NOT_YET = {
 }
 #: styles that cannot be traced yet
 NOT_EXPORTED = {
-    "modulelist_counts_continue_deepseek_v3": "counts as numbers",
     "modulelist_if_any_gating_table_makemoe": "a mask over batch and sequence",
-    "modulelist_moe_infer_deepseek_v2": "counts as numbers",
     "stacked_slots_if_mask_sum_vllm_reference": "rows of slots written by a mask",
 }
 

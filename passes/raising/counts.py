@@ -39,6 +39,7 @@ class Counts:
 
     def __init__(self, bindings: dict[str, Any]) -> None:
         self.bindings = bindings
+        self.num_experts = 0
         self._known: dict[Node, Any] = {}
 
     def total(self, value: object) -> Total | None:
@@ -60,14 +61,18 @@ class Counts:
         for pattern in (grouped.counts, ONCE):
             found = match(pattern, node, self.bindings)
             shape = shape_of(node) or ()
-            if not isinstance(found, Match) or len(shape) != 1 or not isinstance(shape[0], int):
+            if not isinstance(found, Match) or len(shape) != 1:
+                continue
+            count = shape[0] if isinstance(shape[0], int) else found.bindings.get("num_experts")
+            if not isinstance(count, int):
                 continue
             if pattern is ONCE:
                 if filled_with(found["zeros"]) != 0:
                     continue
                 found.bindings["counted_once"] = True
             self.bindings = {name: bound for name, bound in found.bindings.items() if name != "zeros"}
-            return [{expert: 1} for expert in range(shape[0])]
+            self.num_experts = count
+            return [{expert: 1} for expert in range(count)]
         return None
 
     def _computed(self, node: Node) -> Any:
@@ -78,8 +83,9 @@ class Counts:
             sign = 1 if node.target is operator.add or name == "aten::add" else -1
             left, right = node.args
             return _combined(self.read(left), self.read(right), sign)
-        if node.target is operator.getitem and op_name(node.args[0]) == "aten::unbind":
-            vector, place = self.read(node.args[0]), node.args[1]
+        if node.target is operator.getitem and isinstance(node.args[0], Node):
+            source, place = node.args
+            vector = self.read(source) if op_name(source) == "aten::unbind" else None
             return vector[place] if isinstance(vector, list) and isinstance(place, int) else None
         if name == "aten::cat":
             parts = [self.read(part) for part in arguments(node)["tensors"]]

@@ -110,6 +110,7 @@ PIECES: tuple[Piece, ...] = (
     Dispatch(SORTED, aten.index(Var("tokens"), [token_of_row])),
     Dispatch(SORTED, aten.gather(Var("tokens", rank=2), 0, wide)),
     Slot(SORTED, aten.index(aten.reshape(Var("slot", rank=2), ANY), [perm])),
+    Slot(SORTED, aten.index(aten.reshape(Var("slot", rank=3), ANY), [perm])),
     Slot(SORTED, aten.index(aten.unsqueeze(aten.reshape(Var("slot", rank=2), ANY), Last(1)), [perm])),
     ExpertLinear(SORTED, grouped_mm(transposed), "sort_grouped_mm"),
     ExpertLinear(SORTED, grouped_mm(weight), "sort_grouped_mm", transposed=True),

@@ -8,6 +8,7 @@ out = (y[inverse of perm]).view(T, K, H) * s ...     # from there on, as with gr
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import operator
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ FAR = 10**5
 
 def joined(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
     """Every expert's results joined, written into the body as those of one expert. None for any other op."""
+    whole, node = node, _with_number(node)
     parts = _parts(node)
     if parts is None or place[0] != (SORTED_ROW,):
         return None
@@ -41,7 +43,7 @@ def joined(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
         return None
     counts = Counts(walk.bindings)
     own, regions = specific(values), []
-    start: Total = {}
+    bounds: list[tuple[int, Any, Any]] = []
     cuts: dict[Node, Cut] = {}
     for (value, begin, end), nodes in zip(parts, own, strict=True):
         mine = {each: cut for each in nodes if (cut := _cut(each, counts)) is not None}
@@ -50,31 +52,40 @@ def joined(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
         if len(experts) != 1:
             return walk.miss("rows of one expert, between sums of how many rows the experts have", value)
         (expert,) = experts
-        here = [{"start": cut.start, "end": cut.end} for cut in mine.values()]
-        if begin is not None and end is not None:
-            here.append({"start": counts.total(begin), "end": counts.total(end)})
-        if any(bounds["start"] != start or bounds["end"] != _after(start, expert) for bounds in here):
-            return walk.miss(f"rows of expert {expert} where those of the experts before it end", value)
-        start = _after(start, expert)
+        bounds += [(expert, cut.start, cut.end) for cut in mine.values()]
+        if end is not None:
+            bounds.append((expert, counts.total(begin), counts.total(end)))
         region = _part(node, value, expert, {each: cut.source for each, cut in mine.items()}, nodes)
         if isinstance(region, Miss):
             return walk.note(dataclasses.replace(region, bindings=counts.bindings, depth=FAR))
         regions.append(region)
+    visits = list(dict.fromkeys(expert for expert, *_ in bounds))
+    for expert, begin, end in bounds:
+        before = dict.fromkeys(visits[: visits.index(expert)], 1)
+        if _among(visits, begin) != before or _among(visits, end) != {**before, expert: 1}:
+            wanted = f"rows of expert {expert} where those of the experts before it end"
+            return walk.miss(wanted, values[visits.index(expert)])
     merged = merge_steps(regions)
     if isinstance(merged, Miss):
         return walk.note(dataclasses.replace(merged, bindings=counts.bindings, depth=FAR))
     walk.bindings = dict(counts.bindings)
     # Rows of no expert would be in no part.
     walk.bindings["counts_beyond"] = node
-    walk.visits.append(tuple(start))
+    walk.visits.append(tuple(visits))
+    # Experts that are not there are held by others' parameters: such a layer is compared, and never run.
+    places = [visits.index(expert) if expert in visits else 0 for expert in range(counts.num_experts)]
+    params = [tuple(param[place] for place in places) if isinstance(param, tuple) else param for param in merged.params]
     splits = {each.args[0] for each in cuts if each.target is operator.getitem}
-    interior = set().union(*(region.interior for region in regions), splits, cuts, _chain(node))
-    merged = dataclasses.replace(merged, root=node, interior=interior, form="sorted_parts")
+    interior = set().union(
+        *(region.interior for region in regions), splits, cuts, _chain(node), [node, whole, *whole.all_input_nodes]
+    )
+    merged = dataclasses.replace(merged, root=node, interior=interior, form="sorted_parts", params=params)
     return walk.inlined(merged, node, place, sorted_rows=True)
 
 
-def _after(start: Total, expert: int) -> Total:
-    return {**start, expert: 1}
+def _among(visits: list[int], bound: Total | None) -> Total | None:
+    """A bound without the counts of experts that are not there: they have no rows."""
+    return None if bound is None else {expert: many for expert, many in bound.items() if expert in visits}
 
 
 def _part(root: Node, value: Node, expert: int, sources: dict[Node, Node], nodes: set[Node]) -> Region | Miss:
@@ -108,13 +119,26 @@ def _cut(node: Node, counts: Counts) -> Cut | None:
     if node.target is not operator.getitem or op_name(node.args[0]) != "aten::split_with_sizes":
         return None
     given = arguments(node.args[0])
-    sizes = [counts.total(size) for size in given["split_sizes"]]
-    if given["dim"] != 0 or any(size is None or list(size.values()) != [1] for size in sizes):
-        return None
-    order = [next(iter(size)) for size in sizes if size is not None]
     place: Any = node.args[1]
-    start = dict.fromkeys(order[:place], 1)
-    return Cut(given["self"], order[place], start, {**start, order[place]: 1})
+    sizes = [counts.total(size) for size in given["split_sizes"][: place + 1]]
+    if given["dim"] != 0 or any(size is None for size in sizes):
+        return None
+    *before, mine = [size for size in sizes if size is not None]
+    start = dict(collections.Counter(expert for size in before for expert in size))
+    if list(mine.values()) != [1] or any(many != 1 for size in before for many in size.values()):
+        return None
+    (expert,) = mine
+    return Cut(given["self"], expert, start, {**start, expert: 1})
+
+
+def _with_number(node: Node) -> Node:
+    """What a value is a single part of: the same rows, whose number is spelled out by it."""
+    source = node.args[0] if node.target is operator.getitem else None
+    if op_name(source) != "aten::split_with_sizes" or not isinstance(source, Node):
+        return node
+    given = arguments(source)
+    rows = given["self"]
+    return rows if given["dim"] == 0 and len(given["split_sizes"]) == 1 else node
 
 
 def _parts(node: Node) -> list[tuple[Node, Any, Any]] | None:
