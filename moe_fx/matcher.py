@@ -169,7 +169,7 @@ class _Search:
         self, var: p.Var, value: Any, env: dict[str, Any], nodes: frozenset[Node], depth: int, at: Node | None
     ) -> Iterator[Solution]:
         shape = shape_of(value)
-        if var.rank is not None and (shape is None or len(shape) != var.rank):
+        if var.ranks and (shape is None or len(shape) not in var.ranks):
             self.miss(str(var), value, env, depth, at)
         elif var.name not in env:
             yield {**env, var.name: value}, nodes

@@ -3,7 +3,7 @@
 | word | matches |
 |---|---|
 | `Var("ids")` | any value; the same name is the same value wherever it stands |
-| `Var("ids", rank=2)` | the same, of that many dimensions |
+| `Var("ids", rank=2)` | the same, of that many dimensions (or one of several numbers: `rank=(2, 3)`) |
 | `ANY` | any value, not captured |
 | `aten.sort(x, dim=0)` | a call of that op; an argument not mentioned has its default value |
 | `call("aten::mm", "aten::bmm", args=...)` | a call of one of several ops that take the same arguments |
@@ -46,10 +46,15 @@ class Var(Pattern):
     """Captures a value under a name."""
 
     name: str
-    rank: int | None = None
+    rank: int | tuple[int, ...] | None = None
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks that it may have; none stands for any."""
+        return self.rank if isinstance(self.rank, tuple) else () if self.rank is None else (self.rank,)
 
     def __str__(self) -> str:
-        return self.name if self.rank is None else f"{self.name} of rank {self.rank}"
+        return f"{self.name} of rank {' or '.join(map(str, self.ranks))}" if self.ranks else self.name
 
 
 @dataclass(frozen=True)

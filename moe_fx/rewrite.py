@@ -173,6 +173,7 @@ def erase_dead(graph: Graph, starts: Iterable[Node]) -> None:
             continue
         for user in asserting(node):
             if user not in erased:
+                pending.extend(user.all_input_nodes)
                 erased.add(user)
                 graph.erase_node(user)
         pending.extend(node.all_input_nodes)
