@@ -23,7 +23,7 @@ from moe_fx.errors import ProgramError
 from moe_fx.matcher import arguments, op_name
 from moe_fx.shapes import tensor_of
 
-__all__ = ["ExportedWork", "Program", "StackedWeight", "Weight", "check_inference", "stacked_name"]
+__all__ = ["CastWeight", "ExportedWork", "Program", "StackedWeight", "Weight", "check_inference", "stacked_name"]
 
 #: where a transformed program carries its report; survives save, load and run_decompositions
 META_KEY = "moe_fx"
@@ -71,6 +71,23 @@ class StackedWeight(Weight):
         """The stack, made anew at every call: it is a copy of all of its parts."""
         with torch.no_grad():
             return torch.stack(self.parts)
+
+
+@dataclass(frozen=True)
+class CastWeight(Weight):
+    """What the program casts before it reads it: ``tensor`` tells its shape and dtype, without values."""
+
+    source: Weight | None = None
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        assert self.source is not None
+        return self.source.parts
+
+    def values(self) -> torch.Tensor:
+        """The weight in the dtype in which it is read, made anew at every call."""
+        assert self.source is not None
+        return self.source.values().detach().to(self.tensor.dtype)
 
 
 def stacked_name(names: Sequence[str]) -> str:

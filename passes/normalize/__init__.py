@@ -7,6 +7,7 @@ return to
 """
 
 from moe_fx.passes.normalize.functional import functionalize
+from moe_fx.passes.normalize.regions import inline_regions
 from moe_fx.passes.normalize.spelling import drop_no_ops, spell
 
-__all__ = ["drop_no_ops", "functionalize", "spell"]
+__all__ = ["drop_no_ops", "functionalize", "inline_regions", "spell"]
