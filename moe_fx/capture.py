@@ -18,7 +18,7 @@ import contextlib
 import functools
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from moe_fx.config import Config
+from moe_fx.constants import moved
 from moe_fx.errors import ExportError
 from moe_fx.matcher import arguments, op_name
 from moe_fx.pipeline import Layer, Work, run_passes
@@ -90,7 +91,13 @@ def _a_few_experts_and_masked_tokens(given: Given) -> ExportedProgram | Work:
 
 def _a_few_experts(given: Given, last_apart: bool = False) -> ExportedProgram | Work:
     """The loops traced for three symbolic experts, and for two: nothing else may depend on how many were hit."""
-    more = _raised(given, EachExpert(3, last_apart, last_too=last_apart))
+    try:
+        more = _raised(given, EachExpert(3, last_apart, last_too=last_apart))
+    except ExportError as error:
+        if not last_apart or not isinstance(error.__cause__, IndexError):
+            raise
+        # The model has no expert for the last class: an input that names it is an error of the model's own.
+        more = _raised(given, EachExpert(3, last_apart, last_too=False))
     if isinstance(more, ExportedProgram):
         return more
     fewer = _raised(given, EachExpert(2, last_apart, last_too=False))
@@ -122,7 +129,8 @@ def _every_expert(given: Given) -> ExportedProgram | Work:
         # A loop that ends at the first expert without rows asks fewer questions than there are experts.
         stops = other.hit and (looked_at == 0 or other.questions % looked_at > 0)
         # Without rows more is left in the program: the places of rows that nobody reads, and what is asserted of them.
-        all_of_it, rest = _outline(every), _outline(none)
+        all_of_it = _outline(every)
+        rest = _outline(none, {all_of_it.numbers[moved(slot)] for layer in every.layers for slot in layer.node.args[2]})
         if stops or all_of_it.yielded != rest.yielded or all_of_it.asserted - rest.asserted:
             if every.misses:
                 raise ExportError(_explanation([], every))
@@ -170,11 +178,11 @@ def _same_but_for(idle: Callable[[int], bool], layers: tuple[Layer, Layer], outl
     return one == other and same_graph(layers[0].body.graph, layers[1].body.graph)
 
 
-def _outline(work: Work) -> Outline:
+def _outline(work: Work, weights: Collection[int] | None = None) -> Outline:
     program = work.program
     assert isinstance(program, ExportedWork)
     constants = {node: weight.tensor for node, weight in program.weights.items() if weight.fqn in program.constants}
-    return outline(program.graph, constants)
+    return outline(program.graph, constants, weights)
 
 
 def _name(given: Given) -> str:

@@ -7,7 +7,7 @@ from torch.fx import Node
 
 from moe_fx.matcher import arguments, op_name
 
-__all__ = ["filled_with", "reads_shapes"]
+__all__ = ["filled_with", "is_zero", "moved", "reads_shapes"]
 
 #: ops that make such tensors: the value, or the argument that holds it
 _FILLS: dict[str, float | str] = {
@@ -34,3 +34,22 @@ def filled_with(node: Node) -> float | None:
     if isinstance(value, str):
         value = arguments(node)[value]
     return value if isinstance(value, int | float) else None
+
+
+#: ops that move values
+MOVES = frozenset({
+    "aten::reshape", "aten::transpose", "aten::permute", "aten::expand", "aten::unsqueeze", "aten::squeeze",
+    "aten::to", "aten::clone", "aten::contiguous",
+})  # fmt: skip
+
+
+def moved(node: Node) -> Node:
+    """What a value is made of by moving its elements about."""
+    while op_name(node) in MOVES and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def is_zero(node: Node) -> bool:
+    """Whether a tensor is certainly zero throughout."""
+    return filled_with(moved(node)) == 0

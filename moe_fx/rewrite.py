@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from moe_fx.constants import filled_with
+from moe_fx.constants import is_zero, moved
 from moe_fx.experts import experts
 from moe_fx.matcher import op_name
 
@@ -190,25 +190,31 @@ class Outline:
     numbers: dict[Node, int]
 
 
-def outline(graph: Graph, constants: Mapping[Node, torch.Tensor]) -> Outline:
+def outline(graph: Graph, constants: Mapping[Node, torch.Tensor], weights: Collection[int] | None = None) -> Outline:
     """What a graph computes, to be compared with others.
 
     The layers raised count as zeros.
 
     Args:
         graph: without dead code. constants: the values of those placeholders that are constants.
+        weights: where layers were left out, the numbers of their routing weights: zeros times these, and sums of them,
+            are what is left of a layer.
     """
+    zeros: set[Node] = set()
     numbers: dict[Node, int] = {}
     yielded: list[int] = []
     asserted: set[int] = set()
     for node in graph.nodes:
         value = node.meta.get("val")
-        if node.target is experts or (isinstance(value, torch.Tensor) and filled_with(node) == 0):
+        if _is_left_of_layer(node, zeros, numbers, weights):
+            zeros.add(node)
+        if node in zeros or moved(node) in zeros:
+            assert isinstance(value, torch.Tensor)
             key: Any = ("zeros", value.dtype, value.dim())
         elif node in constants:
             key = ("constant", constants[node].dtype, str(constants[node].tolist()))
         elif node.op in ("placeholder", "get_attr"):
-            key = (node.op, node.target)
+            key = (node.op, node.target, _code(node))
         else:
             # What an assertion says to a reader names a node.
             args = node.args[:1] if op_name(node) in ASSERTS else (node.args, node.kwargs)
@@ -219,6 +225,28 @@ def outline(graph: Graph, constants: Mapping[Node, torch.Tensor]) -> Outline:
         elif node.op == "output" or (node.op == "call_function" and not is_pure(node)):
             yielded.append(numbers[node])
     return Outline(yielded, asserted, numbers)
+
+
+def _code(node: Node) -> str:
+    """What a graph that another one calls does, such as a branch of ``torch.cond``; empty for anything else."""
+    owner = node.graph.owning_module
+    module = getattr(owner, str(node.target), None) if owner is not None and node.op == "get_attr" else None
+    if not isinstance(module, GraphModule):
+        return ""
+    inner = module.graph.find_nodes(op="get_attr")
+    return "\n".join([str(module.code), *map(_code, inner)])
+
+
+def _is_left_of_layer(
+    node: Node, zeros: Collection[Node], numbers: Mapping[Node, int], weights: Collection[int] | None
+) -> bool:
+    if node.target is experts or (isinstance(node.meta.get("val"), torch.Tensor) and is_zero(node)):
+        return True
+    if weights is None or op_name(node) not in ("aten::mul", "aten::sum"):
+        return False
+    factors = [moved(factor) for factor in node.all_input_nodes]
+    others = [factor for factor in factors if factor not in zeros]
+    return len(others) < len(factors) and all(numbers[factor] in weights for factor in others)
 
 
 #: numbers given to what a node computes, for the time of a process
@@ -234,5 +262,7 @@ def same_graph(one: Graph, other: Graph) -> bool:
         twin[mine] = theirs
         expected = map_arg((mine.args, mine.kwargs), twin.__getitem__)
         if (mine.op, mine.target, expected) != (theirs.op, theirs.target, (theirs.args, theirs.kwargs)):
+            return False
+        if _code(mine) != _code(theirs):
             return False
     return True

@@ -110,5 +110,7 @@ class EachExpert(TorchFunctionMode):
             torch._check(place >= 0)
             torch._check(place < count)
             found.append(place)
+        if self.last_too:
+            found.append(Number(count))
         self.places += found
-        return [*found, Number(count)] if self.last_too else found
+        return found

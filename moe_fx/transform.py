@@ -9,7 +9,14 @@ from moe_fx.errors import ProgramError, RequirementError
 from moe_fx.formats import format_record
 from moe_fx.passes.lowering import leftover as not_lowered
 from moe_fx.passes.lowering import lower_layers
-from moe_fx.passes.normalize import drop_no_ops, functionalize, inline_regions, spell
+from moe_fx.passes.normalize import (
+    drop_no_ops,
+    flatten_masks,
+    functionalize,
+    inline_regions,
+    merge_equal_values,
+    spell,
+)
 from moe_fx.passes.normalize.spelling import leftover as not_normal
 from moe_fx.passes.packing import name_linears, plan_layers
 from moe_fx.passes.packing.plan import format_name
@@ -26,7 +33,9 @@ def _normalize(work: Work) -> None:
     inline_regions(work.program.graph_module)
     work.written = functionalize(work.program.graph)
     spell(work.program.graph)
+    flatten_masks(work.program.graph)
     drop_no_ops(work.program.graph, work.written)
+    merge_equal_values(work.program.graph, work.written)
 
 
 FIND = (

@@ -370,6 +370,25 @@ def test_refuses_a_loop_that_leaks():
     assert "cannot be proven to do the same to every expert" in refusal(Counting())
 
 
+@pytest.mark.parametrize("region", ["no_grad", "autocast", "no autocast"])
+def test_refuses_what_depends_on_how_many_experts_were_hit_in_a_region_of_its_own(region):
+    class Counting(Looped):
+        def experts(self, x, ids, weights):
+            out = torch.zeros_like(x)
+            mask, many = self.mask(ids), 0
+            for found in self.hit(mask):
+                many += 1
+                token, slot = self.places(mask, found[0])
+                out.index_add_(0, token, self.expert(x[token], found[0]) * weights[token, slot, None])
+            if region == "no_grad":
+                with torch.no_grad():
+                    return out + x * float(many)
+            with torch.autocast("cpu", enabled=region == "autocast", dtype=torch.bfloat16):
+                return out + x * float(many)
+
+    assert "something but the sum depends on how many there are" in refusal(Counting())
+
+
 #: a class for masked tokens, biases, a layer without experts; the rest is the exhaustive product
 SOME = ("mixtral", "gpt_oss", "deepseek_v3")
 

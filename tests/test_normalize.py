@@ -40,18 +40,16 @@ def test_spelling_before_and_after():
         """\
 args_0: f32[2, 3, 4]
 args_1: f32[5, 3]
-reshape: f32[2, 12] = aten.reshape(args_0, [2, 12])
-reshape_1: f32[2, 3, 4] = aten.reshape(reshape, [2, 3, 4])
-transpose: f32[2, 4, 3] = aten.transpose(reshape_1, 1, 2)
+transpose: f32[2, 4, 3] = aten.transpose(args_0, 1, 2)
 floor_divide: f32[2, 4, 3] = aten.floor_divide(transpose, 2.0)
 split_with_sizes = aten.split_with_sizes(floor_divide, [2, 2], -2)
 getitem: f32[2, 2, 3] = getitem(split_with_sizes, 0)
 getitem_1: f32[2, 2, 3] = getitem(split_with_sizes, 1)
-reshape_2: f32[4, 3] = aten.reshape(getitem, [-1, 3])
+reshape: f32[4, 3] = aten.reshape(getitem, [-1, 3])
 transpose_1: f32[3, 5] = aten.transpose(args_1, -2, -1)
-linear: f32[4, 5] = aten.linear(reshape_2, args_1)
-reshape_3: f32[12] = aten.reshape(getitem_1, [-1])
-select: f32[] = aten.select(reshape_3, 0, 0)
+linear: f32[4, 5] = aten.linear(reshape, args_1)
+reshape_1: f32[12] = aten.reshape(getitem_1, [-1])
+select: f32[] = aten.select(reshape_1, 0, 0)
 add: f32[4, 5] = aten.add(linear, select)
 return (add,)
 """,

@@ -1,4 +1,4 @@
-"""Regions under ``torch.no_grad`` or ``torch.autocast``, written into the graph around them.
+"""Regions under ``torch.no_grad`` or ``torch.autocast``, on or off, written into the graph around them.
 
 torch.export keeps such a region as a module of its own, which an op runs in that mode. In a program for inference no
 gradient is computed anyway; what autocast would cast is cast by ops of its own.
@@ -33,10 +33,7 @@ PRODUCTS = frozenset({
 
 
 def inline_regions(module: GraphModule) -> None:
-    """Write the nodes of every region in place of the call that runs it; regions within regions too.
-
-    Regions that turn gradients on, or autocast off within autocast, stay.
-    """
+    """Write the nodes of every region in place of the call that runs it; regions within regions too."""
     for call in [node for node in module.graph.nodes if node.target in (NO_GRAD, AUTOCAST)]:
         _inline(module, module.graph, call, under_autocast=False)
     for read in module.graph.find_nodes(op="get_attr"):
@@ -49,6 +46,7 @@ def _inline(owner: GraphModule, graph: Graph, call: Node, under_autocast: bool) 
     if found is None:
         return
     region, operands, casts = found
+    casts = casts or (under_autocast and call.target is NO_GRAD)
     written: dict[Node, Any] = {}
     placeholders = region.graph.find_nodes(op="placeholder")
     written.update(zip(placeholders, operands, strict=True))
@@ -65,7 +63,7 @@ def _inline(owner: GraphModule, graph: Graph, call: Node, under_autocast: bool) 
                 setattr(owner, str(node.target), getattr(region, str(node.target)))
             elif node.op == "get_attr":
                 copied.target = _adopted(owner, region, str(node.target))
-            if casts or under_autocast:
+            if casts:
                 _cast_operands(graph, copied, known)
     for user in list(call.users):
         assert user.target is operator.getitem
@@ -73,7 +71,7 @@ def _inline(owner: GraphModule, graph: Graph, call: Node, under_autocast: bool) 
         graph.erase_node(user)
     graph.erase_node(call)
     for inner in [node for node in written.values() if isinstance(node, Node) and node.target in (NO_GRAD, AUTOCAST)]:
-        _inline(owner, graph, inner, under_autocast=casts or under_autocast)
+        _inline(owner, graph, inner, under_autocast=casts)
 
 
 def _adopted(owner: GraphModule, region: GraphModule, name: str) -> str:
@@ -87,19 +85,12 @@ def _adopted(owner: GraphModule, region: GraphModule, name: str) -> str:
 
 def _region(owner: GraphModule, call: Node) -> tuple[GraphModule, tuple[Any, ...], bool] | None:
     """The module that a call runs, what it is given, and whether it is under autocast; None if it has to stay."""
-    if call.target is NO_GRAD:
-        enabled, name, *operands = call.args
-        if enabled:
-            return None
-    else:
-        _, _, enabled, _, name, *operands = call.args
-        if not enabled:
-            return None
+    first = 1 if call.target is NO_GRAD else 4
+    name, *operands = call.args[first:]
+    casts = call.target is AUTOCAST and bool(call.args[2])
     region = getattr(owner, str(name.target)) if isinstance(name, Node) and name.op == "get_attr" else None
     only_parts = all(user.target is operator.getitem for user in call.users)
-    return (
-        (region, tuple(operands), call.target is AUTOCAST) if isinstance(region, GraphModule) and only_parts else None
-    )
+    return (region, tuple(operands), casts) if isinstance(region, GraphModule) and only_parts else None
 
 
 def _cast_operands(graph: Graph, node: Node, known: dict[tuple[Node, torch.dtype], Node]) -> None:

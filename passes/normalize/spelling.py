@@ -192,7 +192,9 @@ def drop_no_ops(graph: Graph, written: set[Node]) -> None:
 
 
 def _undone(node: Node, written: set[Node]) -> Node | None:
-    """What a ``squeeze`` returns that takes back an ``unsqueeze``."""
+    """What a ``squeeze`` returns that takes back an ``unsqueeze``, or a ``reshape`` another one."""
+    if op_name(node) == "aten::reshape":
+        return _reshaped_back(node) if memory_of(node) not in written else None
     source = node.args[0] if op_name(node) == "aten::squeeze" else None
     if not isinstance(source, Node) or op_name(source) != "aten::unsqueeze" or memory_of(node) in written:
         return None
@@ -207,10 +209,23 @@ def _undone(node: Node, written: set[Node]) -> Node | None:
     return undone if isinstance(undone, Node) and all(user.op != "output" for user in node.users) else None
 
 
+def _reshaped_back(node: Node) -> Node | None:
+    source = node.args[0]
+    whole = source.args[0] if isinstance(source, Node) and op_name(source) == "aten::reshape" else None
+    if not isinstance(whole, Node) or any(user.op == "output" for user in node.users):
+        return None
+    return whole if same_shape(shape_of(node) or (), shape_of(whole) or ()) else None
+
+
+_MAYBE_NOTHING = frozenset({
+    "aten::to", "aten::reshape", "aten::expand", "aten::detach", "aten::alias", "aten::slice", "aten::squeeze",
+})  # fmt: skip
+
+
 def is_no_op(node: Node) -> bool:
     """Whether a call returns its first argument, value for value, with nothing else to it."""
     name = op_name(node)
-    if name not in ("aten::to", "aten::reshape", "aten::expand", "aten::detach", "aten::alias", "aten::slice"):
+    if name not in _MAYBE_NOTHING:
         return False
     source, result = tensor_of(node.args[0]), tensor_of(node)
     if source is None or result is None or any(user.op == "output" for user in node.users):

@@ -110,6 +110,8 @@ def _joins_parts(node: Node) -> bool:
         parts = arguments(node)["tensors"]
     elif op_name(node) == "aten::slice_scatter" and arguments(node)["dim"] == 0:
         parts = [arguments(node)["src"]]
+    elif op_name(node) == "aten::index_put":
+        parts = [arguments(node)["values"]]
     else:
         return False
     return any(depends_on_values((shape_of(part) or (0,))[0]) for part in parts)

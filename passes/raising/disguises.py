@@ -6,24 +6,27 @@ To add one: declare its pieces in a file of its own, and name it here.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 
 import torch
 from moe_fx.passes.raising import each_expert as each_expert_loop
 from moe_fx.passes.raising import gathered, grouped, loops
 from moe_fx.passes.raising.anchors import anchors_behind, leads_to_experts
-from moe_fx.passes.raising.axes import EXPERT, HIT, ONE, SLOT, SORTED_ROW, TOKEN, Place, axes_of, features
+from moe_fx.passes.raising.axes import EXPERT, HIT, ONE, SLOT, SORTED_ROW, TOKEN, Place, axes_of, features, size_of
 from moe_fx.passes.raising.each_expert import terms
 from moe_fx.passes.raising.endings import Ending, endings, token_axes
 from moe_fx.passes.raising.parts import joined
 from moe_fx.passes.raising.pieces import Piece
-from moe_fx.passes.raising.region import Region, misfit
+from moe_fx.passes.raising.region import Region, misfit, read_outside
+from moe_fx.passes.raising.slot_by_slot import merge_slots, slot_number
 from moe_fx.passes.raising.steps import merge_steps
 from moe_fx.passes.raising.walk import Walk
 from moe_fx.passes.raising.writer import ROWS, Value
+from moe_fx.passes.raising.written import ids_written, written
 from torch.fx import Node
 
-from moe_fx.constants import filled_with
+from moe_fx.constants import filled_with, is_zero
 from moe_fx.errors import ConfigError
 from moe_fx.kernels import each_expert
 from moe_fx.matcher import Match, Miss, arguments, match, op_name
@@ -66,19 +69,27 @@ def region_at(root: Node) -> tuple[Region | Miss, set[Node]] | None:
     None for a node in which no disguise ends.
     """
     near: Miss | None = None
+    misses: list[Miss] = []
     for loop in loops.LOOPS:
         found = match(loop.step, root)
         if isinstance(found, Match):
             # The steps of a loop are found from its last one.
-            last = not any(isinstance(match(loop.step, user), Match) for user in root.users)
-            return (_loop(root, loop), {root}) if last else None
-        near = found if near is None or found.depth > near.depth else near
+            if any(isinstance(match(loop.step, user), Match) for user in root.users):
+                return None
+            layer = _loop(root, loop)
+            if isinstance(layer, Region):
+                return layer, {root}
+            misses.append(layer)
+        elif near is None or found.depth > near.depth:
+            near = found
+    if misses:
+        return max(misses, key=lambda miss: miss.depth), {root}
     # A step that adds the rows of some expert, whose loop is not over those that were hit.
     each = root.graph.find_nodes(op="call_function", target=torch.ops.moe_fx.each_expert.default)
     steps = op_name(root) in ("aten::index_add", "aten::index_put") and near is not None and near.depth > 2
     if near is not None and steps and each:
         return near, {root}
-    return _rows_added(root) or _sum_of_terms(root) or _sum(root)
+    return _rows_added(root) or _rows_written(root) or _sum_of_terms(root) or _sum(root)
 
 
 def _rows_added(root: Node) -> tuple[Region | Miss, set[Node]] | None:
@@ -106,24 +117,80 @@ def _rows_added(root: Node) -> tuple[Region | Miss, set[Node]] | None:
     return region, anchors
 
 
-def _sum_of_terms(root: Node) -> tuple[Region | Miss, set[Node]] | None:
-    """A chain of additions, each of what one expert makes of every token."""
-    if op_name(root) != "aten::add" or any(op_name(user) == "aten::add" and terms(user) for user in root.users):
-        return None  # the terms are found from the last addition
-    found = terms(root)
-    if found is None or len({number for number, _ in found[0]}) < 2:
+def _rows_written(root: Node) -> tuple[Region | Miss, set[Node]] | None:
+    """One expert per token, each of which writes the rows of its tokens."""
+    ids, axes = ids_written(root), token_axes(shape_of(root) or ())
+    if ids is None or axes is None:
         return None
-    numbered, base, chain = found
-    merged = each_expert_on(root, numbered)
-    if isinstance(merged, Miss):
-        return merged, {root}
-    for inner in chain - {root}:
-        if any(user not in chain for user in inner.users):
-            users = ", ".join(user.name for user in inner.users)
-            return Miss("a sum that nothing else reads", f"{inner.name}, read by {users}", inner), {root}
-    merged = dataclasses.replace(merged, interior=merged.interior | (chain - {root}), distinct=True, base=base)
-    wrong = misfit(merged)
-    return (merged if wrong is None else wrong), {root}
+    sizes, tokens, place = axes
+    walk = Walk(root, {**sizes, SLOT: 1}, tokens, (*PIECES, *REGISTERED), {}, ending=root.users)
+    if walk.ids_of(ids, place[:1]) is None:
+        return None  # rows of several slots per token, which are summed somewhere
+    output = walk.value(root, place)
+    region = walk.region(output) if isinstance(output, Value) else walk.deepest or output
+    wrong = misfit(region) if isinstance(region, Region) else None
+    return (region if wrong is None else wrong), {root}
+
+
+def _sum_of_terms(root: Node) -> tuple[Region | Miss, set[Node]] | None:
+    """A chain of additions, each of what one expert makes of every token; or of one slot of each token."""
+    if op_name(root) != "aten::add":
+        return None
+    near: Miss | None = None
+    for key_of, merge in ((each_expert_loop.expert_number, _experts_added), (slot_number, _slots_added)):
+        if any(op_name(user) == "aten::add" and terms(user, key_of) for user in root.users):
+            continue  # the terms are found from the last addition
+        found = terms(root, key_of)
+        if found is None or len({key for key, _ in found[0]}) < 2:
+            continue
+        numbered, base, chain = found
+        merged = merge(root, numbered)
+        if isinstance(merged, Miss):
+            near = merged if near is None or merged.depth > near.depth else near
+            continue
+        for inner in chain - {root}:
+            if any(user not in chain for user in inner.users):
+                users = ", ".join(user.name for user in inner.users)
+                return Miss("a sum that nothing else reads", f"{inner.name}, read by {users}", inner), {root}
+        merged = dataclasses.replace(merged, interior=merged.interior | (chain - {root}), base=base)
+        wrong = misfit(merged)
+        return (merged if wrong is None else wrong), {root}
+    return (near, {root}) if near is not None else None
+
+
+def _experts_added(root: Node, numbered: Sequence[tuple[tuple[int, Node | None], Node]]) -> Region | Miss:
+    """Terms of one expert each; where they look at one slot only, of one expert and slot."""
+    slots: dict[Node | None, list[tuple[int, Node]]] = {}
+    for (expert, ids), term in numbered:
+        slots.setdefault(ids, []).append((expert, term))
+    # What an expert makes of a token may be computed once for all slots.
+    behind = set().union(*each_expert_loop.computed_by([term for _, term in numbered]), {root})
+    regions = []
+    for of_slot in slots.values():
+        merged = each_expert_on(root, of_slot, shared=behind if len(slots) > 1 else set())
+        if isinstance(merged, Miss):
+            return merged
+        regions.append(dataclasses.replace(merged, distinct=len(slots) == 1))
+    whole = regions[0] if len(regions) == 1 else merge_slots(regions, root)
+    return (read_outside(whole.interior, {root}) or whole) if isinstance(whole, Region) else whole
+
+
+def _slots_added(root: Node, numbered: Sequence[tuple[tuple[int, Node], Node]]) -> Region | Miss:
+    """Terms of one slot each, which gather their experts' weights."""
+    regions = []
+    for _, term in numbered:
+        axes = token_axes(shape_of(term) or ())
+        if axes is None:
+            return Miss("rows of fixed size for each token", term.name, term)
+        sizes, tokens, place = axes
+        sizes |= {SLOT: 1, SORTED_ROW: size_of(tokens, sizes)}
+        walk = Walk(root, sizes, tokens, (*PIECES, *REGISTERED), {}, ending=_between(root, term))
+        output = walk.value(term, place)
+        region = walk.region(output) if isinstance(output, Value) else walk.deepest or output
+        if isinstance(region, Miss):
+            return region
+        regions.append(region)
+    return merge_slots(regions, root)
 
 
 def _stacked(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
@@ -137,8 +204,11 @@ def _stacked(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
     return walk.inlined(merged, node, place)
 
 
-def each_expert_on(root: Node, numbered: Sequence[tuple[int, Node]]) -> Region | Miss:
-    """The steps that compute one expert's result each, for every token, as one layer."""
+def each_expert_on(root: Node, numbered: Sequence[tuple[int, Node]], shared: Collection[Node] = ()) -> Region | Miss:
+    """The steps that compute one expert's result each, for every token, as one layer.
+
+    ``shared`` are nodes that may read what is inside: the caller looks after them.
+    """
     numbers = [number for number, _ in numbered]
     if sorted(numbers) != list(range(len(numbers))):
         return Miss(f"every expert of {len(numbers)} once", f"experts {', '.join(map(str, numbers))}", root)
@@ -159,7 +229,7 @@ def each_expert_on(root: Node, numbered: Sequence[tuple[int, Node]]) -> Region |
             # The sum is of a wider dtype than its terms.
             widened = walk.body.write(aten.to.dtype, output.node, summed.dtype)
             output = Value(widened, output.kind, output.shape)
-        walk.ending = _between(root, value)
+        walk.ending = {*_between(root, value), *shared}
         region = walk.region(output)
         if isinstance(region, Miss):
             return region
@@ -178,6 +248,7 @@ def _between(root: Node, value: Node) -> set[Node]:
 
 Walk.stacked = staticmethod(_stacked)
 Walk.joined = staticmethod(joined)
+Walk.written = staticmethod(written)
 
 
 def _sum(root: Node) -> tuple[Region | Miss, set[Node]] | None:
@@ -239,7 +310,7 @@ def _loop(root: Node, loop: loops.Loop) -> Region | Miss:
     while isinstance(found := match(loop.step, node), Match):
         steps.insert(0, (node, found))
         node = found["base"]
-    if filled_with(node) != 0:
+    if not is_zero(node):
         return Miss("a sum that starts with zeros", f"{node.name}, which need not be zero", node)
     reads = {root, *(step for step, _ in steps), *(each for _, found in steps for each in found.nodes)}
     for inner in [node, *(step for step, _ in steps[:-1])]:
@@ -252,31 +323,49 @@ def _loop(root: Node, loop: loops.Loop) -> Region | Miss:
         if isinstance(region, Miss):
             return region
         regions.append(region)
-    experts = [found["expert"] for _, found in steps]
+    if len(steps) < 2:
+        return Miss("a loop over experts", "a single step", root)
+    # Where another loop goes over the slots, the steps of one slot look at the same column of ids.
+    slots: dict[Node, list[int]] = {}
+    for number, (_, found) in enumerate(steps):
+        slots.setdefault(found["ids"], []).append(number)
+    of_slots: list[Region] = []
+    for own in slots.values():
+        merged = _all_experts([regions[place] for place in own], [steps[place][1]["expert"] for place in own], root)
+        if isinstance(merged, Miss):
+            return merged
+        # A token is routed to an expert by one slot only.
+        of_slots.append(dataclasses.replace(merged, distinct=len(slots) == 1 and (merged.distinct or loop.once)))
+    whole = of_slots[0] if len(of_slots) == 1 else merge_slots(of_slots, root)
+    if isinstance(whole, Miss):
+        return whole
+    interior = set().union(*(region.interior for region in regions), (step for step, _ in steps[:-1]))
+    step = None if isinstance(steps[0][1]["expert"], int) else steps[0][0]
+    return dataclasses.replace(whole, root=root, interior=interior, step=step)
+
+
+def _all_experts(regions: list[Region], experts: list[int | Node], root: Node) -> Region | Miss:
+    """The steps of a loop, one expert each, as one layer."""
     merged = merge_steps(regions)
     if isinstance(merged, Miss):
         return merged
     wrong = misfit(merged)
     if wrong is not None:
         return wrong
-    if len(steps) < 2:
-        return Miss("a loop over experts", "a single step", root)
     numbers = [expert for expert in experts if isinstance(expert, int)]
     every = list(range(merged.num_experts))
     if sorted(numbers) != every if numbers else len(set(experts)) < len(experts):
         return Miss(f"every expert of {len(every)} once", f"experts {', '.join(map(str, experts))}", root)
-    interior = set().union(*(region.interior for region in regions), (step for step, _ in steps[:-1]))
-    step = None if numbers else steps[0][0]
-    distinct = merged.distinct or loop.once
-    return dataclasses.replace(merged, root=root, interior=interior, step=step, distinct=distinct)
+    return merged
 
 
 def _step(root: Node, found: Match, loop: loops.Loop) -> Region | Miss:
     """One step of a loop, as a layer of one expert."""
     summed = found["summed"]
     shape = shape_of(summed) or ()
-    tokens, slots = (*(shape_of(found["ids"]) or ()), 1)[:2]
-    sizes = {ONE: 1, HIT: shape[0], TOKEN: tokens, SLOT: slots}
+    rows = shape_of(found["ids"]) or ()
+    *tokens, slots = rows if len(rows) > 1 else (*rows, 1)  # one slot needs no dimension
+    sizes = {ONE: 1, HIT: shape[0], TOKEN: math.prod(tokens), SLOT: slots}
     bindings = {name: bound for name, bound in found.bindings.items() if name not in ("summed", "base")}
     walk = Walk(root, sizes, (TOKEN,), loop.pieces, bindings, loop.own, ending=found.nodes)
     output = walk.value(summed, ((HIT,), (shape[1],)))

@@ -11,9 +11,10 @@ What only one expert's result is computed by is its step; what several share com
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from moe_fx.passes.raising.loops import literal, slots_of, sums
+from moe_fx.passes.raising.loops import literal, one_slot_of, slots_of, sums, zero
 from moe_fx.passes.raising.pieces import TOKENS, Column, Piece, Slot
 from torch.fx import Node
 
@@ -22,30 +23,45 @@ from moe_fx.matcher import Match, match, op_name
 from moe_fx.pattern import ANY, Last, Pattern, Var, aten, either
 from moe_fx.shapes import known_equal, same_shape, shape_of
 
-__all__ = ["OWN", "PIECES", "specific", "terms"]
+__all__ = ["OWN", "PIECES", "computed_by", "expert_number", "specific", "terms"]
+
+
+def cast(pattern: Pattern) -> Pattern:
+    return either(aten.to(pattern, ANY), pattern)
+
 
 OWN: Pattern = aten.select(Var("param"), 0, literal)
 
 table = Var("table")
 column = aten.select(table, Last(-1), literal)
 total = sums(slots_of)
-kept_dim = aten.sum(either(aten.mul(Var("slot", rank=2), either(aten.to(slots_of, ANY), slots_of))), [Last(1)], True)
+kept_dim = aten.sum(either(aten.mul(Var("slot", rank=2), cast(slots_of))), [Last(1)], True)
+
+#: the weight of the one slot that is looked at, zero where it is another expert's
+slot = Var("slot", rank=1)
+of_one = either(aten.mul(slot, cast(one_slot_of)), aten.where(one_slot_of, slot, zero))
 
 PIECES: tuple[Piece, ...] = (
+    Slot(TOKENS, of_one),
     Column(TOKENS, column),
     Column(TOKENS, aten.slice(table, Last(-1), literal, ANY)),
     Slot(TOKENS, total),
     Slot(TOKENS, kept_dim),
 )
 #: what tells one step from another: where an expert's number is read
-NUMBERED = (column, aten.slice(table, Last(-1), literal, ANY), slots_of)
+NUMBERED = (column, aten.slice(table, Last(-1), literal, ANY), slots_of, one_slot_of)
 #: how far back from a term its expert's number is looked for
 NEAR = 80
 
 
-def terms(root: Node) -> tuple[list[tuple[int, Node]], Node | None, set[Node]] | None:
-    """A chain of additions as its terms, each with its expert's number; what it starts from; and the additions."""
-    found: list[tuple[int, Node]] = []
+Key = Any
+
+
+def terms(
+    root: Node, key_of: Callable[[Node], Key | None]
+) -> tuple[list[tuple[Key, Node]], Node | None, set[Node]] | None:
+    """A chain of additions as its terms, each with what tells it from others; what it starts from; the additions."""
+    found: list[tuple[Key, Node]] = []
     chain: set[Node] = set()
     node: Node | None = root
     while node is not None and op_name(node) == "aten::add" and len(node.args) == 2:
@@ -53,22 +69,21 @@ def terms(root: Node) -> tuple[list[tuple[int, Node]], Node | None, set[Node]] |
         shapes = [shape_of(each) for each in operands]
         if any(shape is None or not same_shape(shape, shapes[0] or ()) for shape in shapes):
             break
-        numbers = [_number(each) for each in operands]
-        known = [place for place, number in enumerate(numbers) if number is not None]
+        keys = [key_of(each) for each in operands]
+        known = [place for place, key in enumerate(keys) if key is not None]
         if not known or (len(operands) == 1 and node.args[1] != 0):
             break
         chain.add(node)
         if len(operands) == 1:
-            found.insert(0, (numbers[0], operands[0]))
+            found.insert(0, (keys[0], operands[0]))
             return found, None, chain
         starts = [op_name(each) == "aten::add" and _starts(each) for each in operands]
         if len(known) == 2 and any(starts):
             known = [1 - starts.index(True)]  # the other is the sum so far, of one term
         if len(known) == 2:
-            both = zip(numbers, operands, strict=True)
-            found[:0] = [(number, operand) for number, operand in both if number is not None]
+            found[:0] = [(key, operand) for key, operand in zip(keys, operands, strict=True)]
             return found, None, chain
-        found.insert(0, (numbers[known[0]], operands[known[0]]))
+        found.insert(0, (keys[known[0]], operands[known[0]]))
         node = operands[1 - known[0]]
     if node is None:
         return None
@@ -80,10 +95,14 @@ def _starts(node: Node) -> bool:
     return any(each == 0 if not isinstance(each, Node) else filled_with(each) == 0 for each in node.args[:2])
 
 
-def _number(term: Node) -> int | None:
-    """The expert whose number a term is computed with; None if there is none, or several."""
+def expert_number(term: Node) -> tuple[int, Node | None] | None:
+    """The expert whose number a term is computed with, and the ids of the one slot that it looks at, if it does.
+
+    None if there is no number, or several.
+    """
     seen: set[Node] = set()
-    pending, numbers = [term], set()
+    pending: list[Node] = [term]
+    numbers: set[tuple[int, Node | None]] = set()
     while pending and len(seen) < NEAR:
         node = pending.pop(0)
         if node in seen or node.op != "call_function":
@@ -92,10 +111,12 @@ def _number(term: Node) -> int | None:
         for pattern in NUMBERED:
             found = match(pattern, node)
             if isinstance(found, Match) and isinstance(found["expert"], int) and _is_one_wide(node):
-                numbers.add(found["expert"])
+                numbers.add((found["expert"], found["ids"] if pattern is one_slot_of else None))
                 break
         else:
             pending.extend(node.all_input_nodes)
+    # What is the column of a table where an expert is looked up is that of a slot where one slot is.
+    numbers = {key for key in numbers if key[1] is not None} or numbers
     return numbers.pop() if len(numbers) == 1 else None
 
 
@@ -106,12 +127,17 @@ def _is_one_wide(node: Node) -> bool:
 
 def specific(values: Sequence[Node]) -> list[set[Node]]:
     """For each of several values, the nodes that only it is computed by."""
-    behind = [_behind(value) for value in values]
+    behind = computed_by(values)
     counts: dict[Node, int] = {}
     for nodes in behind:
         for node in nodes:
             counts[node] = counts.get(node, 0) + 1
     return [{node for node in nodes if counts[node] == 1} for nodes in behind]
+
+
+def computed_by(values: Sequence[Node]) -> list[set[Node]]:
+    """The calls by which each of several values is computed."""
+    return [_behind(value) for value in values]
 
 
 def _behind(value: Node) -> set[Node]:

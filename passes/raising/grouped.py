@@ -60,12 +60,11 @@ counts = either(
     aten.histc(counted, num_experts, 0, last_expert),
     aten.sum(optional(lambda hot: aten.to(hot, ANY), one_hot), [0]),
 )
-ends = aten.arange(num_experts, dtype=ANY)
 offsets = either(
     aten.cumsum(counts, only_dim, dtype=torch.int32),
     aten.to(aten.cumsum(counts, only_dim), torch.int32),
-    aten.searchsorted(sorted_ids, ends, out_int32=True, right=True),
-    aten.to(aten.searchsorted(sorted_ids, ends, right=True), torch.int32),
+    aten.searchsorted(sorted_ids, numbers, out_int32=True, right=True),
+    aten.to(aten.searchsorted(sorted_ids, numbers, right=True), torch.int32),
 )
 token_of_row = either(
     aten.floor_divide(perm, top_k), aten.div(perm, top_k, rounding_mode=OneOfValues("floor", "trunc")),

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from moe_fx.passes.raising.pieces import HITS, Column, Dispatch, Piece, Slot
 
 from moe_fx.pattern import ANY, As, AtLeast, Last, OneOfValues, Pattern, Var, aten, call, either, item, optional
@@ -24,7 +25,15 @@ one_hot = aten.one_hot(Var("ids", rank=2), Var("num_classes"))
 inner_dims = OneOfValues([-1, -2], [-2, -1], [1, 2], [2, 1])
 #: an expert of an unrolled loop: its number
 literal = As("expert", AtLeast(0))
+zero = either(aten.scalar_tensor(0, dtype=ANY), 0)
 slot_value, base, summed = Var("slot", rank=2), Var("base"), Var("summed", rank=2)
+
+
+def expert_of(ids: Var, expert: Pattern) -> Pattern:
+    """True where an id names the expert."""
+    hot = aten.to(aten.one_hot(ids, Var("num_classes")), torch.bool)
+    by_expert = aten.permute(hot, [2, 0, 1]) if ids.rank == 2 else aten.transpose(hot, 0, 1)
+    return either(aten.eq(ids, expert), aten.select(hot, Last(-1), expert), aten.select(by_expert, 0, expert))
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,7 @@ def by_slot(expert: Pattern, mask: Pattern, token_dim: int) -> tuple[Loop, ...]:
     """Loops over the slots of an expert; ``mask`` is true at ``[token, slot]``, or the other way round."""
     token, slot = places(mask, token_dim), places(mask, 1 - token_dim)
     weight = aten.index(optional(lambda s: aten.unsqueeze(s, Last(2)), slot_value), [token, slot])
-    pieces = (*dispatch(token), Slot(HITS, weight), *columns(expert, token, mask))
+    pieces = (Slot(HITS, weight), *columns(expert, token, mask), *dispatch(token))
     own = aten.select(Var("param"), 0, expert)
     return Loop(adds(token), pieces, own, once=False), Loop(adds_and_assigns(token), pieces, own, once=True)
 
@@ -74,10 +83,17 @@ def by_token(expert: Pattern, mask: Pattern, slots: Pattern | None) -> tuple[Loo
     found = []
     for token in (mask, places(mask, 0), either(aten.squeeze(aten.nonzero(mask), Last(1)),
                                                 aten.reshape(aten.nonzero(mask), ANY))):  # fmt: skip
-        pieces = (*dispatch(token), *columns(expert, token, slots))
-        for step in (adds(token), adds_and_assigns(token)):
-            found.append(Loop(step, pieces, aten.select(Var("param"), 0, expert), once=True))
+        # A column of a table of all experts, or of the weights of all slots: the steps together tell which it is.
+        for weights in (columns(expert, token, slots), (of_token(token, Var("slot", rank=1)),)):
+            pieces = (*weights, *dispatch(token))
+            for step in (adds(token), adds_and_assigns(token)):
+                found.append(Loop(step, pieces, aten.select(Var("param"), 0, expert), once=True))
     return tuple(found)
+
+
+def of_token(token: Pattern, slot: Pattern) -> Slot:
+    """A number for each token, at the tokens of an expert."""
+    return Slot(HITS, aten.index(optional(lambda s: aten.unsqueeze(s, Last(1)), slot), [token]))
 
 
 def dispatch(token: Pattern) -> tuple[Piece, ...]:
@@ -99,15 +115,14 @@ def columns(expert: Pattern, token: Pattern, slots: Pattern | None) -> tuple[Pie
         Column(HITS, aten.select(aten.index(Var("table"), [token]), Last(1), expert)),
     ]
     if slots is not None:
-        total = sums(slots)
-        pieces.append(Slot(HITS, aten.index(optional(lambda s: aten.unsqueeze(s, Last(1)), total), [token])))
+        pieces.append(of_token(token, sums(slots)))
     return tuple(pieces)
 
 
 def sums(slots: Pattern) -> Pattern:
     """A token's routing weights where ``slots`` is true, added up."""
     cast: Any = optional(lambda mask: aten.to(mask, ANY), slots)
-    kept = either(aten.mul(slot_value, cast), aten.where(slots, slot_value, aten.scalar_tensor(0, dtype=ANY)))
+    kept = either(aten.mul(slot_value, cast), aten.where(slots, slot_value, zero))
     return aten.sum(kept, [Last(1)])
 
 
@@ -121,8 +136,11 @@ def masked(by_expert: Pattern, token_dim: int) -> tuple[Loop, ...]:
     return by_slot(expert, aten.select(mask, 0, expert), token_dim)
 
 
-slots_of = aten.eq(Var("ids", rank=2), literal)
-token_of = either(aten.any(slots_of, Last(1)), aten.eq(Var("ids", rank=1), literal))
+slots_of = expert_of(Var("ids", rank=2), literal)
+one_slot_of = expert_of(Var("ids", rank=1), literal)
+#: batch and sequence may stand apart in the ids
+any_slot_of = aten.any(expert_of(Var("ids", rank=(2, 3)), literal), Last(-1))
+token_of = either(aten.reshape(any_slot_of, [-1]), any_slot_of, one_slot_of)
 
 LOOPS = (
     *masked(aten.transpose(one_hot, 0, 2), token_dim=1),  # [E, K, T]

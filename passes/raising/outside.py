@@ -77,6 +77,10 @@ class Outside:
         """A value, written into the body."""
         raise NotImplementedError
 
+    def inside(self, node: Node, place: Place) -> Value | Miss:
+        """A value that the body computes of others."""
+        raise NotImplementedError
+
     def applied(self, node: Node, place: Place, step: Through, operands: Sequence[Value]) -> Value:
         """An op on values of the body."""
         raise NotImplementedError
@@ -92,6 +96,8 @@ class Outside:
 
     #: how a stack of the experts' results is read: set where the disguises are put together
     stacked: Callable[[Any, Node, Place], Value | Miss | None] = staticmethod(lambda walk, node, place: None)
+    #: the same for what the experts wrote, each into its rows
+    written: Callable[[Any, Node, Place], Value | Miss | None] = staticmethod(lambda walk, node, place: None)
     #: the same for what was joined of the experts' rows
     joined: Callable[[Any, Node, Place], Value | Miss | None] = staticmethod(lambda walk, node, place: None)
 
@@ -122,7 +128,12 @@ class Outside:
         """Whether a value that has a row per token is computed by experts: with one slot, slots are tokens."""
         if self.specific is not None:
             return node in self.specific
-        return known_equal(self.sizes.get(SLOT, 0), 1) and leads_to_experts(node)
+        return self.single and leads_to_experts(node)
+
+    @property
+    def single(self) -> bool:
+        """Whether each token has one slot: then a value per slot need not have a dimension for it."""
+        return known_equal(self.sizes.get(SLOT, 0), 1)
 
     def token_rows(self, node: Node, place: Place) -> Value | Miss:
         """Token rows come in; a number per token is the same in each of its slots."""
@@ -132,6 +143,10 @@ class Outside:
             if isinstance(step, str) or step.shape is None or axes_of(step.operands[0][1]) != axes_of(place):
                 break
             ((node, place),) = step.operands
+        if self.single and all(size == 1 for size in features(place)):
+            if op_name(node) == "aten::to":
+                return self.inside(node, place)
+            return self.body.reshaped(self.row("s", node, ()), shape)
         known = self.body.captured["x"]
         if known and node not in known:
             return self.miss("one tensor of token rows", node)
@@ -208,15 +223,16 @@ class Outside:
             return self.value(found["results"], before)
         return None
 
-    def inlined(self, found: Region, node: Node, place: Place, sorted_rows: bool = False) -> Value | Miss:
-        """What another walk found, written into this body. Its rows are tokens, or ``sorted_rows`` of this walk."""
+    def inlined(self, found: Region, node: Node, place: Place, rows: Place = ()) -> Value | Miss:
+        """What another walk found, written into this body. Its rows are tokens, or ``rows`` of this walk."""
         given = []
-        for kind, rows in (("x", [found.tokens]), ("s", found.slots)):
-            for each in rows:
+        for kind, outer_rows in (("x", [found.tokens]), ("s", found.slots)):
+            for each in outer_rows:
                 shape = found.features[each]
                 row: Value | Miss
-                if sorted_rows:
-                    row = self.value(each, ((SORTED_ROW,), *((size,) for size in shape)))
+                if rows:
+                    rank = len(shape_of(each) or ())
+                    row = self.value(each, (*rows, *((size,) for size in (*shape, 1, 1)[: rank - len(rows)])))
                     if isinstance(row, Miss):
                         return row
                     row = self.body.reshaped(row, shape)
@@ -243,6 +259,8 @@ class Outside:
                 node = given["self"]
                 continue
             if place in self.slot_places:
+                return node
+            if self.single and not is_view(node) and tuple(axis for dim in place for axis in dim) == self.tokens:
                 return node
             step = through(node, place, self.sizes) if is_view(node) else ""
             if isinstance(step, str):

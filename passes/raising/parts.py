@@ -26,7 +26,7 @@ from torch.fx import Node
 from moe_fx.matcher import Miss, arguments, op_name
 from moe_fx.shapes import same_shape, shape_of
 
-__all__ = ["joined"]
+__all__ = ["FAR", "joined", "part_of_one"]
 
 #: a mismatch within an expert's part says more than any outside
 FAR = 10**5
@@ -55,7 +55,7 @@ def joined(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
         bounds += [(expert, cut.start, cut.end) for cut in mine.values()]
         if end is not None:
             bounds.append((expert, counts.total(begin), counts.total(end)))
-        region = _part(node, value, expert, {each: cut.source for each, cut in mine.items()}, nodes)
+        region = part_of_one(node, value, expert, {each: cut.source for each, cut in mine.items()}, nodes)
         if isinstance(region, Miss):
             return walk.note(dataclasses.replace(region, bindings=counts.bindings, depth=FAR))
         regions.append(region)
@@ -80,7 +80,7 @@ def joined(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
         *(region.interior for region in regions), splits, cuts, _chain(node), [node, whole, *whole.all_input_nodes]
     )
     merged = dataclasses.replace(merged, root=node, interior=interior, form="sorted_parts", params=params)
-    return walk.inlined(merged, node, place, sorted_rows=True)
+    return walk.inlined(merged, node, place, rows=place[:1])
 
 
 def _among(visits: list[int], bound: Total | None) -> Total | None:
@@ -88,7 +88,7 @@ def _among(visits: list[int], bound: Total | None) -> Total | None:
     return None if bound is None else {expert: many for expert, many in bound.items() if expert in visits}
 
 
-def _part(root: Node, value: Node, expert: int, sources: dict[Node, Node], nodes: set[Node]) -> Region | Miss:
+def part_of_one(root: Node, value: Node, expert: int, sources: dict[Node, Node], nodes: set[Node]) -> Region | Miss:
     """What one expert makes of its rows."""
     shape = shape_of(value) or ()
     walk = Walk(root, {ONE: 1, HIT: shape[0]}, (HIT,), (), {"expert": expert}, OWN, [root], nodes, sources)

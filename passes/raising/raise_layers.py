@@ -145,7 +145,11 @@ def _prove_and_rewrite(work: Work, region: Region) -> Miss | None:
     # does a loop, unless its mask has no class for it.
     clamps = "last_expert" in region.bindings and "perm" not in region.bindings
     loops = "expert" in region.bindings
-    skips = "perm" in region.bindings or (loops and region.bindings.get("num_classes") != region.num_experts)
+    skips = (
+        "perm" in region.bindings
+        or "rows_skipped" in region.bindings
+        or (loops and region.bindings.get("num_classes") != region.num_experts)
+    )
     in_range = selection.in_range or not skips
     if "counts_beyond" in region.bindings and not selection.in_range:
         return Miss("ids that certainly name an expert", f"{given_ids.name}, which may be counted beyond", given_ids)

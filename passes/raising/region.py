@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from moe_fx.matcher import Miss
+from moe_fx.constants import reads_shapes
+from moe_fx.matcher import Miss, op_name
+from moe_fx.rewrite import only_asserted
 from moe_fx.shapes import Dim, known_equal, shape_of
 
-__all__ = ["Region", "misfit"]
+__all__ = ["Region", "misfit", "read_outside"]
 
 
 @dataclass
@@ -67,6 +70,23 @@ class Region:
     def inputs(self) -> list[Node]:
         params = [node for param in self.params for node in (param if isinstance(param, tuple) else (param,))]
         return [self.tokens, self.ids, *self.slots, *params, *self.shared]
+
+
+def read_outside(interior: Collection[Node], ends: Collection[Node]) -> Miss | None:
+    """A value that exists only inside a layer, and is read elsewhere than in it and by its ``ends``."""
+
+    def serves(user: Node) -> bool:
+        if user in interior or user in ends or only_asserted(user):
+            return True
+        # Some ask for a size, on behalf of these.
+        return bool(user.users) and reads_shapes(user) and all(serves(reader) for reader in user.users)
+
+    for node in interior:
+        for user in node.users:
+            if not serves(user):
+                wanted = f"{node.name} to be read inside the layer only"
+                return Miss(wanted, f"{user.name} ({op_name(user) or user.op})", node, depth=10**6)
+    return None
 
 
 def misfit(region: Region) -> Miss | None:

@@ -18,17 +18,15 @@ from moe_fx.passes.raising.axes import EXPERT, SLOT, SORTED_ROW, Place, aligned,
 from moe_fx.passes.raising.contraction import Contraction, contraction
 from moe_fx.passes.raising.outside import Outside
 from moe_fx.passes.raising.products import Factor, elementwise_product, product
-from moe_fx.passes.raising.region import Region
+from moe_fx.passes.raising.region import Region, read_outside
 from moe_fx.passes.raising.tables import counts_zero
 from moe_fx.passes.raising.through import Through, is_elementwise, through
 from moe_fx.passes.raising.writer import EXPERTS_OWN, ROWS, SHARED, Value
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from moe_fx.constants import reads_shapes
 from moe_fx.experts import per_row
 from moe_fx.matcher import Match, Miss, match, op_name
-from moe_fx.rewrite import only_asserted
 from moe_fx.shapes import is_number, same_shape, shape_of
 
 __all__ = ["Walk"]
@@ -58,6 +56,8 @@ class Walk(Outside):
         # Before shapes are compared: how many rows the parts have together, only their counts tell.
         if SORTED_ROW in axes and (joined := self.joined(self, node, place)) is not None:
             return joined
+        if op_name(node) == "aten::index_put" and (rows := self.written(self, node, place)) is not None:
+            return rows
         shape = shape_of(node)
         if shape is not None and not same_shape(shape, [size_of(dim, self.sizes) for dim in place]):
             rows = " x ".join(str(size_of(dim, self.sizes)) for dim in place)
@@ -75,7 +75,7 @@ class Walk(Outside):
             return stacked
         if SLOT in axes and (chosen := self.chosen(node, place)) is not None:
             return chosen
-        if SLOT in axes and (gathered := self.gathered(node, place)) is not None:
+        if (SLOT in axes or self.single) and (gathered := self.gathered(node, place)) is not None:
             return gathered
         outside = self.routing_weight(node, place, axes)
         if outside is not None:
@@ -280,9 +280,9 @@ class Walk(Outside):
             return self.miss("token rows sent to their experts", self.root, "no dispatch")
         if "ids" not in self.bindings and not nested:
             return self.miss("the ids of the experts", self.root, "none")
-        used = self.outside_use()
+        used = read_outside(self.interior, {self.root, *self.ending})
         if used is not None:
-            return used
+            return replace(used, bindings=dict(self.bindings))
         if self.dense and not nested and not counts_zero(output.node, self.zeros):
             wanted = "an expert's output that is zero wherever its routing weight is"
             return Miss(wanted, "one that need not be", self.root, dict(self.bindings), 10**6)
@@ -313,19 +313,3 @@ class Walk(Outside):
         region.visits = self.visits
         region.features = {node: self.outer[node] for node in (tokens, *s)}
         return region
-
-    def serves(self, user: Node) -> bool:
-        """Whether a reader belongs to the layer, is its end, or wants to know a size for one of these only."""
-        if user in self.interior or user is self.root or user in self.ending or only_asserted(user):
-            return True
-        return bool(user.users) and reads_shapes(user) and all(self.serves(reader) for reader in user.users)
-
-    def outside_use(self) -> Miss | None:
-        for node in self.interior:
-            for user in node.users:
-                if not self.serves(user):
-                    return Miss(
-                        f"{node.name} to be read inside the layer only", f"{user.name} ({op_name(user) or user.op})",
-                        node, dict(self.bindings), 10**6,
-                    )  # fmt: skip
-        return None

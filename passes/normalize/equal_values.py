@@ -1,0 +1,47 @@
+"""Views and comparisons that are written twice, of the same value with the same arguments, become one.
+
+a = aten.select(ids, 1, 0)       =>     a = aten.select(ids, 1, 0)
+b = aten.select(ids, 1, 0)
+a == 3, b == 3                          m = a == 3, read twice
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe_fx.passes.normalize.functional import memory_of
+from torch.fx import Graph, Node
+
+from moe_fx.matcher import op_name
+from moe_fx.rewrite import replace
+from moe_fx.shapes import depends_on_values, shape_of
+
+__all__ = ["merge_equal_values"]
+
+#: ops that cost nothing, or next to nothing
+CHEAP = frozenset({
+    "aten::select", "aten::slice", "aten::unsqueeze", "aten::squeeze", "aten::reshape", "aten::transpose",
+    "aten::permute", "aten::expand", "aten::eq", "aten::ne", "aten::lt", "aten::ge", "aten::floor_divide",
+})  # fmt: skip
+
+
+def merge_equal_values(graph: Graph, written: set[Node]) -> None:
+    """Let the first of equal calls stand for all; ``written`` is memory that ops in place still write."""
+    known: dict[Any, Node] = {}
+    for node in list(graph.nodes):
+        if op_name(node) not in CHEAP or memory_of(node) in written or node.kwargs:
+            continue
+        if any(depends_on_values(size) for size in shape_of(node) or ()):
+            continue  # of rows chosen by data, two calls count their own
+        if any(user.op == "output" for user in node.users):
+            continue  # two outputs stay two
+        first = known.setdefault((node.target, _key(node.args)), node)
+        if first is not node:
+            replace(node, first)
+            graph.erase_node(node)
+
+
+def _key(arg: Any) -> Any:
+    if isinstance(arg, tuple | list):
+        return tuple(_key(each) for each in arg)
+    return (type(arg), arg)  # 1, 1.0 and True are equal, and mean different dtypes

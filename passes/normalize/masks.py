@@ -1,0 +1,61 @@
+"""A mask over several dimensions selects rows as the same mask over one dimension does.
+
+x[mask]          x [B, S, H], mask [B, S]        =>     x.reshape(-1, H)[mask.reshape(-1)]
+x[mask] = y                                      =>     the same, in the shape of x again
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from moe_fx.matcher import arguments, op_name
+from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
+from moe_fx.shapes import shape_of, tensor_of
+
+__all__ = ["flatten_masks"]
+
+aten = torch.ops.aten
+
+
+def flatten_masks(graph: Graph) -> None:
+    """Rewrite every selection, and every write, by a single mask of more than one dimension."""
+    values: FakeValues | None = None
+    for node in list(graph.nodes):
+        mask = _mask(node)
+        if mask is None:
+            continue
+        values = values or FakeValues(tensor_of(mask).fake_mode)
+        _flatten(node, mask, Emitter(graph, node, values))
+
+
+def _mask(node: Node) -> Node | None:
+    if op_name(node) not in ("aten::index", "aten::index_put"):
+        return None
+    given = arguments(node)
+    if len(given["indices"]) != 1:
+        return None
+    (mask,) = given["indices"]
+    value, shape = tensor_of(mask), shape_of(given["self"]) or ()
+    if value is None or value.dtype is not torch.bool or value.dim() < 2:
+        return None
+    return mask if all(isinstance(size, int) for size in shape[value.dim() :]) else None
+
+
+def _flatten(node: Node, mask: Node, emit: Emitter) -> None:
+    given = arguments(node)
+    source, rank = given["self"], len(shape_of(mask) or ())
+    shape: tuple[Any, ...] = shape_of(source) or ()
+    rows = emit(aten.reshape.default, source, [-1, *shape[rank:]])
+    flat = emit(aten.reshape.default, mask, [-1])
+    with emit.graph.inserting_before(node):
+        made = emit.graph.call_function(node.target, (rows, [flat], *node.args[2:]), dict(node.kwargs))
+    made.meta.update(node.meta)
+    if op_name(node) == "aten::index_put":
+        made.meta["val"] = rows.meta["val"]
+        sizes = [size if isinstance(size, int) else emit(aten.sym_size.int, mask, at) for at, size in enumerate(shape)]
+        made = emit(aten.reshape.default, made, sizes)
+    replace(node, made)
+    erase_dead(emit.graph, [node])

@@ -1,0 +1,85 @@
+"""Disguise: every expert's results are written where its mask is true, into one tensor of rows.
+
+y = torch.zeros(T * K, H)
+for e in range(E):
+    y[flat_ids == e] = body(rows[flat_ids == e], weight[e])      # also at the places where the mask is true
+out = (y.view(T, K, H) * s[:, :, None]).sum(1)                   # with one expert per token, y is all there is
+
+A row is one expert's, so it is written once or, if its id names no expert, never.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from moe_fx.passes.raising.axes import Place
+from moe_fx.passes.raising.each_expert import specific
+from moe_fx.passes.raising.loops import expert_of, literal, places
+from moe_fx.passes.raising.parts import FAR, part_of_one
+from moe_fx.passes.raising.region import Region
+from moe_fx.passes.raising.steps import merge_steps
+from moe_fx.passes.raising.walk import Walk
+from moe_fx.passes.raising.writer import Value
+from torch.fx import Node
+
+from moe_fx.constants import filled_with
+from moe_fx.matcher import Match, Miss, match
+from moe_fx.pattern import ANY, As, Last, Var, aten, either
+
+__all__ = ["ids_written", "written"]
+
+mask = As("mask", expert_of(Var("flat_ids", rank=1), literal))
+at = either(mask, places(mask, 0), aten.squeeze(aten.nonzero(mask), Last(1)), aten.reshape(aten.nonzero(mask), ANY))
+STEP = aten.index_put(Var("base"), [As("at", at)], Var("written"))
+CUT = aten.index(Var("rows"), [Var("at")])
+
+
+def ids_written(node: Node) -> Node | None:
+    """The ids by whose masks rows are written, if a value is the last of such writes."""
+    found = match(STEP, node)
+    if not isinstance(found, Match) or any(isinstance(match(STEP, user), Match) for user in node.users):
+        return None
+    return found["flat_ids"]
+
+
+def written(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
+    """What all experts wrote, as the results of one expert in the body. None for any other op."""
+    steps: list[tuple[Node, Match]] = []
+    base = node
+    while isinstance(found := match(STEP, base), Match):
+        steps.insert(0, (base, found))
+        base = found["base"]
+    if not steps:
+        return None
+    ids = walk.ids_of(steps[0][1]["flat_ids"], place[:1])
+    if ids is None or walk.bindings.setdefault("ids", ids) is not ids:
+        return walk.miss("rows written by the layer's own ids", steps[0][1]["flat_ids"])
+    experts = [found["expert"] for _, found in steps]
+    if any(found["flat_ids"] is not steps[0][1]["flat_ids"] for _, found in steps):
+        return walk.miss("rows written by the same ids at every step", node)
+    cuts = [_cuts(found["at"]) for _, found in steps]
+    values = [found["written"] for _, found in steps]
+    regions: list[Region] = []
+    for (step, _), expert, value, own, mine in zip(steps, experts, values, specific(values), cuts, strict=True):
+        region = part_of_one(step, value, expert, mine, own | set(mine))
+        if isinstance(region, Miss):
+            return walk.note(dataclasses.replace(region, bindings=dict(walk.bindings), depth=FAR))
+        regions.append(region)
+    merged = merge_steps(regions)
+    if isinstance(merged, Miss):
+        return walk.note(dataclasses.replace(merged, bindings=dict(walk.bindings), depth=FAR))
+    if sorted(experts) != list(range(merged.num_experts)):
+        every = f"every expert of {merged.num_experts} once"
+        return walk.miss(every, node, f"experts {', '.join(map(str, experts))}")
+    # Rows of no expert keep what stood there: nothing, if that is zero.
+    walk.bindings["rows_skipped" if filled_with(base) == 0 else "counts_beyond"] = node
+    chain = {step for step, _ in steps}
+    interior = set().union(*(region.interior for region in regions), *map(set, cuts), chain)
+    merged = dataclasses.replace(merged, root=node, interior=interior, form="written_rows")
+    return walk.inlined(merged, node, place, rows=place[:1])
+
+
+def _cuts(at: Node) -> dict[Node, Node]:
+    """What is read at the places where rows are written, and of what."""
+    found = {user: match(CUT, user, {"at": at}) for user in at.users}
+    return {user: cut["rows"] for user, cut in found.items() if isinstance(cut, Match)}
