@@ -10,8 +10,13 @@ from toys import Gathered, export, interleaved_clamped_swiglu, relu_squared
 import moe_fx
 from moe_fx.kernels import fused_tiles
 from moe_fx.kernels.triton_routing import max_tiles, route_reference
-from moe_fx.kernels.triton_rows import quantize_rows_reference, sum_slots_reference
-from moe_fx.kernels.triton_widen import widen_int4_reference
+from moe_fx.kernels.triton_rows import (
+    quantize_rows_reference,
+    sort_rows_reference,
+    split_pairs_reference,
+    sum_slots_reference,
+)
+from moe_fx.kernels.triton_widen import widen_int4_reference, widen_reference
 
 
 @pytest.fixture
@@ -165,10 +170,11 @@ def test_float32_is_refused(anywhere):
 
 def test_routing_reference():
     ids = torch.tensor([[2, 0], [2, 5], [2, -1], [0, 2]])
-    slots, tile_expert, tile_count = route_reference(ids, 4, 2)
+    slots, tile_expert, tile_group, tile_count = route_reference(ids, 4, 2)
     assert slots.shape == (max_tiles(8, 4, 2), 2) == (8, 2)
     assert slots[:3].tolist() == [[1, 6], [0, 2], [4, 7]]
     assert tile_expert[:3].tolist() == [0, 2, 2]
+    assert tile_group[:3].tolist() == [[0, 1], [1, 2], [1, 2]]
     assert tile_count.tolist() == [3]
 
 
@@ -194,6 +200,25 @@ def test_quantized_rows_stand_for_the_rows():
     assert relative_error(values * scale.unsqueeze(-1), rows.float()) < 0.5 / 127
 
 
+def test_pairs_apart_and_their_sums():
+    rows = torch.arange(16.0).reshape(2, 8)
+    apart, sums = split_pairs_reference(rows, 2)
+    assert apart[0].tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
+    assert sums[0].tolist() == [2, 10, 4, 12]
+
+
+def test_rows_in_the_order_of_tiles():
+    rows = torch.arange(8.0).reshape(4, 2)
+    slots = torch.tensor([[3, 8], [7, 0]])
+    assert sort_rows_reference(rows, slots, 2, 8).tolist() == [[2, 3], [0, 0], [6, 7], [0, 1]]
+
+
+@pytest.mark.parametrize("form", [moe_fx.Int8WeightOnly(), moe_fx.Float8WeightOnly()], ids=repr)
+def test_widened_weights_are_still_to_be_scaled(form):
+    qdata, scale = form.quantize(torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(widen_reference(qdata, torch.float32) * scale.unsqueeze(-1), form.dequantize(qdata, scale))
+
+
 def test_widened_int4_is_the_formats_own():
     form = moe_fx.Int4WeightOnly(32, symmetric=False)
     tensors = form.quantize(torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0)))
@@ -204,8 +229,9 @@ def test_there_is_a_tile_for_every_product():
     kinds = {kind for kind, _, _ in fused_tiles.TILES}
     for slots in (1, 8, 64, 500, 4096, 131072):
         for experts in (1, 8, 128):
-            block = fused_tiles.block_of_rows(slots, experts)
-            assert all(fused_tiles.tile_of(kind, two, block) for kind in kinds for two in (False, True))
+            for kind in kinds:
+                block = fused_tiles.block_of_rows(kind, slots, experts)
+                assert all(fused_tiles.tile_of(kind, two, block, slots * 256) for two in (False, True))
 
 
 def test_the_ops_keep_their_promises_to_the_compiler():

@@ -134,7 +134,8 @@ def fused_experts_reference(
 def _slot_linear(
     rows: torch.Tensor, ids: torch.Tensor, tensors: Sequence[torch.Tensor], form: str, transposed: bool
 ) -> torch.Tensor:
-    from moe_fx.kernels.fused_launch import Projection, run_linear
+    from moe_fx.kernels.fused_launch import run_linear
+    from moe_fx.kernels.fused_projection import Projection
 
     with torch.cuda.device_of(rows):
         return run_linear(rows, ids, tensors[0].shape[0], Projection(tensors, form, transposed))
@@ -146,7 +147,8 @@ def _fused_experts(
     down: Sequence[torch.Tensor], down_bias: torch.Tensor | None, down_form: str, down_transposed: bool,
     gated: str, activation: str, alpha: float, limit: float, slot_before: bool, out_dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
-    from moe_fx.kernels.fused_launch import Projection, run_experts
+    from moe_fx.kernels.fused_launch import run_experts
+    from moe_fx.kernels.fused_projection import Projection
 
     first = Projection(up, up_form, up_transposed, up_bias, gated)
     second = Projection(down, down_form, down_transposed, () if down_bias is None else (down_bias,))

@@ -1,13 +1,18 @@
-"""Which tiles the grouped GEMM works in, by kind of product and rows per expert: a table, not a search at run time.
+"""Which tiles the grouped GEMMs work in, by kind of product and rows per expert: a table, not a search at run time.
 
-Measured on an H200 with benchmarks/tune_fused.py. Any tile is right for any shape; the table is only about speed.
+Measured on an H200 and an H100 with benchmarks/tune_fused.py. Any tile is right for any shape; the table is only about
+speed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
-__all__ = ["FEW_SLOTS", "TILES", "Tile", "block_of_rows", "tile_of", "widens_first"]
+__all__ = [
+    "FEW_SLOTS", "LARGE", "SORT_ABOVE", "TILES", "LargeTile", "Tile", "block_of_rows", "large_tile_of", "tile_of",
+    "widens_first",
+]  # fmt: skip
 
 #: up to how many slots each tile finds its rows by itself, without a routing kernel
 FEW_SLOTS = 128
@@ -19,7 +24,7 @@ class Tile:
 
     Attributes:
         stages: how many steps of the loop are loaded ahead. warps: per program.
-        swap: weights are the left operand. group_m: row tiles that share a column tile before the next one.
+        swap: weights are the left operand. group_m: most row tiles that share a column tile before the next one.
         unroll: int4: groups of inputs per step of the loop, where they divide K, so that longer runs are loaded.
     """
 
@@ -32,52 +37,123 @@ class Tile:
     unroll: int = 1
 
 
+@dataclass(frozen=True)
+class LargeTile:
+    """A tile of 128 rows, 128 bytes of inputs at a time, loaded by descriptors; otherwise as :class:`Tile`.
+
+    Attributes:
+        half: an expert's last tile is computed by half where it holds no more.
+        persistent: programs per multiprocessor that take one tile after the other; 0: a program for each tile.
+    """
+
+    block_n: int
+    stages: int
+    warps: int
+    swap: bool = False
+    group_m: int = 8
+    half: bool = False
+    persistent: int = 0
+
+
 #: by kind ("plain": 2 bytes per weight; "widened", "dynamic": 1; "int4"), by whether two products are made at once
 #: (gate and up), and by rows per tile
 TILES: dict[tuple[str, bool, int], Tile] = {
+    ("plain", False, 8): Tile(32, 256, 3, 2, swap=True),
     ("plain", False, 16): Tile(64, 128, 4, 4, swap=True),
     ("plain", False, 32): Tile(64, 128, 3, 4, group_m=8),
-    ("plain", False, 64): Tile(128, 64, 4, 4, group_m=8),
+    ("plain", False, 64): Tile(128, 64, 3, 4, group_m=8),
     ("plain", False, 128): Tile(256, 64, 4, 8, group_m=8),
+    ("plain", True, 8): Tile(32, 256, 3, 2, swap=True),
     ("plain", True, 16): Tile(64, 128, 4, 4),
     ("plain", True, 32): Tile(64, 128, 3, 4, group_m=8),
     ("plain", True, 64): Tile(128, 64, 4, 4, group_m=8),
     ("plain", True, 128): Tile(128, 64, 4, 8, swap=True, group_m=8),
+    ("widened", False, 8): Tile(64, 256, 3, 4, swap=True),
     ("widened", False, 16): Tile(64, 256, 3, 4),
     ("widened", False, 32): Tile(64, 128, 4, 4, group_m=8),
-    ("widened", False, 64): Tile(128, 128, 4, 4, swap=True, group_m=8),
-    ("widened", False, 128): Tile(256, 128, 3, 8, group_m=8),
+    ("widened", False, 64): Tile(128, 64, 3, 4, group_m=8),
+    ("widened", False, 128): Tile(128, 64, 3, 4, group_m=8),
+    ("widened", True, 8): Tile(64, 256, 4, 4, swap=True),
     ("widened", True, 16): Tile(64, 256, 3, 4),
-    ("widened", True, 32): Tile(64, 128, 4, 4, group_m=8),
-    ("widened", True, 64): Tile(64, 128, 3, 4, group_m=8),
-    ("widened", True, 128): Tile(128, 128, 3, 8, group_m=8),
+    ("widened", True, 32): Tile(64, 128, 3, 4, group_m=8),
+    ("widened", True, 64): Tile(64, 64, 3, 4, group_m=8),
+    ("widened", True, 128): Tile(64, 64, 3, 4, group_m=8),
+    ("dynamic", False, 8): Tile(64, 256, 4, 4, swap=True),
     ("dynamic", False, 16): Tile(64, 256, 4, 4, swap=True),
     ("dynamic", False, 32): Tile(128, 128, 4, 4, swap=True, group_m=8),
-    ("dynamic", False, 64): Tile(128, 128, 4, 4, group_m=8),
+    ("dynamic", False, 64): Tile(128, 128, 3, 4, group_m=8),
     ("dynamic", False, 128): Tile(256, 128, 4, 8, group_m=8),
+    ("dynamic", True, 8): Tile(64, 256, 4, 4, swap=True),
     ("dynamic", True, 16): Tile(64, 256, 4, 4),
     ("dynamic", True, 32): Tile(128, 128, 4, 4, group_m=8),
-    ("dynamic", True, 64): Tile(128, 128, 4, 4, group_m=8),
+    ("dynamic", True, 64): Tile(64, 128, 3, 4, group_m=8),
     ("dynamic", True, 128): Tile(128, 128, 4, 8, group_m=8),
-    ("int4", False, 16): Tile(64, 64, 4, 4),
-    ("int4", False, 32): Tile(64, 64, 4, 4, swap=True, group_m=8),
-    ("int4", False, 64): Tile(128, 64, 3, 4, swap=True, group_m=8),
-    ("int4", False, 128): Tile(64, 64, 3, 8, group_m=8),
-    ("int4", True, 16): Tile(64, 64, 4, 4),
-    ("int4", True, 32): Tile(64, 64, 4, 4, group_m=8),
-    ("int4", True, 64): Tile(64, 64, 4, 4, group_m=8),
+    ("int4", False, 8): Tile(64, 64, 3, 2, swap=True, unroll=2),
+    ("int4", False, 16): Tile(64, 64, 3, 4, unroll=2),
+    ("int4", False, 32): Tile(128, 64, 3, 8, group_m=8),
+    ("int4", False, 64): Tile(128, 32, 4, 4, swap=True, group_m=8),
+    ("int4", False, 128): Tile(128, 32, 3, 4, group_m=8),
+    ("int4", True, 8): Tile(64, 64, 3, 4, swap=True, unroll=2),
+    ("int4", True, 16): Tile(64, 64, 3, 4, unroll=2),
+    ("int4", True, 32): Tile(64, 64, 3, 4, swap=True, group_m=8),
+    ("int4", True, 64): Tile(64, 64, 3, 4, group_m=8),
     ("int4", True, 128): Tile(128, 64, 3, 8, group_m=8),
 }
 
+#: where those would be fewer than the multiprocessors of a GPU take at once
+NARROW: dict[tuple[str, bool, int], Tile] = {
+    ("plain", True, 8): Tile(64, 128, 3, 4, swap=True),
+    ("plain", False, 8): Tile(64, 128, 3, 4, swap=True),
+    ("widened", True, 8): Tile(32, 256, 4, 2, swap=True),
+    ("widened", False, 8): Tile(32, 256, 4, 2, swap=True),
+    ("dynamic", True, 8): Tile(32, 256, 4, 2, swap=True),
+    ("dynamic", False, 8): Tile(32, 256, 4, 2, swap=True),
+    ("int4", True, 8): Tile(32, 64, 4, 2, swap=True, unroll=2),
+    ("int4", False, 8): Tile(32, 64, 4, 2, swap=True, unroll=2),
+}
+FEW_PROGRAMS = 264
+
+#: tiles of 128 rows, by whether both operands are of one byte (otherwise of two), and by whether two products are made
+#: at once; with the most rows per expert for which they are taken
+LARGE: dict[tuple[bool, bool], tuple[tuple[float, LargeTile], ...]] = {
+    (False, False): (
+        (96, LargeTile(128, 3, 4, half=True)), (320, LargeTile(256, 4, 8, half=True)), (inf, LargeTile(256, 4, 8)),
+    ),
+    (False, True): (
+        (96, LargeTile(64, 3, 4, half=True)), (320, LargeTile(128, 4, 8, half=True)),
+        (inf, LargeTile(128, 4, 8, swap=True)),
+    ),
+    (True, False): (
+        (96, LargeTile(128, 3, 4, half=True)), (320, LargeTile(256, 4, 8, half=True)), (inf, LargeTile(256, 4, 8)),
+    ),
+    (True, True): (
+        (96, LargeTile(64, 3, 4, half=True)), (320, LargeTile(128, 4, 8, half=True)),
+        (inf, LargeTile(128, 4, 8, swap=True)),
+    ),
+}  # fmt: skip
+#: for a single product of few steps along K, of which the beginning and the end overlap with other tiles' steps
+SHORT = LargeTile(128, 3, 4, persistent=2)
+SHORT_STEPS = 12
+#: inner size from which on rows are copied into the order of the tiles, to be loaded by descriptors as well
+SORT_ABOVE = 4096
+
 #: rows per expert above which stored weights are widened once, and multiplied as 2-byte ones
-WIDEN_ABOVE = {"widened": 256.0, "int4": 192.0}
+WIDEN_ABOVE = {"widened": 640.0, "int4": 448.0}
+
+#: rows per tile, and up to how many rows of an expert that is hit they are taken
+BLOCKS = {
+    "plain": ((8, 5), (16, 12), (32, 32), (64, 48)),
+    "dynamic": ((8, 5), (16, 12), (32, 32), (64, 48)),
+    "widened": ((8, 5), (16, 12), (32, 32), (64, 80)),
+    "int4": ((8, 5), (16, 12), (32, 32), (64, 80)),
+}
 
 
-def block_of_rows(num_slots: int, num_experts: int) -> int:
+def block_of_rows(kind: str, num_slots: int, num_experts: int) -> int:
     """Rows per tile: about as many as an expert that is hit has, so that few are idle and weights are read once."""
     # Of E experts, E (1 - (1 - 1/E)^S) are hit by S slots that fall evenly. Few values, so that few kernels exist.
     hit = num_experts * (1 - (1 - 1 / num_experts) ** min(num_slots, 64 * num_experts))
-    for block, most in ((16, 12), (32, 32), (64, 48)):
+    for block, most in BLOCKS[kind]:
         if num_slots <= most * hit:
             return block
     return 128
@@ -88,5 +164,14 @@ def widens_first(kind: str, num_slots: int, num_experts: int) -> bool:
     return kind in WIDEN_ABOVE and num_slots > WIDEN_ABOVE[kind] * num_experts
 
 
-def tile_of(kind: str, two: bool, block: int) -> Tile:
-    return TILES[kind, two, block]
+def tile_of(kind: str, two: bool, block: int, columns: int) -> Tile:
+    """The tile for so many output columns of all experts that can be hit."""
+    tile = TILES[kind, two, block]
+    return NARROW.get((kind, two, block), tile) if columns < FEW_PROGRAMS * tile.block_n else tile
+
+
+def large_tile_of(bytes_: bool, two: bool, rows: float, steps: int) -> LargeTile:
+    """The tile for so many rows per expert, and so many steps along K."""
+    if not two and steps <= SHORT_STEPS:
+        return SHORT
+    return next(tile for most, tile in LARGE[bytes_, two] if rows <= most)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["AVAILABLE", "INTERPRETED", "jit", "opaque", "tl", "triton", "unavailable", "wrapped"]
+__all__ = ["AVAILABLE", "INTERPRETED", "is_opaque", "jit", "opaque", "tl", "triton", "unavailable", "wrapped"]
 
 try:
     triton: Any = importlib.import_module("triton")
@@ -44,9 +44,14 @@ def opaque() -> Iterator[None]:
         _OPAQUE.reset(token)
 
 
+def is_opaque() -> bool:
+    """Whether what runs now is no part of a graph: operands have values, and kernels may take tensor descriptors."""
+    return INTERPRETED or _OPAQUE.get()
+
+
 def wrapped(kernel: Any) -> Any:
     """A kernel that torch.compile can see through."""
-    return kernel if INTERPRETED or _OPAQUE.get() else torch.library.wrap_triton(kernel)
+    return kernel if is_opaque() else torch.library.wrap_triton(kernel)
 
 
 def unavailable(device: torch.device) -> str | None:

@@ -1,0 +1,127 @@
+"""Launches for many rows per expert: tensor descriptors, rows sorted into tiles or gathered, tiles of 128 rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from moe_fx.kernels.fused_projection import Projection, Routing, operands, widened
+from moe_fx.kernels.fused_tiles import SORT_ABOVE, LargeTile, block_of_rows, large_tile_of, widens_first
+from moe_fx.kernels.triton_large import large_gemm_kernel
+from moe_fx.kernels.triton_or_none import is_opaque, wrapped
+from moe_fx.kernels.triton_rows import quantize_rows, sort_rows, sum_slots
+
+__all__ = ["large_gemm", "run_large", "run_linear_large", "takes_descriptors"]
+
+
+def takes_descriptors(
+    tokens: torch.Tensor, projections: Sequence[Projection], num_slots: int, num_experts: int
+) -> bool:
+    """Whether descriptors can be made and pay: what they describe is a multiple of 16 bytes, and of a tile along K."""
+    if not is_opaque() or block_of_rows(projections[0].kind, num_slots, num_experts) < 128:
+        return False
+    for projection in projections:
+        weight = projection.tensors[0]
+        plain = weight.dtype is tokens.dtype or widens_first(projection.kind, num_slots, num_experts)
+        inputs = weight.shape[-1] * (2 if projection.kind == "int4" else 1)
+        fits = inputs * (1 if projection.kind == "dynamic" else 2) % 128 == 0
+        laid = not projection.transposed and projection.gated in ("none", "gate_up", "up_gate", "two")
+        if not (fits and laid and (plain or projection.kind == "dynamic")):
+            return False
+    return True
+
+
+def _descriptor(matrix: torch.Tensor, rows: int, columns: int) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(matrix.reshape(-1, matrix.shape[-1]), [rows, columns])
+
+
+def multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def large_gemm(
+    rows: torch.Tensor, row_scale: torch.Tensor, projection: Projection, routing: Routing, row_div: int, *,
+    gather: bool, sorted_rows: str, dtype: torch.dtype, activation: str = "none", alpha: float = 0.0,
+    limit: float = 0.0, slot: torch.Tensor | None = None, slot_before: bool = False, tile: LargeTile | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """For each slot, its row times its expert's weights: see :func:`moe_fx.kernels.triton_large.large_gemm_kernel`.
+
+    Args:
+        rows: ``[*, K]``, gathered by the kernel, or ``[B * BM, K]`` in the order of the tiles.
+        row_scale: float32, of the rows before they were sorted; in their order if ``sorted_rows`` is "in".
+        sorted_rows: "out": the result is ``[B * BM, N]`` in the order of the tiles; otherwise ``[S, N]``.
+    """
+    assert routing.tiles is not None
+    slots, tile_expert, tile_group, tile_count = routing.tiles
+    given = operands(projection, routing.ids)
+    two, block_m, block_k = given.two, routing.block, 128 // rows.element_size()
+    if tile is None:
+        steps = rows.shape[1] // block_k
+        tile = large_tile_of(projection.kind == "dynamic", two, routing.ids.numel() / routing.num_experts, steps)
+    weight = _descriptor(given.weight, tile.block_n, block_k)
+    other = weight if given.other is given.weight else _descriptor(given.other, tile.block_n, block_k)
+    left = rows if gather else _descriptor(rows, block_m, block_k)
+    half = rows if gather else _descriptor(rows, block_m // 2, block_k)
+    num_slots = routing.ids.numel()
+    out = rows.new_empty((slots.numel() if sorted_rows == "out" else num_slots, given.width), dtype=dtype)
+    grid = slots.shape[0] * -(-given.width // tile.block_n)
+    if tile.persistent:
+        grid = min(grid, tile.persistent * multiprocessors(rows.device))
+    wrapped(large_gemm_kernel)[(grid,)](
+        left, half, weight, other, out, row_scale, given.scale, given.other_scale, given.bias, given.other_bias,
+        routing.ids if slot is None else slot, slots, tile_expert, tile_group, tile_count,
+        num_slots, given.width, rows.shape[1], row_div, rows.stride(0), given.weight_rows, given.gate_row, given.up_row,
+        ALPHA=alpha, LIMIT=limit, FMT="plain" if projection.form == "none" else projection.kind, TWO=two,
+        ACT=activation, SLOT=0 if slot is None else 1 if slot_before else 2, BIAS=bool(projection.bias),
+        GATHER=gather, SORTED=sorted_rows, HALF=tile.half, PERSISTENT=bool(tile.persistent),
+        BM=block_m, BN=tile.block_n, BK=block_k, GROUP_M=tile.group_m, SWAP=tile.swap,
+        INT=rows.dtype is torch.int8, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out
+
+
+def run_large(
+    tokens: torch.Tensor, slot: torch.Tensor | None, up: Projection, down: Projection, routing: Routing,
+    activation: str, alpha: float, limit: float, slot_before: bool, out_dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    """The whole layer, as :func:`moe_fx.kernels.fused_launch.run_experts` does it."""
+    assert routing.tiles is not None
+    ids, dtype, num_slots = routing.ids, tokens.dtype, routing.ids.numel()
+    slots, _, _, tile_count = routing.tiles
+    rows, scale = tokens, ids
+    if up.kind == "dynamic":
+        rows, scale = quantize_rows(tokens, up.tensors[0].dtype)
+    # A copy of the rows in their order pays if each is read by many tiles.
+    gather = operands(up, ids).width < SORT_ABOVE or rows.stride(0) * rows.element_size() % 16 != 0
+    if not gather:
+        rows = sort_rows(rows, slots, tile_count, ids.shape[1], num_slots)
+    inner = large_gemm(
+        rows, scale, _wide(up, dtype, routing), routing, ids.shape[1], gather=gather, sorted_rows="out", dtype=dtype,
+        activation=activation, alpha=alpha, limit=limit, slot=slot if slot_before else None, slot_before=True,
+    )  # fmt: skip
+    scale = ids
+    if down.kind == "dynamic":
+        inner, scale = quantize_rows(inner, down.tensors[0].dtype, slots, num_slots)
+    result = large_gemm(
+        inner, scale, _wide(down, dtype, routing), routing, 1, gather=False, sorted_rows="in", dtype=dtype,
+        slot=None if slot_before else slot,
+    )  # fmt: skip
+    return sum_slots(result, ids, routing.num_experts, out_dtype)
+
+
+def run_linear_large(rows: torch.Tensor, projection: Projection, routing: Routing, row_div: int) -> torch.Tensor:
+    """One projection, as :func:`moe_fx.kernels.fused_launch.run_linear` does it."""
+    dtype, scale = rows.dtype, routing.ids
+    wide = _wide(projection, dtype, routing)
+    if projection.kind == "dynamic":
+        rows, scale = quantize_rows(rows, projection.tensors[0].dtype)
+    return large_gemm(rows, scale, wide, routing, row_div, gather=True, sorted_rows="", dtype=dtype)
+
+
+def _wide(projection: Projection, dtype: torch.dtype, routing: Routing) -> Projection:
+    wide = widens_first(projection.kind, routing.ids.numel(), routing.num_experts)
+    return widened(projection, dtype) if wide else projection

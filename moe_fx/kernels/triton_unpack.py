@@ -1,0 +1,181 @@
+"""Stored weights widened in registers, and the product of a tile of rows with them.
+
+int8 and int4 become bfloat16 without a conversion instruction: 0x4300 + n is the bfloat16 128 + n for n < 128, so a
+byte permutation and a subtraction make two weights at once (conversions from integers run at a quarter of that rate,
+and would bound the kernel instead of memory). For int4 the subtraction can be left out as well: what it would have
+taken off a product is a multiple of the sum of the row, see :func:`int4_step`.
+"""
+
+from __future__ import annotations
+
+from moe_fx.kernels.triton_or_none import jit, tl
+
+__all__ = ["dot", "int4_step", "int8_to_float", "nibbles", "widened"]
+
+
+@jit()
+def int8_to_float(w, dtype: tl.constexpr, ASM: tl.constexpr):
+    if ASM:
+        if dtype == tl.bfloat16:
+            return tl.inline_asm_elementwise(
+                """
+                {
+                .reg .b32 a, b, c, d;
+                prmt.b32 a, $2, 0x43434343, 0x4140;
+                prmt.b32 b, $2, 0x43434343, 0x4342;
+                and.b32 c, a, 0xff80ff80;
+                and.b32 d, b, 0xff80ff80;
+                and.b32 a, a, 0xff7fff7f;
+                and.b32 b, b, 0xff7fff7f;
+                sub.bf16x2 $0, a, c;
+                sub.bf16x2 $1, b, d;
+                }
+                """,
+                "=r,=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4,
+            )  # fmt: skip
+        else:
+            return tl.inline_asm_elementwise(
+                """
+                {
+                .reg .b32 a, b, c;
+                xor.b32 c, $2, 0x80808080;
+                prmt.b32 a, c, 0x64646464, 0x4140;
+                prmt.b32 b, c, 0x64646464, 0x4342;
+                mov.b32 c, 0x64806480;
+                sub.f16x2 $0, a, c;
+                sub.f16x2 $1, b, c;
+                }
+                """,
+                "=r,=r,r", [w], dtype=tl.float16, is_pure=True, pack=4,
+            )  # fmt: skip
+    else:
+        return w.to(dtype)
+
+
+@jit()
+def nibbles(w, dtype: tl.constexpr, SHIFTED: tl.constexpr, ASM: tl.constexpr):
+    """Bytes [BN, B] to what their low and their high four bits mean: two of [BN, B], less 8, or 128 more if SHIFTED.
+
+    SHIFTED (bfloat16 only, where 128 to 143 are exact) saves the subtractions, a quarter of all instructions.
+    """
+    if ASM:
+        if SHIFTED:
+            return tl.inline_asm_elementwise(
+                """
+                {
+                .reg .b32 l, h;
+                and.b32 l, $4, 0x0f0f0f0f;
+                shr.u32 h, $4, 4;
+                and.b32 h, h, 0x0f0f0f0f;
+                prmt.b32 $0, l, 0x43434343, 0x4140;
+                prmt.b32 $1, l, 0x43434343, 0x4342;
+                prmt.b32 $2, h, 0x43434343, 0x4140;
+                prmt.b32 $3, h, 0x43434343, 0x4342;
+                }
+                """,
+                "=r,=r,=r,=r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+            )  # fmt: skip
+        elif dtype == tl.bfloat16:
+            return tl.inline_asm_elementwise(
+                """
+                {
+                .reg .b32 l, h, c, p, q, r, s;
+                and.b32 l, $4, 0x0f0f0f0f;
+                shr.u32 h, $4, 4;
+                and.b32 h, h, 0x0f0f0f0f;
+                prmt.b32 p, l, 0x43434343, 0x4140;
+                prmt.b32 q, l, 0x43434343, 0x4342;
+                prmt.b32 r, h, 0x43434343, 0x4140;
+                prmt.b32 s, h, 0x43434343, 0x4342;
+                mov.b32 c, 0x43084308;
+                sub.bf16x2 $0, p, c;
+                sub.bf16x2 $1, q, c;
+                sub.bf16x2 $2, r, c;
+                sub.bf16x2 $3, s, c;
+                }
+                """,
+                "=r,=r,=r,=r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+            )  # fmt: skip
+        else:
+            return tl.inline_asm_elementwise(
+                """
+                {
+                .reg .b32 l, h, c, p, q, r, s;
+                and.b32 l, $4, 0x0f0f0f0f;
+                shr.u32 h, $4, 4;
+                and.b32 h, h, 0x0f0f0f0f;
+                prmt.b32 p, l, 0x64646464, 0x4140;
+                prmt.b32 q, l, 0x64646464, 0x4342;
+                prmt.b32 r, h, 0x64646464, 0x4140;
+                prmt.b32 s, h, 0x64646464, 0x4342;
+                mov.b32 c, 0x64086408;
+                sub.f16x2 $0, p, c;
+                sub.f16x2 $1, q, c;
+                sub.f16x2 $2, r, c;
+                sub.f16x2 $3, s, c;
+                }
+                """,
+                "=r,=r,=r,=r,r", [w], dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
+            )  # fmt: skip
+    else:
+        shift: tl.constexpr = 128.0 if SHIFTED else -8.0
+        low = (w & 15).to(tl.float32) + shift
+        high = (w >> 4).to(tl.float32) + shift
+        return low.to(dtype), high.to(dtype)
+
+
+@jit()
+def widened(w, dtype: tl.constexpr, ASM: tl.constexpr):
+    if w.dtype == tl.int8:
+        return int8_to_float(w, dtype, ASM)
+    else:
+        return w.to(dtype)
+
+
+@jit()
+def dot(a, w, acc, SWAP: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """acc + a @ w^T for a [BM, BK] and w [BN, BK] ([BK, BN] if TRANSPOSED); SWAP: the transpose of all that.
+
+    Swapped, few rows become the narrow side of a wide matrix instruction, and weights its left operand.
+    """
+    if TRANSPOSED:
+        w = tl.trans(w)
+    if SWAP:
+        return tl.dot(w, tl.trans(a), acc, out_dtype=acc.dtype)
+    else:
+        return tl.dot(a, tl.trans(w), acc, out_dtype=acc.dtype)
+
+
+@jit()
+def int4_step(low_rows, high_rows, sums, packed, scale, zero, acc, SWAP: tl.constexpr, SCALE_ACC: tl.constexpr,
+              ZERO: tl.constexpr, SHIFTED: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    """One group of inputs: its scale [BN] multiplies the products of few rows, or the weights of many.
+
+    SHIFTED: weights are taken 136 too large, so sums [BM] (of a row's inputs of this group) times 136 is taken off.
+    """
+    low, high = nibbles(packed, low_rows.dtype, SHIFTED, ASM)
+    if SHIFTED:
+        offset = 136.0 + zero.to(tl.float32) if ZERO else 136.0
+    elif ZERO:
+        low -= zero.to(low.dtype)[:, None]
+        high -= zero.to(low.dtype)[:, None]
+    if SCALE_ACC:
+        part = tl.zeros(acc.shape, tl.float32)
+        part = dot(low_rows, low, part, SWAP, False)
+        part = dot(high_rows, high, part, SWAP, False)
+        if SWAP:
+            if SHIFTED and ZERO:
+                part -= sums[None, :] * offset[:, None]
+            elif SHIFTED:
+                part -= (sums * offset)[None, :]
+            return acc + part * scale.to(tl.float32)[:, None]
+        else:
+            if SHIFTED and ZERO:
+                part -= sums[:, None] * offset[None, :]
+            elif SHIFTED:
+                part -= (sums * offset)[:, None]
+            return acc + part * scale.to(tl.float32)[None, :]
+    else:
+        tl.static_assert(not SHIFTED)
+        acc = dot(low_rows, (low * scale.to(low.dtype)[:, None]).to(low.dtype), acc, SWAP, False)
+        return dot(high_rows, (high * scale.to(low.dtype)[:, None]).to(low.dtype), acc, SWAP, False)
