@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from moe_fx.experts import expert_linear
 from moe_fx.formats import Unquantized, WeightFormat, known_formats
+from moe_fx.kernels.no_gradient import register_no_gradient
 from moe_fx.kernels.triton_or_none import AVAILABLE, opaque
 
 __all__ = ["ACTIVATIONS", "GATED", "fused_experts", "fused_experts_reference", "slot_linear", "slot_linear_reference"]
@@ -182,6 +183,7 @@ def _op(name: str, launch: Any, reference: Any, fake: Any, transparent: bool) ->
         op = register(name, launch if transparent else opaque()(launch), mutates_args=(), schema=schema)
         op.register_kernel("cpu")(reference)
     op.register_fake(fake)
+    register_no_gradient(op)
     return op
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moe_fx.kernels.fused_projection import Projection, Routing, operands, widened
-from moe_fx.kernels.fused_tiles import SORT_ABOVE, LargeTile, block_of_rows, large_tile_of, widens_first
+from moe_fx.kernels.fused_tiles import SORT_ABOVE, LargeTile, large_tile_of, loads_by_descriptor, widens_first
 from moe_fx.kernels.triton_large import large_gemm_kernel
 from moe_fx.kernels.triton_or_none import is_opaque, wrapped
 from moe_fx.kernels.triton_rows import quantize_rows, sort_rows, sum_slots
@@ -20,15 +20,14 @@ def takes_descriptors(
     tokens: torch.Tensor, projections: Sequence[Projection], num_slots: int, num_experts: int
 ) -> bool:
     """Whether descriptors can be made and pay: what they describe is a multiple of 16 bytes, and of a tile along K."""
-    if not is_opaque() or block_of_rows(projections[0].kind, num_slots, num_experts) < 128:
+    if not is_opaque() or not all(loads_by_descriptor(each.kind, num_slots, num_experts) for each in projections):
         return False
     for projection in projections:
         weight = projection.tensors[0]
-        plain = weight.dtype is tokens.dtype or widens_first(projection.kind, num_slots, num_experts)
         inputs = weight.shape[-1] * (2 if projection.kind == "int4" else 1)
         fits = inputs * (1 if projection.kind == "dynamic" else 2) % 128 == 0
         laid = not projection.transposed and projection.gated in ("none", "gate_up", "up_gate", "two")
-        if not (fits and laid and (plain or projection.kind == "dynamic")):
+        if not (fits and laid):
             return False
     return True
 

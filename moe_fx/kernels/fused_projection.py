@@ -11,7 +11,7 @@ from moe_fx.kernels.fused_tiles import FEW_SLOTS, block_of_rows
 from moe_fx.kernels.triton_routing import Tiles, route
 from moe_fx.kernels.triton_widen import widen, widen_int4
 
-__all__ = ["Operands", "Projection", "Routing", "operands", "output_width", "widened"]
+__all__ = ["KINDS", "Operands", "Projection", "Routing", "operands", "output_width", "widened"]
 
 #: what a format's weights are multiplied as
 KINDS = {

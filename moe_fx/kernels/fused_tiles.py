@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from math import inf
 
 __all__ = [
-    "FEW_SLOTS", "LARGE", "SORT_ABOVE", "TILES", "LargeTile", "Tile", "block_of_rows", "large_tile_of", "tile_of",
-    "widens_first",
+    "FEW_SLOTS", "LARGE", "SORT_ABOVE", "TILES", "LargeTile", "Tile", "block_of_rows", "large_tile_of",
+    "loads_by_descriptor", "tile_of", "widens_first",
 ]  # fmt: skip
 
 #: up to how many slots each tile finds its rows by itself, without a routing kernel
@@ -157,6 +157,12 @@ def block_of_rows(kind: str, num_slots: int, num_experts: int) -> int:
         if num_slots <= most * hit:
             return block
     return 128
+
+
+def loads_by_descriptor(kind: str, num_slots: int, num_experts: int) -> bool:
+    """Whether there are rows enough for tiles that are loaded by descriptors, which only opaque ops can make."""
+    many = block_of_rows(kind, num_slots, num_experts) == 128
+    return many and (kind in ("plain", "dynamic") or widens_first(kind, num_slots, num_experts))
 
 
 def widens_first(kind: str, num_slots: int, num_experts: int) -> bool:

@@ -8,8 +8,9 @@ any other, its linears:
 
     up = moe_fx.slot_linear(x, ids, [weight], ...);  ...;  y = down.reshape(T, K, H).sum(1)
 
-Where the kernels do not run, grouped_mm is written. With a number of tokens that is not fixed in the graph the ops are
-those that choose their tiles at run time (``*_any``).
+Where the kernels do not run, grouped_mm is written. The ops that a compiler looks into take part in its planning; those
+that it does not (``*_any``) choose their tiles at run time, where the number of tokens is not fixed in the graph, and
+can load by descriptors, where it is large.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from torch.fx import Node
 from moe_fx.experts import expert_linear, per_row
 from moe_fx.formats import Unquantized, WeightFormat
 from moe_fx.kernels.fused_experts import fused_experts
+from moe_fx.kernels.fused_projection import KINDS
+from moe_fx.kernels.fused_tiles import loads_by_descriptor
 from moe_fx.matcher import Miss
 from moe_fx.pipeline import Layer
 from moe_fx.program import Program
@@ -95,10 +98,13 @@ def _whole(layer: Layer, body: KnownBody, emit: Emitter) -> Node:
     given = _given(layer)
     tokens, ids, *_ = operands(layer)
     ops = torch.ops.moe_fx
-    fixed = isinstance((shape_of(ids) or (None,))[0], int)
+    count = (shape_of(ids) or (None,))[0]
     up, down = body.up, body.down
+    seen = isinstance(count, int) and not all(
+        loads_by_descriptor(KINDS[linear.form.name], count * layer.top_k, layer.num_experts) for linear in (*up, down)
+    )
     return emit(
-        (ops.fused_experts if fixed else ops.fused_experts_any).default,
+        (ops.fused_experts if seen else ops.fused_experts_any).default,
         tokens, ids, None if body.slot is None else given[body.slot],
         [given[tensor] for linear in up for tensor in linear.tensors],
         [given[linear.bias] for linear in up if linear.bias is not None], up[0].form.name, _transposed(up[0].form),

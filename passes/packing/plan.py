@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Node
 
 from moe_fx.config import Config, FormatRules
 from moe_fx.formats import AnyLinear, Float8WeightOnly, Int4WeightOnly, Unquantized, WeightFormat, stored_form
+from moe_fx.kernels.triton_or_none import unavailable
 from moe_fx.pipeline import Layer, Work
 from moe_fx.report import short_name
 from moe_fx.shapes import Dim, shape_of, tensor_of, upper_bound
@@ -32,15 +34,15 @@ def plan_layers(work: Work) -> None:
         }
         formats = list(layer.formats.values())
         techniques = [form.name for form in formats if isinstance(form, AnyLinear)]
-        layer.lowering, layer.why = choose_lowering(layer, work.config, formats)
+        layer.lowering, layer.why = choose_lowering(layer, work.config, formats, _trains(work, layer))
         if techniques and layer.lowering != "linear":
             layer.lowering, layer.why = "linear", f"{techniques[0]} is a technique for linears"
         per_expert = work.config.storage == "per_expert"
         layer.storage = "per_expert" if per_expert else "stacked"
 
 
-def choose_lowering(layer: Layer, config: Config, formats: list[WeightFormat]) -> tuple[str, str]:
-    """The lowering of a layer, and the reason in words."""
+def choose_lowering(layer: Layer, config: Config, formats: list[WeightFormat], trains: bool = False) -> tuple[str, str]:
+    """The lowering of a layer, and the reason in words; ``trains``: gradients may be asked for."""
     if config.experts != "auto":
         return config.experts, "as configured"
     if config.storage == "per_expert":
@@ -52,7 +54,41 @@ def choose_lowering(layer: Layer, config: Config, formats: list[WeightFormat]) -
     count: Dim = (shape_of(tokens) or (0,))[0]
     most = upper_bound(count)
     how_many = f"{count}" if isinstance(count, int) else ("any number of" if most is None else f"up to {most}")
-    device = value.device.type if value.device.type == "cpu" else "cuda"
+    if value.device.type == "cuda":
+        unfit = _fused_unfit(value, trains)
+        if unfit is None:
+            # Ahead of the others at every number of tokens: benchmarks/experts.py.
+            return "fused", f"{how_many} tokens: rows are gathered, multiplied and weighed by the fused kernels"
+        lowering, why = _by_slots(layer, formats, most, how_many, "cuda")
+        return lowering, f"{unfit}; {why}"
+    return _by_slots(layer, formats, most, how_many, value.device.type if value.device.type == "cpu" else "cuda")
+
+
+def _fused_unfit(tokens: torch.Tensor, trains: bool) -> str | None:
+    """Why the fused kernels are not for a layer; what else they refuse, they hand on to grouped_mm."""
+    if trains:
+        return "the fused kernels have no gradient"
+    if tokens.dtype not in (torch.bfloat16, torch.float16):
+        return f"the fused kernels multiply in bfloat16 and float16, not {str(tokens.dtype).removeprefix('torch.')}"
+    return unavailable(tokens.device)
+
+
+def _trains(work: Work, layer: Layer) -> bool:
+    """Whether a model is compiled whose weights can be trained. An exported program runs as a forward pass."""
+    from moe_fx.backend import CapturedWork  # which is built on the passes
+
+    weights = [work.program.weights[node].tensor for node in layer.originals]
+    return (
+        isinstance(work.program, CapturedWork)
+        and torch.is_grad_enabled()
+        and any(weight.requires_grad for weight in weights)
+    )
+
+
+def _by_slots(
+    layer: Layer, formats: list[WeightFormat], most: int | None, how_many: str, device: str
+) -> tuple[str, str]:
+    """gather or grouped_mm, by routed slots per expert."""
     limits = [GATHER_LIMIT[device].get(type(form), GATHER_LIMIT_QUANTIZED[device]) for form in formats]
     limit = min(limits, default=0.0)
     if most is not None and most * layer.top_k <= limit * layer.num_experts:
