@@ -231,7 +231,51 @@ def test_there_is_a_tile_for_every_product():
         for experts in (1, 8, 128):
             for kind in kinds:
                 block = fused_tiles.block_of_rows(kind, slots, experts)
-                assert all(fused_tiles.tile_of(kind, two, block, slots * 256) for two in (False, True))
+                for two in (False, True):
+                    product = fused_tiles.Product(kind, two, block, 768, 2048)
+                    assert fused_tiles.tile_of(product, min(slots, experts))
+                    assert fused_tiles.large_tile_of(product, slots / experts)
+
+
+def test_tuned_tiles_are_saved_loaded_and_used(tmp_path, monkeypatch):
+    from moe_fx.kernels import tuning
+
+    for table in ("TUNED", "TUNED_LARGE"):
+        monkeypatch.setattr(fused_tiles, table, {})
+        monkeypatch.setattr(tuning, table, getattr(fused_tiles, table))
+    small, large = (fused_tiles.Product("plain", True, rows, 96, 64) for rows in (16, 256))
+    tiles = {small: fused_tiles.Tile(32, 64, 2, 4), large: fused_tiles.LargeTile(64, 3, 4, half=True)}
+    tuning.save(tiles, tmp_path / "tiles.json")
+    assert tuning.load(tmp_path / "tiles.json") == tiles
+    tuning.use(tiles)
+    assert fused_tiles.tile_of(small, 4) == tiles[small]
+    assert fused_tiles.large_tile_of(fused_tiles.Product("plain", True, 128, 96, 64), 250.0) == tiles[large]
+    (tmp_path / "other.json").write_text('[{"tile": 3}]')
+    with pytest.raises(moe_fx.ConfigError, match=r"other\.json holds no tiles"):
+        tuning.load(tmp_path / "other.json")
+
+
+def test_nothing_is_tuned_where_the_kernels_do_not_run(monkeypatch):
+    from moe_fx.kernels import triton_or_none, tuning
+
+    monkeypatch.setattr(triton_or_none, "AVAILABLE", False)
+    with pytest.raises(moe_fx.ConfigError, match="nothing can be tuned here: the fused kernels need Triton"):
+        tuning.tune(num_experts=4, top_k=2, hidden=64, inner=64, tokens=[1])
+
+
+@pytest.mark.parametrize("op", ["fused_experts", "fused_experts_any"])
+def test_with_gradients_a_forward_pass_runs_and_a_backward_pass_says_why_not(op):
+    up, down = torch.randn(4, 12, 8, requires_grad=True), torch.randn(4, 8, 6, requires_grad=True)
+    tokens, ids = torch.randn(3, 8), torch.randint(0, 4, (3, 2))
+
+    def layer():
+        return getattr(torch.ops.moe_fx, op)(
+            tokens, ids, None, [up], [], "none", False, [down], None, "none", False, "gate_up", "silu", 0.0, 0.0, False,
+            torch.float32,
+        )  # fmt: skip
+
+    with pytest.raises(RuntimeError, match="the fused expert kernels have no gradient"):
+        layer().sum().backward()
 
 
 def test_the_ops_keep_their_promises_to_the_compiler():

@@ -13,7 +13,7 @@ from toys import Gathered
 import moe_fx
 from moe_fx.formats import Unquantized
 from moe_fx.kernels import fused_experts as ops
-from moe_fx.kernels import fused_large, fused_launch, fused_tiles, triton_or_none, triton_rows, triton_widen
+from moe_fx.kernels import fused_large, fused_launch, fused_tiles, triton_or_none, triton_rows, triton_widen, tuning
 from moe_fx.kernels.triton_routing import route, route_reference
 
 pytestmark = [
@@ -153,8 +153,8 @@ def test_routing_weight_on_the_rows(form):
 
 @pytest.fixture(params=[True, False], ids=["half tiles", "whole tiles"])
 def half(request, monkeypatch):
-    def chosen(*given):
-        return replace(fused_tiles.LARGE[given[:2]][-1][1], half=request.param)
+    def chosen(product, rows):
+        return replace(fused_tiles.LARGE[product.kind == "dynamic", product.two][-1][1], half=request.param)
 
     monkeypatch.setattr(fused_large, "large_tile_of", chosen)
 
@@ -398,6 +398,36 @@ def test_any_other_body_compiles_between_fused_linears(tokens, form):
             x = rows(count)
             with torch.no_grad():
                 assert sqnr(run(x.cuda()).cpu().float(), expected_of(model, form, x).float()) > least(form)
+
+
+@pytest.mark.parametrize("tokens", [1, 300, 3000])
+def test_auto_takes_the_kernels(tokens):
+    model = Gathered(num_experts=8, hidden=64, inner=128, dtype=torch.bfloat16).cuda()
+    program = torch.export.export(model, (rows(tokens).cuda(),))
+    result = moe_fx.transform(program, moe_fx.Config(require="all"))
+    assert moe_fx.report(result).layers[0].lowering == "fused"
+    run = torch.compile(result.module(), fullgraph=True)  # with gradients enabled
+    x = rows(tokens)
+    assert sqnr(run(x.cuda()).detach().cpu().float(), expected_of(model.cpu(), None, x)) > 35
+
+
+def test_what_is_trained_keeps_its_gradient():
+    model = Gathered(num_experts=8, hidden=64, inner=96, dtype=torch.bfloat16).cuda()
+    torch.compiler.reset()
+    backend = moe_fx.backend()
+    torch.compile(model, backend=backend)(rows(37).cuda()).sum().backward()
+    assert backend.reports[0].layers[0].lowering == "grouped_mm"
+    assert "no gradient" in backend.reports[0].layers[0].why
+    assert model.down.grad is not None
+
+
+@pytest.mark.parametrize("quantize", [None, moe_fx.Int4WeightOnly(32), moe_fx.Float8Dynamic()], ids=repr)
+def test_tuned(quantize):
+    found = tuning.tune(
+        num_experts=4, top_k=2, hidden=256, inner=384, tokens=[2, 500], quantize=quantize, gated="gate_up"
+    )
+    assert {product.two for product in found} == {True, False}
+    assert len(found) == 4
 
 
 def test_compiled_weights_are_read_where_they_lie():

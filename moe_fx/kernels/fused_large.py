@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moe_fx.kernels.fused_projection import Projection, Routing, operands, widened
-from moe_fx.kernels.fused_tiles import SORT_ABOVE, LargeTile, large_tile_of, loads_by_descriptor, widens_first
+from moe_fx.kernels.fused_tiles import SORT_ABOVE, LargeTile, Product, large_tile_of, loads_by_descriptor, widens_first
 from moe_fx.kernels.triton_large import large_gemm_kernel
 from moe_fx.kernels.triton_or_none import is_opaque, wrapped
 from moe_fx.kernels.triton_rows import quantize_rows, sort_rows, sum_slots
@@ -59,8 +59,9 @@ def large_gemm(
     given = operands(projection, routing.ids)
     two, block_m, block_k = given.two, routing.block, 128 // rows.element_size()
     if tile is None:
-        steps = rows.shape[1] // block_k
-        tile = large_tile_of(projection.kind == "dynamic", two, routing.ids.numel() / routing.num_experts, steps)
+        kind = "dynamic" if projection.kind == "dynamic" else "plain"
+        product = Product(kind, two, block_m, given.width, rows.shape[1])
+        tile = large_tile_of(product, routing.ids.numel() / routing.num_experts)
     weight = _descriptor(given.weight, tile.block_n, block_k)
     other = weight if given.other is given.weight else _descriptor(given.other, tile.block_n, block_k)
     left = rows if gather else _descriptor(rows, block_m, block_k)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from moe_fx.kernels.fused_large import run_large, run_linear_large, takes_descriptors
-from moe_fx.kernels.fused_projection import Operands, Projection, Routing, operands, output_width, widened
-from moe_fx.kernels.fused_tiles import FEW_SLOTS, Tile, tile_of, widens_first
+from moe_fx.kernels.fused_projection import Projection, Routing, operands, output_width, widened
+from moe_fx.kernels.fused_tiles import FEW_SLOTS, Product, Tile, tile_of, widens_first
 from moe_fx.kernels.triton_gemm import expert_gemm_kernel
 from moe_fx.kernels.triton_or_none import INTERPRETED, wrapped
 from moe_fx.kernels.triton_rows import quantize_rows, split_pairs, sum_slots
@@ -37,11 +37,11 @@ def expert_gemm(
     """
     ids, dtype, kind = routing.ids, rows.dtype, projection.kind
     given = operands(projection, ids)
-    if tile is None:
-        plain = given.weight.dtype is dtype
-        tile = tile_of("plain" if plain else kind, projection.gated != "none", routing.block, _programs(routing, given))
-
     inputs = rows.shape[1]
+    if tile is None:
+        stored = "plain" if given.weight.dtype is dtype else kind
+        product = Product(stored, projection.gated != "none", routing.block, given.width, inputs)
+        tile = tile_of(product, min(ids.numel(), routing.num_experts))
     row_scale = ids
     block_k, group_bytes, unroll, shifted = tile.block_k, 1, tile.unroll, False
     if kind == "dynamic":
@@ -90,11 +90,6 @@ def sum_block(projection: Projection, dtype: torch.dtype, inputs: int, routing: 
     group_bytes = inputs // projection.tensors[1].shape[-1] // 2
     wanted = dtype is torch.bfloat16 and routing.block == SHIFTED_BLOCK and group_bytes & (group_bytes - 1) == 0
     return group_bytes if wanted else 0
-
-
-def _programs(routing: Routing, given: Operands) -> int:
-    """Output columns times tiles of rows, if every slot has its own expert: what there is to spread over a GPU."""
-    return given.width * min(routing.ids.numel(), routing.num_experts)
 
 
 def run_linear(rows: torch.Tensor, ids: torch.Tensor, num_experts: int, projection: Projection) -> torch.Tensor:

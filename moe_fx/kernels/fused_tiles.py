@@ -6,12 +6,12 @@ speed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import inf
+from dataclasses import dataclass, replace
+from math import inf, log2
 
 __all__ = [
-    "FEW_SLOTS", "LARGE", "SORT_ABOVE", "TILES", "LargeTile", "Tile", "block_of_rows", "large_tile_of",
-    "loads_by_descriptor", "tile_of", "widens_first",
+    "FEW_SLOTS", "LARGE", "SORT_ABOVE", "TILES", "TUNED", "TUNED_LARGE", "LargeTile", "Product", "Tile",
+    "block_of_rows", "large_product", "large_tile_of", "loads_by_descriptor", "tile_of", "widens_first",
 ]  # fmt: skip
 
 #: up to how many slots each tile finds its rows by itself, without a routing kernel
@@ -170,14 +170,47 @@ def widens_first(kind: str, num_slots: int, num_experts: int) -> bool:
     return kind in WIDEN_ABOVE and num_slots > WIDEN_ABOVE[kind] * num_experts
 
 
-def tile_of(kind: str, two: bool, block: int, columns: int) -> Tile:
-    """The tile for so many output columns of all experts that can be hit."""
-    tile = TILES[kind, two, block]
-    return NARROW.get((kind, two, block), tile) if columns < FEW_PROGRAMS * tile.block_n else tile
+@dataclass(frozen=True)
+class Product:
+    """What a tile was tuned for.
+
+    Attributes:
+        kind, two: as in TILES. rows: per tile; of large tiles, per expert, rounded to a power of two.
+        outputs, inputs: of one expert's weight (of gate or of up).
+    """
+
+    kind: str
+    two: bool
+    rows: int
+    outputs: int
+    inputs: int
 
 
-def large_tile_of(bytes_: bool, two: bool, rows: float, steps: int) -> LargeTile:
-    """The tile for so many rows per expert, and so many steps along K."""
-    if not two and steps <= SHORT_STEPS:
+#: what moe_fx.kernels.tuning found, ahead of the tables
+TUNED: dict[Product, Tile] = {}
+TUNED_LARGE: dict[Product, LargeTile] = {}
+
+
+def tile_of(product: Product, hit: int) -> Tile:
+    """The tile of a product, of which at most ``hit`` experts' weights are read."""
+    if product in TUNED:
+        return TUNED[product]
+    key = product.kind, product.two, product.rows
+    tile = TILES[key]
+    return NARROW.get(key, tile) if product.outputs * hit < FEW_PROGRAMS * tile.block_n else tile
+
+
+def large_product(product: Product, rows: float) -> Product:
+    """The same for so many rows per expert."""
+    return replace(product, rows=1 << max(round(log2(rows)), 0))
+
+
+def large_tile_of(product: Product, rows: float) -> LargeTile:
+    """The large tile of a product with so many rows per expert."""
+    known = TUNED_LARGE.get(large_product(product, rows))
+    if known is not None:
+        return known
+    bytes_ = product.kind == "dynamic"
+    if not product.two and product.inputs * (1 if bytes_ else 2) <= SHORT_STEPS * 128:
         return SHORT
-    return next(tile for most, tile in LARGE[bytes_, two] if rows <= most)
+    return next(tile for most, tile in LARGE[bytes_, product.two] if rows <= most)
