@@ -101,11 +101,13 @@ def seconds(calls: Sequence[Callable[[], Any]]) -> float:
 def tune(
     *, num_experts: int, top_k: int, hidden: int, inner: int, tokens: Sequence[int], gated: str = "gate_up",
     quantize: WeightFormat | None = None, dtype: torch.dtype = torch.bfloat16,
+    report: Callable[[Product, dict[Any, float]], None] = lambda product, times: None,
 ) -> Tiles:  # fmt: skip
     """The fastest tiles for a layer of these sizes at these numbers of tokens, on random weights and routing.
 
     Args:
         gated: how gate and up lie, as ``moe_fx::fused_experts`` names it: "gate_up" or "none", for example.
+        report: told the seconds of every candidate, the table's own first; infinite where it cannot be used.
 
     Raises:
         ConfigError: the kernels do not run here.
@@ -127,6 +129,7 @@ def tune(
         for count in tokens:
             for product, tiles, call in _trials(up, down, num_experts, top_k, count, dtype):
                 times = {tile: _tried(call, tile) for tile in tiles}
+                report(product, times)
                 found[product] = min(times, key=times.__getitem__)
     return found
 
