@@ -25,9 +25,9 @@ def shown(tile) -> str:
 
 def told(product: Product, times: dict) -> None:
     table, best = next(iter(times)), min(times, key=times.__getitem__)
-    what = f"{product.kind:8} {product.outputs:6}x{product.inputs:<6} {product.rows:4} rows"
     print(
-        f"{what}  table {shown(table):20} {times[table] * 1e6:8.1f} us  best {shown(best):20} {times[best] * 1e6:8.1f} us"
+        f"{product.kind:8} {product.outputs:6}x{product.inputs:<6} {product.rows:4} rows"
+        f"  table {shown(table):20} {times[table] * 1e6:8.1f} us  best {shown(best):20} {times[best] * 1e6:8.1f} us"
     )
 
 
