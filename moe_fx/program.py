@@ -23,10 +23,15 @@ from moe_fx.errors import ProgramError
 from moe_fx.matcher import arguments, op_name
 from moe_fx.shapes import tensor_of
 
-__all__ = ["CastWeight", "ExportedWork", "Program", "StackedWeight", "Weight", "check_inference", "stacked_name"]
+__all__ = ["DerivedWeight", "ExportedWork", "Program", "StackedWeight", "Weight", "check_inference", "stacked_name"]
 
 #: where a transformed program carries its report; survives save, load and run_decompositions
 META_KEY = "moe_fx"
+
+#: what a program may make of a weight before it reads it
+DERIVING = frozenset({
+    "aten::to", "aten::reshape", "aten::unsqueeze", "aten::squeeze", "aten::transpose", "aten::permute",
+})  # fmt: skip
 
 WEIGHT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
@@ -74,20 +79,28 @@ class StackedWeight(Weight):
 
 
 @dataclass(frozen=True)
-class CastWeight(Weight):
-    """What the program casts before it reads it: ``tensor`` tells its shape and dtype, without values."""
+class DerivedWeight(Weight):
+    """What the program casts or reshapes before it reads it: ``tensor`` tells its shape and dtype, without values."""
 
     source: Weight | None = None
+    step: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach
 
     @property
     def parts(self) -> tuple[torch.Tensor, ...]:
         assert self.source is not None
         return self.source.parts
 
+    @property
+    def is_stacked(self) -> bool:
+        """Whether it is made of one weight per expert."""
+        source = self.source
+        return isinstance(source, StackedWeight) or (isinstance(source, DerivedWeight) and source.is_stacked)
+
     def values(self) -> torch.Tensor:
-        """The weight in the dtype in which it is read, made anew at every call."""
+        """The weight as it is read, made anew at every call."""
         assert self.source is not None
-        return self.source.values().detach().to(self.tensor.dtype)
+        with torch.no_grad():
+            return self.step(self.source.values())
 
 
 def stacked_name(names: Sequence[str]) -> str:
@@ -125,6 +138,24 @@ class Program(ABC):
         name = f"moe_body_{number}"
         self.graph_module.add_module(name, body)
         return name
+
+    def derive(self, node: Node) -> None:
+        """Name what the program casts or reshapes of a weight after it, so that it is quantized as the weight is."""
+        source, value = node.args[0] if node.args else None, tensor_of(node)
+        if node in self.weights or op_name(node) not in DERIVING or not isinstance(source, Node) or value is None:
+            return
+        self.derive(source)
+        weight = self.weights.get(source)
+        if weight is None or not all(isinstance(size, int) for size in value.shape):
+            return
+        target, rest = node.target, node.args[1:]
+
+        def step(tensor: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = target(tensor, *rest)  # type: ignore[operator]
+            return result
+
+        like = torch.empty(value.shape, dtype=value.dtype, device="meta")
+        self.weights[node] = DerivedWeight(weight.fqn, like, weight, step)
 
     @abstractmethod
     def add_weight(self, fqn: str, tensor: torch.Tensor, device: torch.device | None = None) -> Node:

@@ -17,7 +17,7 @@ from moe_fx.errors import ProgramError
 from moe_fx.experts import expert_linear
 from moe_fx.formats import Torchao, WeightFormat, stored_form
 from moe_fx.pipeline import Layer, Work
-from moe_fx.program import Program, StackedWeight, Weight
+from moe_fx.program import DerivedWeight, Program, StackedWeight, Weight
 
 __all__ = ["quantize_experts"]
 
@@ -55,10 +55,10 @@ def _stack(layer: Layer, program: Program) -> None:
     """What is still one weight per expert becomes one tensor."""
     for source in dict.fromkeys(layer.node.args[3]):
         weight = program.weights.get(source)
-        if not isinstance(weight, StackedWeight):
+        if not isinstance(weight, StackedWeight) and not (isinstance(weight, DerivedWeight) and weight.is_stacked):
             continue
 
-        def make(weight: StackedWeight = weight) -> tuple[torch.Tensor, ...]:
+        def make(weight: Weight = weight) -> tuple[torch.Tensor, ...]:
             return (weight.values(),) if weight.has_values else (weight.tensor,)
 
         (tensor,) = program.remembered(weight, "stack", make)

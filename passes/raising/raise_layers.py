@@ -216,6 +216,8 @@ def _clamped(program: Program, region: Region) -> Node:
 def _layer(
     work: Work, region: Region, node: Node, router: str, in_range: bool, distinct: bool, result: CheckResult
 ) -> Layer:
+    for param in region.params:
+        work.program.derive(param)
     weights = [work.program.weights[p] for p in region.params if p in work.program.weights]
     # The experts' own module holds the parameters; where they come from elsewhere, the trace tells the module.
     fqn = _common_module([weight.fqn for weight in weights]) if weights else module_of(region.root)
