@@ -1,7 +1,7 @@
 """What a body does to a parameter before it meets rows is done outside, to the parameters of all experts at once.
 
-body: linear(x, reshape(to(p0, bf16), [1, 32]))     =>      body: linear(x, p0)
-experts(x, ids, (), (w,), ...)                              experts(x, ids, (), (reshape(to(w, bf16), [E, 1, 32]),), ...)
+body: linear(x, reshape(to(p0, bf16), [1, 32]))    =>    body: linear(x, p0)
+experts(x, ids, (), (w,), ...)                           experts(x, ids, (), (reshape(to(w, bf16), [E, 1, 32]),), ...)
 """
 
 from __future__ import annotations

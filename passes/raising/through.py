@@ -24,7 +24,7 @@ __all__ = ["Through", "is_elementwise", "is_view", "through"]
 aten = torch.ops.aten
 
 #: elementwise without the tag
-ELEMENTWISE = frozenset({"aten::to", "aten::clone", "aten::contiguous", "aten::masked_fill", "aten::dropout"})
+ELEMENTWISE = frozenset({"aten::to", "aten::masked_fill", "aten::dropout"})
 VIEWS = frozenset({
     "aten::reshape", "aten::transpose", "aten::permute", "aten::unsqueeze", "aten::squeeze", "aten::expand",
     "aten::repeat", "aten::repeat_interleave", "aten::contiguous", "aten::clone",
@@ -78,9 +78,9 @@ def through(node: Node, place: Place, sizes: Mapping[str, Dim]) -> Through | str
     if node.target._schema.is_mutable:
         return "a functional op (this one writes in place, and another value shares its memory)"
     given = arguments(node)
-    if is_elementwise(node):
-        return _elementwise(node, place, sizes)
     rule = _RULES.get(name)
+    if is_elementwise(node) and rule is not _same:
+        return _elementwise(node, place, sizes)
     if rule is not None:
         return rule(node, given, place, sizes)
     short = name.removeprefix("aten::")
