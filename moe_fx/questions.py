@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from moe_fx.counted import Count, length_of, plain_slices, rows_between, slice_bounds
 from moe_fx.errors import ExportError
 from moe_fx.shapes import depends_on_values, known_equal
-from moe_fx.tracing import NONZERO, Number, Places, is_vector
+from moe_fx.tracing import NONZERO, Number, Places, Row, is_vector
 
 __all__ = ["EveryExpert"]
 
@@ -70,24 +70,6 @@ class _ListedNumber(Number):
     """The number of an expert, from a list of those that were hit."""
 
     source: Tensor
-
-
-class _Row(list[Any]):
-    """A row of what ``nonzero`` answers: a tensor of one place, which also counts as that place."""
-
-    def __index__(self) -> int:
-        return int(self[0])
-
-    __int__ = __index__
-
-    def squeeze(self, dim: int = -1) -> Any:
-        return self[0]
-
-    def item(self) -> Any:
-        return self[0]
-
-    def tolist(self) -> _Row:
-        return self
 
 
 class EveryExpert(TorchFunctionMode):
@@ -140,11 +122,11 @@ class EveryExpert(TorchFunctionMode):
         if bounds is not None and func is not Tensor.__setitem__:
             self.hold_slice(*bounds)
             return rows_between(args[0], *bounds)
-        if func in READS and isinstance(args[1], _Row):
+        if func in READS and isinstance(args[1], Row):
             result = args[0][int(args[1])].unsqueeze(0)
             self.remember(result, self.of_expert(args[0], args[1][0]))
             return result
-        result = func(*(int(arg) if isinstance(arg, _Row) else arg for arg in args), **kwargs)
+        result = func(*(int(arg) if isinstance(arg, Row) else arg for arg in args), **kwargs)
         if func in SIZES:
             return self.size(args[0], first, result)
         if func in JOINS and depends_on_values(result.shape[0]):
@@ -223,7 +205,7 @@ class EveryExpert(TorchFunctionMode):
         for place in range(hits.shape[0] if self.hit else 0):
             number = _ListedNumber(place)
             number.source = meaning.source
-            places.append(_Row([number]))
+            places.append(Row([number]))
         rows = Places(places)
         return (rows.flatten(),) if as_tuple else rows
 

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from moe_fx.counted import plain_slices
 from moe_fx.kernels import each_expert
 
-__all__ = ["NONZERO", "EachExpert", "Number", "Places", "is_vector"]
+__all__ = ["NONZERO", "EachExpert", "Number", "Places", "Row", "is_vector"]
 
 assert each_expert is not None  # importing it registers the op
 
@@ -39,6 +39,24 @@ class _Place(torch.SymInt):
         return self
 
     def tolist(self) -> _Place:
+        return self
+
+
+class Row(list[Any]):
+    """A row of what ``nonzero`` answers: a tensor of one place, which also counts as that place."""
+
+    def __index__(self) -> int:
+        return int(self[0])
+
+    __int__ = __index__
+
+    def squeeze(self, dim: int = -1) -> Any:
+        return self[0]
+
+    def item(self) -> Any:
+        return self[0]
+
+    def tolist(self) -> Row:
         return self
 
 
@@ -89,7 +107,7 @@ class EachExpert(TorchFunctionMode):
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
             args = (args[0], plain_slices(args[1]), *args[2:])
         if func in NONZERO and is_vector(args[0]):
-            rows = Places([place] for place in self.places_of(args[0]))
+            rows = Places(Row([place]) for place in self.places_of(args[0]))
             return (rows.flatten(),) if kwargs.get("as_tuple") else rows
         result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor) and any(arg is place for arg in args for place in self.places):

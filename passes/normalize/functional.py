@@ -9,13 +9,14 @@ reads such memory is left alone.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from moe_fx.matcher import op_name
 from moe_fx.rewrite import respell
-from moe_fx.shapes import tensor_of
+from moe_fx.shapes import same_shape, tensor_of
 
 __all__ = ["functionalize", "memory_of"]
 
@@ -25,6 +26,7 @@ MAY_RETURN_INPUT = frozenset({"aten::dropout", "aten::feature_dropout", "aten::a
 #: ops whose result has the dtype of their first operand, whatever the places they write to are given in
 INDEXED = frozenset({
     torch.ops.aten.index_put, torch.ops.aten.scatter, torch.ops.aten.index_add, torch.ops.aten.scatter_add,
+    torch.ops.aten.index_copy,
 })  # fmt: skip
 
 
@@ -34,6 +36,14 @@ def functionalize(graph: Graph) -> set[Node]:
     order = {node: place for place, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+            continue
+        if (written_part := _written_part(node, order)) is not None:
+            base, call, args = written_part
+            respell(node, call, args, {})
+            node.meta["val"] = base.meta["val"]
+            for user in list(base.users):
+                if order[user] > order[node]:
+                    user.replace_input_with(base, node)
             continue
         functional = _functional_form(node)
         target = node.args[0] if node.args and isinstance(node.args[0], Node) else None
@@ -45,6 +55,23 @@ def functionalize(graph: Graph) -> set[Node]:
             if order[user] > order[node]:
                 user.replace_input_with(target, node)
     return written
+
+
+#: views of a part of a tensor, and the op that returns the tensor with that part replaced
+PARTS = {"aten::slice": torch.ops.aten.slice_scatter.default, "aten::select": torch.ops.aten.select_scatter.default}
+
+
+def _written_part(node: Node, order: dict[Node, int]) -> tuple[Node, torch._ops.OpOverload, tuple[Any, ...]] | None:
+    """``whole[a:b] = part``: the tensor that is written to, and the call that yields it as it is then."""
+    part, values = (*node.args, None, None)[:2]
+    if op_name(node) != "aten::copy_" or not isinstance(part, Node) or op_name(part) not in PARTS or node.users:
+        return None
+    base, written, mine = part.args[0], tensor_of(values) if isinstance(values, Node) else None, tensor_of(part)
+    if not isinstance(base, Node) or written is None or mine is None or memory_of(base) is not base:
+        return None
+    if written.dtype != mine.dtype or not same_shape(written.shape, mine.shape) or not _harmless(node, base, order):
+        return None
+    return base, PARTS[op_name(part) or ""], (base, values, *part.args[1:])
 
 
 def _functional_form(node: Node) -> torch._ops.OpOverload | None:

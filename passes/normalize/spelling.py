@@ -74,6 +74,13 @@ def _to_copy(node: Node, given: dict[str, Any]) -> Spelling | None:
     return aten.to.dtype, (given["self"], result.dtype)
 
 
+def _type_as(node: Node, given: dict[str, Any]) -> Spelling | None:
+    source, result = tensor_of(given["self"]), tensor_of(node)
+    if source is None or result is None or source.device != result.device:
+        return None
+    return aten.to.dtype, (given["self"], result.dtype)
+
+
 def _floor_divide(node: Node, given: dict[str, Any]) -> Spelling | None:
     return (
         (aten.floor_divide.default, (given["self"], given["other"])) if given.get("rounding_mode") == "floor" else None
@@ -157,6 +164,7 @@ _RULES: dict[str, Callable[[Node, dict[str, Any]], Spelling | None]] = {
     "aten::flatten": _flatten,
     "aten::_softmax": _softmax,
     "aten::_to_copy": _to_copy,
+    "aten::type_as": _type_as,
     "aten::div": _floor_divide,
     "aten::permute": _permute,
     "aten::t": _transpose_last,

@@ -11,7 +11,14 @@ from moe_fx.matcher import arguments, op_name
 from moe_fx.report import module_of
 from moe_fx.shapes import depends_on_values, shape_of
 
-__all__ = ["anchors_behind", "anchors_near", "is_anchor", "leads_to_experts", "reads_stack"]
+__all__ = [
+    "anchors_behind",
+    "anchors_near",
+    "is_anchor",
+    "leads_to_experts",
+    "reads_chosen_stack",
+    "reads_stack",
+]
 
 #: ops by which the scores of some experts come to differ from those of all others
 SETTING_APART = frozenset({"aten::scatter", "aten::one_hot", "aten::masked_fill", "aten::index_put", "aten::where"})
@@ -120,6 +127,15 @@ def _joins_parts(node: Node) -> bool:
 def _is_stack(node: object) -> bool:
     shape = shape_of(node)
     return isinstance(node, Node) and node.op in ("placeholder", "get_attr") and shape is not None and len(shape) >= 3
+
+
+def reads_chosen_stack(node: Node) -> bool:
+    """Whether an operand is what rows chose of parameters that are stacked over experts."""
+    chosen = False
+    while op_name(node) in STEPS and isinstance(node.args[0], Node):
+        chosen |= op_name(node) == "aten::index"
+        node = node.args[0]
+    return chosen and node.op in ("placeholder", "get_attr") and len(shape_of(node) or ()) >= 2
 
 
 def reads_stack(node: Node) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 from moe_fx.passes.raising import each_expert as each_expert_loop
-from moe_fx.passes.raising import gathered, grouped, loops
+from moe_fx.passes.raising import every_token, gathered, grouped, loops
 from moe_fx.passes.raising.anchors import anchors_behind, leads_to_experts
 from moe_fx.passes.raising.axes import EXPERT, HIT, ONE, SLOT, SORTED_ROW, TOKEN, Place, axes_of, features, size_of
 from moe_fx.passes.raising.each_expert import terms
@@ -32,12 +32,12 @@ from moe_fx.kernels import each_expert
 from moe_fx.matcher import Match, Miss, arguments, match, op_name
 from moe_fx.shapes import shape_of, tensor_of
 
-__all__ = ["region_at", "register"]
+__all__ = ["one_slot_at", "region_at", "register"]
 
 aten = torch.ops.aten
 
 #: the pieces between a sum over slots, or over all experts, and the tokens
-PIECES: tuple[Piece, ...] = (*grouped.PIECES, *gathered.PIECES)
+PIECES: tuple[Piece, ...] = (*grouped.PIECES, *gathered.PIECES, *every_token.PIECES)
 #: pieces from outside this package
 REGISTERED: list[Piece] = []
 
@@ -117,19 +117,30 @@ def _rows_added(root: Node) -> tuple[Region | Miss, set[Node]] | None:
     return region, anchors
 
 
+def one_slot_at(root: Node) -> Region | Miss | None:
+    """The layer with one expert per token that ends in a value nobody sums; None where no rows of tokens stand."""
+    axes = token_axes(shape_of(root) or ())
+    if axes is None:
+        return None
+    sizes, tokens, place = axes
+    sizes |= {SLOT: 1, SORTED_ROW: size_of(tokens, sizes)}
+    walk = Walk(root, sizes, tokens, (*PIECES, *REGISTERED), {}, ending=root.users)
+    output = walk.value(root, place)
+    region = walk.region(output) if isinstance(output, Value) else walk.deepest or output
+    wrong = misfit(region) if isinstance(region, Region) else None
+    return region if wrong is None else wrong
+
+
 def _rows_written(root: Node) -> tuple[Region | Miss, set[Node]] | None:
     """One expert per token, each of which writes the rows of its tokens."""
     ids, axes = ids_written(root), token_axes(shape_of(root) or ())
     if ids is None or axes is None:
         return None
     sizes, tokens, place = axes
-    walk = Walk(root, {**sizes, SLOT: 1}, tokens, (*PIECES, *REGISTERED), {}, ending=root.users)
-    if walk.ids_of(ids, place[:1]) is None:
+    if Walk(root, {**sizes, SLOT: 1}, tokens, (), {}).ids_of(ids, place[:1]) is None:
         return None  # rows of several slots per token, which are summed somewhere
-    output = walk.value(root, place)
-    region = walk.region(output) if isinstance(output, Value) else walk.deepest or output
-    wrong = misfit(region) if isinstance(region, Region) else None
-    return (region if wrong is None else wrong), {root}
+    region = one_slot_at(root)
+    return (region, {root}) if region is not None else None
 
 
 def _sum_of_terms(root: Node) -> tuple[Region | Miss, set[Node]] | None:
@@ -323,6 +334,11 @@ def _loop(root: Node, loop: loops.Loop) -> Region | Miss:
         if isinstance(region, Miss):
             return region
         regions.append(region)
+    # Experts without parameters, which return the token or zeros, are none of the layer's: their steps follow it.
+    while len(steps) > 1 and not regions[-1].params and not regions[-1].shared:
+        regions.pop()
+        steps.pop()
+        root = steps[-1][0]
     if len(steps) < 2:
         return Miss("a loop over experts", "a single step", root)
     # Where another loop goes over the slots, the steps of one slot look at the same column of ids.

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moe_fx.passes.raising.loops import literal, one_slot_of, slots_of, sums, zero
+from moe_fx.passes.raising.loops import any_slots_of, literal, one_slot_of, sums, zero
 from moe_fx.passes.raising.pieces import TOKENS, Column, Piece, Slot
 from torch.fx import Node
 
@@ -34,8 +34,8 @@ OWN: Pattern = aten.select(Var("param"), 0, literal)
 
 table = Var("table")
 column = aten.select(table, Last(-1), literal)
-total = sums(slots_of)
-kept_dim = aten.sum(either(aten.mul(Var("slot", rank=2), cast(slots_of))), [Last(1)], True)
+total = sums(any_slots_of)
+kept_dim = sums(any_slots_of, keepdim=True)
 
 #: the weight of the one slot that is looked at, zero where it is another expert's
 slot = Var("slot", rank=1)
@@ -49,7 +49,7 @@ PIECES: tuple[Piece, ...] = (
     Slot(TOKENS, kept_dim),
 )
 #: what tells one step from another: where an expert's number is read
-NUMBERED = (column, aten.slice(table, Last(-1), literal, ANY), slots_of, one_slot_of)
+NUMBERED = (column, aten.slice(table, Last(-1), literal, ANY), any_slots_of, one_slot_of)
 #: how far back from a term its expert's number is looked for
 NEAR = 80
 

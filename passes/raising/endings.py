@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from moe_fx.passes.raising import every_token
 from moe_fx.passes.raising.axes import EXPERT, ONE, SLOT, SORTED_ROW, TOKEN, Axis, Place, size_of
 from moe_fx.passes.raising.contraction import contraction
 from torch.fx import Node
 
-from moe_fx.matcher import arguments, op_name
+from moe_fx.constants import filled_with
+from moe_fx.matcher import Match, arguments, match, op_name
 from moe_fx.shapes import Dim, known_equal, shape_of
 
 __all__ = ["Ending", "endings", "token_axes"]
@@ -40,6 +42,12 @@ def endings(root: Node) -> Iterator[Ending]:
         return
     if op_name(root) == "aten::sum":
         yield from _sums(root, shape)
+    added = match(every_token.ADDED, root)
+    if isinstance(added, Match) and filled_with(added["base"]) == 0 and isinstance(added["experts"], int):
+        known = _axes(shape, EXPERT, added["experts"])
+        if known is not None:
+            sizes, tokens, place = known
+            yield Ending(((added["summed"], ((EXPERT, *tokens), place[-1])),), place, sizes, tokens)
     found = contraction(root)
     if found is None or found.bias is not None or len(found.summed) != 1:
         return

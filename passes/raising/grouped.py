@@ -112,10 +112,8 @@ PIECES: tuple[Piece, ...] = (
     Slot(SORTED, aten.index(aten.unsqueeze(aten.reshape(Var("slot", rank=2), ANY), Last(1)), [perm])),
     ExpertLinear(SORTED, grouped_mm(transposed), "sort_grouped_mm"),
     ExpertLinear(SORTED, grouped_mm(weight), "sort_grouped_mm", transposed=True),
-    ExpertRow(
-        SORTED,
-        aten.index(Var("param"), [optional(clamped, sorted_ids)]),
-    ),
+    ExpertRow(SORTED, aten.index(Var("param"), [clamped(sorted_ids)])),
+    ExpertRow(SORTED, aten.index(Var("param"), [sorted_ids]), by_id=True),
     Mask(SORTED, aten.masked_fill(rows, aten.unsqueeze(no_expert, Last(-1)), 0)),
     Mask(SORTED, aten.where(aten.unsqueeze(some_expert, Last(-1)), rows, aten.scalar_tensor(0, dtype=ANY))),
 )

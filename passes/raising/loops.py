@@ -26,7 +26,7 @@ inner_dims = OneOfValues([-1, -2], [-2, -1], [1, 2], [2, 1])
 #: an expert of an unrolled loop: its number
 literal = As("expert", AtLeast(0))
 zero = either(aten.scalar_tensor(0, dtype=ANY), 0)
-slot_value, base, summed = Var("slot", rank=2), Var("base"), Var("summed", rank=2)
+slot_value, base, summed = Var("slot", rank=(2, 3)), Var("base"), Var("summed", rank=2)
 
 
 def expert_of(ids: Var, expert: Pattern) -> Pattern:
@@ -81,14 +81,35 @@ def by_slot(expert: Pattern, mask: Pattern, token_dim: int) -> tuple[Loop, ...]:
 def by_token(expert: Pattern, mask: Pattern, slots: Pattern | None) -> tuple[Loop, ...]:
     """Loops over the tokens of an expert; ``mask`` is true at ``[token]``, and ``slots`` at ``[token, slot]``."""
     found = []
-    for token in (mask, places(mask, 0), either(aten.squeeze(aten.nonzero(mask), Last(1)),
-                                                aten.reshape(aten.nonzero(mask), ANY))):  # fmt: skip
+    for token in (mask, *all_places(mask)):
         # A column of a table of all experts, or of the weights of all slots: the steps together tell which it is.
         for weights in (columns(expert, token, slots), (of_token(token, Var("slot", rank=1)),)):
             pieces = (*weights, *dispatch(token))
             for step in (adds(token), adds_and_assigns(token)):
                 found.append(Loop(step, pieces, aten.select(Var("param"), 0, expert), once=True))
     return tuple(found)
+
+
+def by_flat_slot(expert: Pattern) -> tuple[Loop, ...]:
+    """Loops over the slots of an expert, numbered through: slot ``i`` is one of token ``i // top_k``."""
+    found = []
+    mask = aten.eq(aten.reshape(Var("ids", rank=2), ANY), expert)
+    for slot in all_places(mask):
+        token = aten.floor_divide(slot, Var("top_k"))
+        weight = aten.reshape(slot_value, ANY)
+        pieces = (
+            Slot(HITS, aten.index(optional(lambda s: aten.unsqueeze(s, Last(1)), weight), [slot])),
+            Dispatch(HITS, aten.index(aten.repeat_interleave(Var("tokens", rank=2), Var("top_k"), 0), [slot])),
+            *dispatch(token),
+        )
+        found.append(Loop(adds(token), pieces, aten.select(Var("param"), 0, expert), once=False))
+    return tuple(found)
+
+
+def all_places(mask: Pattern) -> tuple[Pattern, Pattern]:
+    """Where a mask over rows is true."""
+    listed = aten.nonzero(mask)
+    return places(mask, 0), either(aten.squeeze(listed, Last(1)), aten.reshape(listed, ANY))
 
 
 def of_token(token: Pattern, slot: Pattern) -> Slot:
@@ -119,11 +140,11 @@ def columns(expert: Pattern, token: Pattern, slots: Pattern | None) -> tuple[Pie
     return tuple(pieces)
 
 
-def sums(slots: Pattern) -> Pattern:
+def sums(slots: Pattern, keepdim: bool = False) -> Pattern:
     """A token's routing weights where ``slots`` is true, added up."""
     cast: Any = optional(lambda mask: aten.to(mask, ANY), slots)
     kept = either(aten.mul(slot_value, cast), aten.where(slots, slot_value, zero))
-    return aten.sum(kept, [Last(1)])
+    return aten.sum(kept, [Last(-1)], keepdim)
 
 
 def masked(by_expert: Pattern, token_dim: int) -> tuple[Loop, ...]:
@@ -139,7 +160,8 @@ def masked(by_expert: Pattern, token_dim: int) -> tuple[Loop, ...]:
 slots_of = expert_of(Var("ids", rank=2), literal)
 one_slot_of = expert_of(Var("ids", rank=1), literal)
 #: batch and sequence may stand apart in the ids
-any_slot_of = aten.any(expert_of(Var("ids", rank=(2, 3)), literal), Last(-1))
+any_slots_of = expert_of(Var("ids", rank=(2, 3)), literal)
+any_slot_of = aten.any(any_slots_of, Last(-1))
 token_of = either(aten.reshape(any_slot_of, [-1]), any_slot_of, one_slot_of)
 
 LOOPS = (
@@ -147,4 +169,5 @@ LOOPS = (
     *masked(aten.permute(one_hot, [2, 0, 1]), token_dim=0),  # [E, T, K]
     *by_slot(literal, slots_of, token_dim=0),
     *by_token(literal, token_of, slots_of),
+    *by_flat_slot(literal),
 )

@@ -52,7 +52,7 @@ class Outside:
         self.bindings: dict[str, Any] = dict(bindings)
         self.layouts: dict[str, Place] = {
             kinds.SLOTS: (tokens, (SLOT,)), kinds.TOKEN_MAJOR: ((*tokens, SLOT),), kinds.SORTED: ((SORTED_ROW,),),
-            kinds.HITS: ((HIT,),),
+            kinds.HITS: ((HIT,),), kinds.EXPERT_MAJOR: ((EXPERT, *tokens),),
             kinds.TOKENS: tuple((token,) for token in tokens if specific is not None) or ((HIT,),),
         }  # fmt: skip
         self.body = Writer()
@@ -135,14 +135,29 @@ class Outside:
         """Whether each token has one slot: then a value per slot need not have a dimension for it."""
         return known_equal(self.sizes.get(SLOT, 0), 1)
 
-    def token_rows(self, node: Node, place: Place) -> Value | Miss:
-        """Token rows come in; a number per token is the same in each of its slots."""
-        shape = features(place)
+    def reads_own(self, node: Node, place: Place) -> bool:
+        """Whether a row per token is what the expert of its one slot has, such as a bias."""
+        if not self.single or "ids" not in self.bindings:
+            return False
+        node, place = self.unviewed(node, place)
+        if op_name(node) != "aten::index":
+            return False
+        (index, *others) = arguments(node)["indices"]
+        return not others and self.ids_of(index, place[: len(shape_of(index) or ())]) is self.bindings["ids"]
+
+    def unviewed(self, node: Node, place: Place) -> tuple[Node, Place]:
+        """What a value is a view of, as long as its rows stay rows."""
         while is_view(node):
             step = through(node, place, self.sizes)
             if isinstance(step, str) or step.shape is None or axes_of(step.operands[0][1]) != axes_of(place):
                 break
             ((node, place),) = step.operands
+        return node, place
+
+    def token_rows(self, node: Node, place: Place) -> Value | Miss:
+        """Token rows come in; a number per token is the same in each of its slots."""
+        shape = features(place)
+        node, place = self.unviewed(node, place)
         if self.single and all(size == 1 for size in features(place)):
             if op_name(node) == "aten::to":
                 return self.inside(node, place)

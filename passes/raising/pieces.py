@@ -6,6 +6,7 @@ Routed rows stand in one of these layouts on their way from the tokens to the su
     token_major   [T*K, ...]    the same, flat: row t*K + k
     sorted        [T*K, ...]    ordered by expert: row i is slot perm[i]
     tokens       [T, ...]      every token, in a loop in which every expert takes all of them
+    expert_major  [E*T, ...]   every token for every expert: row e*T + t
     hits          [n, ...]      the rows of one expert, in a loop over all of them
 
 A piece says what a value in one layout may be: the place where token rows come in, where a routing weight comes
@@ -21,15 +22,15 @@ from dataclasses import dataclass
 from moe_fx.pattern import ANY, Pattern, aten, either
 
 __all__ = [
-    "HITS", "SLOTS", "SORTED", "TOKENS", "TOKEN_MAJOR", "Column", "Dispatch", "ExpertLinear", "ExpertRow", "Mask",
-    "Piece", "Slot", "View", "arange",
+    "EXPERT_MAJOR", "HITS", "SLOTS", "SORTED", "TOKENS", "TOKEN_MAJOR", "Column", "Dispatch", "ExpertLinear",
+    "ExpertRow", "Mask", "Piece", "Slot", "View", "arange",
 ]  # fmt: skip
 
 SLOTS, TOKEN_MAJOR, SORTED = "slots", "token_major", "sorted"
-TOKENS, HITS = "tokens", "hits"
+TOKENS, HITS, EXPERT_MAJOR = "tokens", "hits", "expert_major"
 
 #: names whose values differ from piece to piece
-LOCAL = ("rows", "slot", "table", "weight", "bias", "param")
+LOCAL = ("rows", "experts", "slot", "table", "weight", "bias", "param")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,12 @@ class ExpertLinear(Piece):
 
 @dataclass(frozen=True)
 class ExpertRow(Piece):
-    """An expert's parameter, such as a bias, is laid beside its rows: captures ``param [E, ...]``."""
+    """An expert's parameter, such as a bias, is laid beside its rows: captures ``param [E, ...]``.
+
+    ``by_id``: it is looked up by ids as they are, so that one which names no expert would be an error.
+    """
+
+    by_id: bool = False
 
 
 @dataclass(frozen=True)

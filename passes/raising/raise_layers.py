@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 from moe_fx.passes.normalize.functional import memory_of
-from moe_fx.passes.raising.anchors import anchors_near, is_anchor
-from moe_fx.passes.raising.disguises import region_at
+from moe_fx.passes.raising.anchors import anchors_behind, anchors_near, is_anchor
+from moe_fx.passes.raising.disguises import one_slot_at, region_at
+from moe_fx.passes.raising.one_slot import ends_of_one_slot
 from moe_fx.passes.raising.region import Region
 from moe_fx.passes.raising.routing import describe_router, foreign_slot, selection_of
 from torch.fx import Node
@@ -47,6 +48,14 @@ def raise_layers(work: Work) -> None:
                 work.misses.append(describe_miss(region.form, failed))
         else:
             near.append((region, anchors))
+    for root in list(ends_of_one_slot(graph, covered)):
+        layer = one_slot_at(root)
+        if isinstance(layer, Region):
+            layer = _raise(work, layer) or layer
+        if isinstance(layer, Region):
+            covered |= layer.interior
+        elif layer is not None and "ids" in layer.bindings:
+            near.append((layer, anchors_behind(root)))
     # Of several values in which the same multiplications might have ended, the one that came the furthest tells most.
     for miss, anchors in sorted(near, key=lambda each: -each[0].depth):
         if anchors - covered:
@@ -132,6 +141,9 @@ def _prove_and_rewrite(work: Work, region: Region) -> Miss | None:
     selection = selection_of(given_ids, region.num_experts)
     if region.distinct and region.top_k > 1 and not selection.distinct:
         return Miss("ids that are certainly distinct for each token", f"{given_ids.name}, which may repeat", given_ids)
+    if not region.slots and region.top_k == 1 and selection.chooser is None:
+        # Adapters that requests name are the same equation, and no experts.
+        return Miss("an expert chosen by scores, or a routing weight", f"{given_ids.name}, which is given", given_ids)
     for slot in region.slots:
         foreign = foreign_slot(slot, given_ids, selection)
         if foreign is not None:
@@ -150,7 +162,7 @@ def _prove_and_rewrite(work: Work, region: Region) -> Miss | None:
         or "rows_skipped" in region.bindings
         or (loops and region.bindings.get("num_classes") != region.num_experts)
     )
-    in_range = selection.in_range or not skips
+    in_range = selection.in_range or not skips or "looked_up" in region.bindings
     if "counts_beyond" in region.bindings and not selection.in_range:
         return Miss("ids that certainly name an expert", f"{given_ids.name}, which may be counted beyond", given_ids)
     every = tuple(range(region.num_experts))

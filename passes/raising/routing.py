@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Collection, Iterator
 
@@ -59,6 +60,8 @@ def selection_of(ids: Node, num_experts: int) -> Selection:
         if not isinstance(node.args[0], Node):
             break
         node = node.args[0]
+    if op_name(node) == "aten::cat":
+        return _maxima(node, num_experts, clamped) or Selection(None, clamped, False)
     if op_name(node) not in CHOOSING:
         return Selection(None, clamped, False)
     if element != (None if op_name(node) in ("aten::argsort", "aten::argmax") else 1):
@@ -74,6 +77,33 @@ def selection_of(ids: Node, num_experts: int) -> Selection:
     k = shape_of(ids)
     one = k is not None and k[-1] == 1
     return Selection(node, clamped or over_experts, over_experts and ((several and not moved) or one))
+
+
+def _maxima(joined: Node, num_experts: int, clamped: bool) -> Selection | None:
+    """Ids joined of the best expert, the best of the others, and so on; None for anything else."""
+    parts = arguments(joined)["tensors"]
+    shape = shape_of(joined) or ()
+    if arguments(joined)["dim"] not in (-1, len(shape) - 1) or any((shape_of(part) or (0,))[-1] != 1 for part in parts):
+        return None
+    selections = [selection_of(part, num_experts) for part in parts]
+    if any(each.chooser is None or not each.in_range for each in selections):
+        return None
+    distinct = True
+    for place, each in enumerate(selections):
+        assert each.chooser is not None
+        distinct &= set(parts[:place]) <= _left_out(arguments(each.chooser)["self"])
+    return Selection(selections[-1].chooser, True, distinct)
+
+
+def _left_out(scores: Node) -> set[Node]:
+    """Ids whose scores were set to minus infinity, so that they are not chosen again."""
+    found: set[Node] = set()
+    while op_name(scores) == "aten::scatter":
+        given = arguments(scores)
+        if given.get("value") == -math.inf and given["dim"] in (-1, len(shape_of(scores) or ()) - 1):
+            found.add(given["index"])
+        scores = given["self"]
+    return found
 
 
 def ancestors(node: Node, limit: int = 200, through: Collection[str] = ()) -> Iterator[Node]:

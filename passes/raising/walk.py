@@ -67,7 +67,7 @@ class Walk(Outside):
         fits, found = self.piece(node, place)
         if fits and found is not None:
             return found
-        if axes <= set(self.tokens) and not self.walks_on(node):
+        if axes <= set(self.tokens) and not self.walks_on(node) and not self.reads_own(node, place):
             return self.token_rows(node, place)
         if axes == {EXPERT}:
             return self.expert_value(node, place)
@@ -115,10 +115,11 @@ class Walk(Outside):
                 return self.body.reshaped(self.row("x", tokens, self.numbers(tokens, 1)), shape)
             case kinds.Slot():
                 slot = found["slot"]
-                if not same_shape((shape_of(slot) or ())[:2], shape_of(found.get("ids")) or self.slot_shape):
+                rows = shape_of(found.get("ids")) or self.slot_shape
+                if not same_shape((shape_of(slot) or ())[: len(rows)], rows):
                     return self.miss("a value for every token and slot", slot)
                 self.bind(found)
-                row = self.row("s", slot, self.numbers(slot, 2))
+                row = self.row("s", slot, self.numbers(slot, len(rows)))
                 if piece.layout == kinds.TOKENS:
                     self.zeros.append(row.node)  # added up over the slots of this expert: of other tokens, nothing
                 return self.body.reshaped(row, shape)
@@ -141,6 +142,8 @@ class Walk(Outside):
             case kinds.ExpertRow():
                 self.bind(found)
                 param = found["param"]
+                if piece.by_id:
+                    self.bindings.setdefault("looked_up", node)
                 return self.body.reshaped(
                     Value(self.body.placeholder("p", param), EXPERTS_OWN, self.numbers(param, 1)), shape
                 )

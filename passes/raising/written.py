@@ -14,7 +14,7 @@ import dataclasses
 
 from moe_fx.passes.raising.axes import Place
 from moe_fx.passes.raising.each_expert import specific
-from moe_fx.passes.raising.loops import expert_of, literal, places
+from moe_fx.passes.raising.loops import all_places, expert_of, literal
 from moe_fx.passes.raising.parts import FAR, part_of_one
 from moe_fx.passes.raising.region import Region
 from moe_fx.passes.raising.steps import merge_steps
@@ -24,12 +24,12 @@ from torch.fx import Node
 
 from moe_fx.constants import filled_with
 from moe_fx.matcher import Match, Miss, match
-from moe_fx.pattern import ANY, As, Last, Var, aten, either
+from moe_fx.pattern import As, Var, aten, either
 
 __all__ = ["ids_written", "written"]
 
 mask = As("mask", expert_of(Var("flat_ids", rank=1), literal))
-at = either(mask, places(mask, 0), aten.squeeze(aten.nonzero(mask), Last(1)), aten.reshape(aten.nonzero(mask), ANY))
+at = either(mask, *all_places(mask))
 STEP = aten.index_put(Var("base"), [As("at", at)], Var("written"))
 CUT = aten.index(Var("rows"), [Var("at")])
 

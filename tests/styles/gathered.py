@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from styles.base import (
     BATCHED,
     Apart,
+    ArgmaxSigmoid,
     BestThenSoftmax,
     H,
     Hashed,
@@ -149,3 +150,34 @@ class TopOne(Interleaved):
         h = torch.baddbmm(self.gate_up_proj_bias[e].unsqueeze(1), x.unsqueeze(1), self.gate_up_proj[e])
         y = torch.baddbmm(self.down_proj_bias[e].unsqueeze(1), self.act(h), self.down_proj[e])
         return y.squeeze(1) * weights
+
+
+@style("slot_loop_einsum_stacked", **BATCHED)
+class SlotLoopStacked(Stacked):
+    """The slots' results are stacked and weighted; batch and sequence flattened first."""
+
+    def forward(self, x):
+        rows = x.flatten(0, 1)
+        ids, weights = self.router(rows)
+        out = 0
+        for k in range(self.K):
+            h = torch.einsum("th,tnh->tn", rows, self.gate_up[ids[:, k]])
+            gate, up = h.chunk(2, dim=-1)
+            y = torch.einsum("ti,thi->th", F.silu(gate) * up, self.down[ids[:, k]])
+            out = out + weights[:, k].unsqueeze(-1) * y
+        return out.view_as(x)
+
+
+@style("gathered_top1_linear_bias")
+class TopOneBias(Interleaved):
+    """One expert per token, bmm and then the expert's bias; the weight inside."""
+
+    K = 1
+    route = ArgmaxSigmoid
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        e = ids.reshape(-1)
+        h = (x.unsqueeze(1) @ self.gate_up_proj[e]).squeeze(1) + self.gate_up_proj_bias[e]
+        y = (self.act(h).unsqueeze(1) @ self.down_proj[e]).squeeze(1) + self.down_proj_bias[e]
+        return weights * y

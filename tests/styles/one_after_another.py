@@ -125,3 +125,16 @@ class StackEinsum(Listed):
         gates = torch.zeros(ids.shape[0], self.E).scatter(1, ids, weights).view(*x.shape[:2], self.E)
         every = torch.stack([expert(x) for expert in self.experts], dim=-2)
         return torch.einsum("bse,bseh->bsh", gates, every)
+
+
+@style("dense_loop_equal_ids_batched", **BATCHED)
+class DenseEqualBatched(Listed):
+    """[B, S, H] all the way: the weight of an expert by its ids, [B, S, K]."""
+
+    def forward(self, x):
+        ids, weights = self.router(x.flatten(0, 1))
+        ids, weights = ids.unflatten(0, x.shape[:2]), weights.unflatten(0, x.shape[:2])
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            out = out + expert(x) * torch.where(ids == e, weights, 0.0).sum(-1, keepdim=True)
+        return out

@@ -1,0 +1,33 @@
+"""Disguise: every token is gathered for every expert, and each expert's results are added to all tokens.
+
+at = torch.arange(T).view(1, -1).expand(E, -1).reshape(-1, 1).expand(-1, H)      # 0, 1, ..., T-1, E times
+rows = x.gather(0, at) * table.T.reshape(-1, 1)
+out = torch.zeros_like(x).scatter_add(0, at, body(rows.view(E, T, H), weight).view(-1, H))
+"""
+
+from __future__ import annotations
+
+from moe_fx.passes.raising.pieces import EXPERT_MAJOR, Dispatch, Piece, arange
+
+from moe_fx.pattern import ANY, Last, Var, aten, either, optional
+
+__all__ = ["ADDED", "PIECES"]
+
+row = either(aten.unsqueeze(arange(), 0), aten.reshape(arange(), [1, -1]))
+times = either(aten.expand(row, [Var("experts"), ANY]), aten.repeat(row, [Var("experts"), 1]))
+token = aten.reshape(optional(aten.clone, times), ANY)
+column = either(aten.unsqueeze(aten.reshape(optional(aten.clone, times), [-1]), Last(1)),
+                aten.reshape(optional(aten.clone, times), [-1, 1]))  # fmt: skip
+wide = either(aten.expand(column, ANY), aten.repeat(column, ANY))
+base, summed = Var("base", rank=2), Var("summed", rank=2)
+
+#: where such a layer ends
+ADDED = either(
+    aten.scatter_add(base, 0, wide, summed),
+    aten.index_add(base, 0, token, summed),
+    aten.index_put(base, [token], summed, True),
+)
+PIECES: tuple[Piece, ...] = (
+    Dispatch(EXPERT_MAJOR, aten.gather(Var("tokens", rank=2), 0, wide)),
+    Dispatch(EXPERT_MAJOR, aten.index(Var("tokens", rank=2), [token])),
+)

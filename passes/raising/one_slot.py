@@ -1,0 +1,58 @@
+"""Where a layer with one expert per token ends, which sums nothing: behind its last product, and its bias.
+
+h = torch.bmm(x[:, None], up[ids])
+y = torch.bmm(act(h), down[ids]).squeeze(1) + bias[ids]      # here
+return y * s                                                 # the routing weight may as well follow
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from moe_fx.passes.raising.anchors import reads_chosen_stack
+from moe_fx.passes.raising.contraction import contraction
+from moe_fx.passes.raising.through import is_elementwise, is_view
+from torch.fx import Graph, Node
+
+from moe_fx.matcher import op_name
+
+__all__ = ["ends_of_one_slot"]
+
+
+def ends_of_one_slot(graph: Graph, covered: Collection[Node]) -> Iterator[Node]:
+    """Values in which a layer may end that nobody sums, the last first."""
+    seen: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if node in seen or node in covered or node.op != "call_function":
+            continue
+        found = contraction(node)
+        if found is None or not any(reads_chosen_stack(operand) for operand in found.operands):
+            continue
+        seen |= _behind(node)
+        yield _end(node)
+
+
+def _end(product: Node) -> Node:
+    """The last of the ops behind a product that reads a parameter of the chosen expert."""
+    end = node = product
+    while len(node.users) == 1:
+        (user,) = node.users
+        if not is_view(user) and not is_elementwise(user):
+            break
+        with_bias = any(other is not node and reads_chosen_stack(other) for other in user.all_input_nodes)
+        if with_bias or (is_view(user) and end is node):
+            end = user
+        node = user
+    return end
+
+
+def _behind(node: Node) -> set[Node]:
+    """What a product is computed from, the layer's own products among it."""
+    seen: set[Node] = set()
+    pending = [node]
+    while pending and len(seen) < 400:
+        current = pending.pop()
+        if current not in seen and current.op == "call_function" and op_name(current) != "aten::topk":
+            seen.add(current)
+            pending.extend(current.all_input_nodes)
+    return seen
