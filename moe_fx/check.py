@@ -275,7 +275,7 @@ class _Interpreter:
             return _Gathered(args[0], args[1][0])
         if name == "aten::bmm" and any(isinstance(arg, _Gathered) for arg in args):
             return _gathered_bmm(*args)
-        args = tuple(arg.materialize() if isinstance(arg, _Gathered) else arg for arg in args)
+        args = _materialized(args)
         if name in ("aten::bmm", "aten::matmul") and len(args[1].shape) == 3 and args[0].shape[0] == args[1].shape[0]:
             # Matrix by matrix: a batched product would first copy overlapping windows to memory of their own.
             return torch.stack([left @ right for left, right in zip(*args, strict=True)])
@@ -317,6 +317,12 @@ class _Gathered:
 
     def materialize(self) -> torch.Tensor:
         return self.matrices[self.ids]
+
+
+def _materialized(arg: Any) -> Any:
+    if isinstance(arg, list | tuple):
+        return [_materialized(each) for each in arg] if isinstance(arg, list) else tuple(map(_materialized, arg))
+    return arg.materialize() if isinstance(arg, _Gathered) else arg
 
 
 def _is_gather_of_matrices(args: tuple[Any, ...]) -> bool:
