@@ -259,7 +259,7 @@ def main() -> None:
     parser.add_argument("--layers", nargs="+", default=list(LAYERS), choices=LAYERS)
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 256, 1024, 4096, 16384])
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
-    parser.add_argument("--processes", type=int, default=12, help="that compile beforehand")
+    parser.add_argument("--processes", type=int, default=12, help="that compile beforehand; 0: none do")
     parser.add_argument("--warm", action="store_true", help="compile only")
     parser.add_argument("--out", default="experts", help="path of the results, without a suffix")
     parser.add_argument("--plot", action="store_true", help="also draw time over floor against tokens (matplotlib)")
@@ -272,7 +272,7 @@ def main() -> None:
         for layer, tokens in pairs:
             measure(layer, tokens, options.formats, timed=False)
         return
-    waiting, running = list(pairs), []
+    waiting, running = list(pairs) if options.processes else [], []
     while waiting or running:
         while waiting and len(running) < options.processes:
             layer, tokens = waiting.pop()

@@ -151,6 +151,13 @@ def test_routing_weight_on_the_rows(form):
     Layer(form, torch.bfloat16, top_k=1).check(before=True)
 
 
+@pytest.mark.parametrize("form", [FORMATS["none"], FORMATS["float8 dynamic"], FORMATS["int4"]], ids=repr)
+@pytest.mark.parametrize("tokens", [8, 16, 17, 60, 64, 65])
+def test_few_slots_for_fewer_experts(tokens, form):
+    Layer(form, torch.bfloat16, tokens=tokens, experts=1, top_k=1).check()
+    Layer(form, torch.bfloat16, tokens=tokens, experts=2).check()
+
+
 @pytest.fixture(params=[True, False], ids=["half tiles", "whole tiles"])
 def half(request, monkeypatch):
     def chosen(product, rows):

@@ -78,7 +78,7 @@ def expert_gemm(
         PAIRS_APART=result_sums is not None, GROUP_BYTES=group_bytes, UNROLL=unroll, SHIFTED=shifted, SUM_BLOCK=block,
         EVEN_N=given.width % tile.block_n == 0, EVEN_K=inputs % block_k == 0, ASM=not INTERPRETED,
         ROUTED="tiles" if routing.tiles is not None else "alone" if ids.shape[0] == 1 else "leader",
-        SP=32 if ids.numel() <= 32 else FEW_SLOTS,
+        SP=FEW_SLOTS,
         BM=routing.block, BN=tile.block_n, BK=block_k, GROUP_M=tile.group_m, SWAP=tile.swap,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -15,7 +15,7 @@ __all__ = [
 ]  # fmt: skip
 
 #: up to how many slots each tile finds its rows by itself, without a routing kernel
-FEW_SLOTS = 128
+FEW_SLOTS = 32
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def block_of_rows(kind: str, num_slots: int, num_experts: int) -> int:
 
 def loads_by_descriptor(kind: str, num_slots: int, num_experts: int) -> bool:
     """Whether there are rows enough for tiles that are loaded by descriptors, which only opaque ops can make."""
-    many = block_of_rows(kind, num_slots, num_experts) == 128
+    many = num_slots > FEW_SLOTS and block_of_rows(kind, num_slots, num_experts) == 128
     return many and (kind in ("plain", "dynamic") or widens_first(kind, num_slots, num_experts))
 
 
