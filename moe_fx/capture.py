@@ -81,6 +81,10 @@ def export(
     raise next((error for error in (few, masked, every) if error.__cause__ is None), every)
 
 
+NO_LAYER = (
+    "no layer was found of which it could be proven that the answers do not matter: the program would be wrong for "
+    "other routing"
+)
 #: a model, its args and kwargs, and its dynamic shapes
 Given = tuple[torch.nn.Module, tuple[Any, ...], Any, Any]
 
@@ -115,6 +119,8 @@ def _every_expert(given: Given) -> ExportedProgram | Work:
     every = _raised(given, mode)
     if isinstance(every, ExportedProgram):
         return every
+    if not every.layers:
+        raise ExportError("\n".join([f"{_name(given)} asks which experts have rows, and {NO_LAYER}", *_misses(every)]))
     if mode.questions and any("sorted_parts" in layer.source_form for layer in every.layers):
         # Rows are cut into parts, which must be there for the rest of the program to have a meaning.
         for left_out in range(2):
@@ -234,6 +240,11 @@ def _explanation(left: list[Node], work: Work) -> str:
         "be wrong for other routing:"
     ]
     lines += [f"  loop at {place}" for place in dict.fromkeys(source_line(node) for node in left)]
+    return "\n".join(dict.fromkeys([*lines, *_misses(work)]))
+
+
+def _misses(work: Work) -> list[str]:
+    lines = []
     for miss in work_report(work).misses:
         lines += [f"  {miss}"] + ([f"    at {miss.source}"] if miss.source else [])
-    return "\n".join(dict.fromkeys(lines))
+    return lines

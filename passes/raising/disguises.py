@@ -30,7 +30,7 @@ from moe_fx.constants import filled_with, is_zero
 from moe_fx.errors import ConfigError
 from moe_fx.kernels import each_expert
 from moe_fx.matcher import Match, Miss, arguments, match, op_name
-from moe_fx.shapes import shape_of, tensor_of
+from moe_fx.shapes import depends_on_values, shape_of, tensor_of
 
 __all__ = ["one_slot_at", "region_at", "register"]
 
@@ -71,8 +71,8 @@ def region_at(root: Node) -> tuple[Region | Miss, set[Node]] | None:
     near: Miss | None = None
     misses: list[Miss] = []
     for loop in loops.LOOPS:
-        found = match(loop.step, root)
-        if isinstance(found, Match):
+        step = match(loop.step, root)
+        if isinstance(step, Match):
             # The steps of a loop are found from its last one.
             if any(isinstance(match(loop.step, user), Match) for user in root.users):
                 return None
@@ -80,16 +80,28 @@ def region_at(root: Node) -> tuple[Region | Miss, set[Node]] | None:
             if isinstance(layer, Region):
                 return layer, {root}
             misses.append(layer)
-        elif near is None or found.depth > near.depth:
-            near = found
+        elif near is None or step.depth > near.depth:
+            near = step
     if misses:
         return max(misses, key=lambda miss: miss.depth), {root}
-    # A step that adds the rows of some expert, whose loop is not over those that were hit.
-    each = root.graph.find_nodes(op="call_function", target=torch.ops.moe_fx.each_expert.default)
-    steps = op_name(root) in ("aten::index_add", "aten::index_put") and near is not None and near.depth > 2
-    if near is not None and steps and each:
+    found = _rows_added(root) or _rows_written(root) or _sum_of_terms(root) or _sum(root)
+    if found is None and near is not None and near.depth > 1 and _adds_rows_of_an_expert(root):
         return near, {root}
-    return _rows_added(root) or _rows_written(root) or _sum_of_terms(root) or _sum(root)
+    return found
+
+
+def _adds_rows_of_an_expert(root: Node) -> bool:
+    """Whether a value ends a loop that adds or writes rows, of which only values tell how many there are."""
+
+    def step(node: Node) -> bool:
+        if op_name(node) not in ("aten::index_add", "aten::index_put", "aten::scatter_add"):
+            return False
+        given = arguments(node)
+        rows = next(given[name] for name in ("source", "values", "src") if name in given)
+        return isinstance(rows, Node) and depends_on_values((shape_of(rows) or (0,))[0])
+
+    before = root.args[0] if step(root) else None
+    return isinstance(before, Node) and step(before) and not any(step(user) for user in root.users)
 
 
 def _rows_added(root: Node) -> tuple[Region | Miss, set[Node]] | None:
