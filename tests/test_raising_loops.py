@@ -97,3 +97,22 @@ def test_weights_in_another_order_are_stacked_in_that_order():
     program = moe_fx.transform(export(model), moe_fx.Config(require="all"))
     with torch.no_grad():
         assert (program.module()(x) - model(x)).abs().max() <= 1e-6 * model(x).abs().max()
+
+
+@pytest.mark.parametrize("lowering", ["grouped_mm", "gather", "linear"])
+@pytest.mark.parametrize("kind", [Unrolled])
+def test_an_id_that_names_no_expert_adds_nothing(kind, lowering):
+    class GivenIds(kind):
+        def forward(self, x, ids, weights):
+            return self.experts(x, ids, weights)
+
+    model = GivenIds().eval()
+    given = torch.randn(4, 8), torch.tensor([[0, 4], [-1, 7], [2, 2], [3, -9]]), torch.rand(4, 2)
+    with torch.no_grad():
+        program = torch.export.export(model, given)
+        after = moe_fx.transform(program, moe_fx.Config(experts=lowering, require="all"))
+        torch.testing.assert_close(after.module()(*given), model(*given))
+        if lowering == "grouped_mm":  # read again, as what any other program is
+            after.graph_module.meta["custom"].pop("moe_fx")
+            again = moe_fx.transform(after, moe_fx.Config(experts="gather", require="all"))
+            torch.testing.assert_close(again.module()(*given), model(*given))

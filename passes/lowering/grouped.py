@@ -39,8 +39,10 @@ def lower_to_grouped_mm(layer: Layer, program: Program, emit: Emitter) -> tuple[
     offsets = emit(aten.searchsorted.Tensor, sorted_ids, experts, out_int32=True, right=True)
     valid = None
     if not layer.in_range:
-        # Ids that name no expert sort behind all others: grouped_mm skips their rows, and their value is zero.
-        valid = emit(aten.lt.Scalar, sorted_ids, layer.num_experts)
+        # Ids that name no expert: those beyond sort behind all others, and grouped_mm skips their rows; negative ones
+        # sort before, with the rows of the first expert. The value of either is zero.
+        below, above = emit(aten.lt.Scalar, sorted_ids, layer.num_experts), emit(aten.ge.Scalar, sorted_ids, 0)
+        valid = emit(aten.logical_and.default, below, above)
         sorted_ids = emit(aten.clamp.default, sorted_ids, 0, layer.num_experts - 1)
     routed = RoutedRows(emit, offsets, sorted_ids)
     reasons: list[str] = []

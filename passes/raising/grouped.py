@@ -93,7 +93,8 @@ def grouped_mm(matrices: Pattern) -> Pattern:
     return call(*names, args=(rows, matrices, offsets))
 
 
-no_expert, some_expert = aten.ge(sorted_ids, num_experts), aten.lt(sorted_ids, num_experts)
+no_expert, below = aten.ge(sorted_ids, num_experts), aten.lt(sorted_ids, num_experts)
+some_expert = either(below, aten.logical_and(below, aten.ge(sorted_ids, 0)))
 
 
 def clamped(ids: Pattern) -> Pattern:
