@@ -36,6 +36,7 @@ def _normalize(work: Work) -> None:
     flatten_masks(work.program.graph)
     drop_no_ops(work.program.graph, work.written)
     merge_equal_values(work.program.graph, work.written)
+    spell(work.program.graph)  # what a no-op stood between
 
 
 FIND = (

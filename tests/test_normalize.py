@@ -2,11 +2,14 @@
 
 import copy
 
+import pytest
 import torch
 from expecttest import assert_expected_inline
 from moe_fx.passes.normalize import drop_no_ops, functionalize, spell
 
+import moe_fx
 from moe_fx.printer import format_graph
+from moe_fx.rewrite import drop_dead_code
 
 
 def exported(function, *args):
@@ -64,6 +67,71 @@ def test_decomposed_graph_has_the_same_spelling_of_linear_and_softmax():
     module, _ = normal(exported(function, *args).run_decompositions())
     names = [node.target._schema.name for node in module.graph.nodes if node.op == "call_function"]
     assert names[-2:] == ["aten::linear", "aten::softmax"]
+
+
+def test_what_several_ops_say_together_is_one_op():
+    def function(x, a, b, c):
+        inner, outer = torch.stack([a, b, c], 1), torch.stack([a, b, c], -1)
+        kept = (x > 0).to(torch.int64).to(torch.bool)
+        return x[:, 1:2].squeeze(1) + 1, inner + 1, outer + 1, kept.logical_not()
+
+    program = exported(function, *torch.randn(4, 2, 3)).run_decompositions()
+    names = [node.target._schema.name for node in program.graph.nodes if "aten" in str(node.target)]
+    assert "aten::stack" not in names
+    module, _ = normal(program)
+    drop_dead_code(module.graph)
+    assert_expected_inline(
+        format_graph(module),
+        """\
+args_0: f32[2, 3]
+args_1: f32[2, 3]
+args_2: f32[2, 3]
+args_3: f32[2, 3]
+stack: f32[2, 3, 3] = aten.stack([args_1, args_2, args_3], 1)
+stack_1: f32[2, 3, 3] = aten.stack([args_1, args_2, args_3], 2)
+gt: bool[2, 3] = aten.gt(args_0, 0)
+select: f32[2] = aten.select(args_0, 1, 1)
+add: f32[2] = aten.add(select, 1)
+add_1: f32[2, 3, 3] = aten.add(stack, 1)
+add_2: f32[2, 3, 3] = aten.add(stack_1, 1)
+logical_not: bool[2, 3] = aten.logical_not(gt)
+return (add, add_1, add_2, logical_not)
+""",
+    )
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.cat([x, x + 1], 1).view(2, 3, 2),  # cut elsewhere than they were joined
+        lambda x: torch.cat([x, x[:, :1]], 1).view(2, 4, 1),  # of different sizes
+        lambda x: torch.cat([x, (x + 1).double()], 1).view(2, 2, 3),  # of different dtypes
+        lambda x: torch.cat([x.unsqueeze(1), x.unsqueeze(2).transpose(1, 2)], 1),  # another way to three dimensions
+        lambda x: x[:, -4:1].squeeze(1),  # what lies before the first place is none to select
+        lambda x: x.to(torch.int64).to(torch.bool).logical_not(),  # a half is no mask
+    ],
+)
+def test_what_only_looks_like_one_op_stays(function):
+    x = torch.randn(2, 3)
+    module, _ = normal(exported(function, x))
+    names = {str(node.target) for node in module.graph.nodes}
+    assert not names & {"aten.stack.default", "aten.select.int"}
+    torch.testing.assert_close(module(x)[0], function(x), rtol=0, atol=0)
+
+
+def test_joined_tensors_that_are_written_in_place_stay_joined():
+    def function(x):
+        joined = torch.cat([x, x + 1])
+        pair = joined.view(2, 3)
+        joined.add_(1)
+        return pair * 2
+
+    assert not in_place(function, torch.randn(3))
+
+
+def test_a_spelling_is_found_behind_a_no_op():
+    program = exported(lambda x, w: torch.mm(x, w.t().to(torch.float32)), torch.randn(2, 3), torch.randn(5, 3))
+    assert moe_fx.explain(program).layers == ()  # the stage's verifier looks at every call
 
 
 def in_place(function, *args):

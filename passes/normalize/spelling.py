@@ -14,6 +14,9 @@
 | `nonzero(mask, as_tuple=True)` | `where(mask)` |
 | `index_select(x, 0, places)`, `embedding(x, places)` | `index(x, [places])` |
 | `mm(x, w.T)`, `addmm(b, x, w.T)` | `linear` |
+| a mask as numbers, and as a mask again | the mask |
+
+What several ops say together is brought to one by `recompose.py`.
 
 `reshape` rather than `view`: it is legal for every stride, so an operand may be replaced by an equal one.
 """
@@ -24,7 +27,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from moe_fx.passes.normalize import recompose
 from moe_fx.passes.normalize.functional import memory_of
+from moe_fx.passes.normalize.recompose import Spelling
 from torch.fx import Graph, Node
 
 from moe_fx.matcher import arguments, op_name
@@ -34,21 +39,25 @@ from moe_fx.shapes import same_shape, shape_of, tensor_of
 __all__ = ["drop_no_ops", "spell"]
 
 aten = torch.ops.aten
-Spelling = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
 def spell(graph: Graph) -> None:
     """Bring every call to its one spelling."""
     for node in graph.nodes:
-        spelled = canonical(node)
-        if spelled is not None:
-            respell(node, *spelled, {})
+        # One spelling may lead to the next: a view is a reshape, and the reshape makes a stack.
+        while (spelled := canonical(node)) is not None:
+            target, args = spelled
+            respell(node, target, args, {})
 
 
 def canonical(node: Node) -> Spelling | None:
-    """The one spelling of a call; None where it has it already."""
-    rule = _RULES.get(op_name(node) or "")
-    return rule(node, arguments(node)) if rule is not None else None
+    """The one spelling of a call, or the next on the way to it; None where it has it already."""
+    for rules in (_RULES, recompose.RULES):
+        rule = rules.get(op_name(node) or "")
+        spelled = rule(node, arguments(node)) if rule is not None else None
+        if spelled is not None:
+            return spelled
+    return None
 
 
 def _view(node: Node, given: dict[str, Any]) -> Spelling | None:
@@ -200,7 +209,9 @@ def drop_no_ops(graph: Graph, written: set[Node]) -> None:
 
 
 def _undone(node: Node, written: set[Node]) -> Node | None:
-    """What a ``squeeze`` returns that takes back an ``unsqueeze``, or a ``reshape`` another one."""
+    """What a call returns that takes back another one: an ``unsqueeze``, a ``reshape``, a mask cast to numbers."""
+    if op_name(node) == "aten::to":
+        return _mask_again(node, written)
     if op_name(node) == "aten::reshape":
         return _reshaped_back(node) if memory_of(node) not in written else None
     source = node.args[0] if op_name(node) == "aten::squeeze" else None
@@ -223,6 +234,18 @@ def _reshaped_back(node: Node) -> Node | None:
     if not isinstance(whole, Node) or any(user.op == "output" for user in node.users):
         return None
     return whole if same_shape(shape_of(node) or (), shape_of(whole) or ()) else None
+
+
+def _mask_again(node: Node, written: set[Node]) -> Node | None:
+    """A mask that was cast to numbers, where these are cast to a mask: zero is false in every dtype, and one true."""
+    numbers, value = node.args[0], tensor_of(node)
+    mask = numbers.args[0] if isinstance(numbers, Node) and op_name(numbers) == "aten::to" else None
+    source = tensor_of(mask)
+    if not isinstance(mask, Node) or source is None or value is None or any(user.op == "output" for user in node.users):
+        return None
+    masks = source.dtype is value.dtype is torch.bool and source.device == value.device
+    # The casts made a copy.
+    return mask if masks and memory_of(mask) not in written and memory_of(node) not in written else None
 
 
 _MAYBE_NOTHING = frozenset({
