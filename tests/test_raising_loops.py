@@ -40,7 +40,18 @@ class InPlace(Unrolled):
         return out.index_put_((token,), rows, accumulate=True)
 
 
-VARIANTS = {"ids": (Unrolled, {}), "bias": (Unrolled, dict(bias=True)), "mask": (ByMask, {}), "put": (InPlace, {})}
+class Compared(Unrolled):
+    """One-hot by comparison, as decompositions write it: an id that is none of the numbers is no error."""
+
+    def numbers(self):
+        return torch.arange(self.E)
+
+    def places(self, ids, e):
+        return torch.where((ids.unsqueeze(-1) == self.numbers()).to(torch.int64).permute(2, 0, 1)[e])
+
+
+VARIANTS = {"ids": (Unrolled, {}), "bias": (Unrolled, dict(bias=True)), "mask": (ByMask, {}), "put": (InPlace, {}),
+            "compared": (Compared, {})}  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -99,8 +110,15 @@ def test_weights_in_another_order_are_stacked_in_that_order():
         assert (program.module()(x) - model(x)).abs().max() <= 1e-6 * model(x).abs().max()
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_unrolled_loop_is_found_decomposed(variant):
+    kind, options = VARIANTS[variant]
+    (layer,) = moe_fx.explain(export(kind(**options)).run_decompositions()).layers
+    assert (layer.source_form, layer.num_experts, layer.top_k) == ("expert_loop", 4, 2)
+
+
 @pytest.mark.parametrize("lowering", ["grouped_mm", "gather", "linear"])
-@pytest.mark.parametrize("kind", [Unrolled])
+@pytest.mark.parametrize("kind", [Unrolled, Compared])
 def test_an_id_that_names_no_expert_adds_nothing(kind, lowering):
     class GivenIds(kind):
         def forward(self, x, ids, weights):
@@ -116,3 +134,23 @@ def test_an_id_that_names_no_expert_adds_nothing(kind, lowering):
             after.graph_module.meta["custom"].pop("moe_fx")
             again = moe_fx.transform(after, moe_fx.Config(experts="gather", require="all"))
             torch.testing.assert_close(again.module()(*given), model(*given))
+
+
+def test_refuses_numbers_that_are_fewer_than_the_experts():
+    class Fewer(Compared):
+        def numbers(self):
+            return torch.arange(self.E - 1)
+
+        def steps(self):
+            return range(self.E - 1)
+
+    result = moe_fx.explain(export(Fewer()))
+    assert (result.layers, result.misses[0].found) == ((), "3 classes")
+
+
+def test_refuses_numbers_in_another_order():
+    class Backwards(Compared):
+        def numbers(self):
+            return torch.arange(self.E).flip(0)
+
+    assert moe_fx.explain(export(Backwards())).layers == ()

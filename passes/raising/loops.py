@@ -20,8 +20,22 @@ from moe_fx.passes.raising.pieces import HITS, Column, Dispatch, Piece, Slot
 
 from moe_fx.pattern import ANY, As, AtLeast, Last, OneOfValues, Pattern, Var, aten, call, either, item, optional
 
-# One class more than there are experts stands for tokens that are masked out.
-one_hot = aten.one_hot(Var("ids", rank=2), Var("num_classes"))
+
+def compared(ids: Pattern) -> Pattern:
+    """Each id beside each number: one-hot, in which an id that is no such number is no error."""
+    count = Var("num_compared")
+    numbers = either(aten.arange(count, dtype=ANY), aten.arange(0, count, dtype=ANY))
+    return aten.eq(aten.unsqueeze(ids, Last(-1)), numbers)
+
+
+def one_hot_of(ids: Pattern) -> Pattern:
+    """True, or 1, where an id names an expert: the experts are the last dimension."""
+    # One class more than there are experts stands for tokens that are masked out.
+    classes = aten.one_hot(ids, Var("num_classes"))
+    return either(classes, optional(lambda mask: aten.to(mask, ANY), compared(ids)))
+
+
+one_hot = one_hot_of(Var("ids", rank=2))
 inner_dims = OneOfValues([-1, -2], [-2, -1], [1, 2], [2, 1])
 #: an expert of an unrolled loop: its number
 literal = As("expert", AtLeast(0))
@@ -31,7 +45,7 @@ slot_value, base, summed = Var("slot", rank=(2, 3)), Var("base"), Var("summed", 
 
 def expert_of(ids: Var, expert: Pattern) -> Pattern:
     """True where an id names the expert."""
-    hot = aten.to(aten.one_hot(ids, Var("num_classes")), torch.bool)
+    hot = either(aten.to(aten.one_hot(ids, Var("num_classes")), torch.bool), compared(ids))
     by_expert = aten.permute(hot, [2, 0, 1]) if ids.rank == 2 else aten.transpose(hot, 0, 1)
     return either(aten.eq(ids, expert), aten.select(hot, Last(-1), expert), aten.select(by_expert, 0, expert))
 

@@ -119,7 +119,7 @@ def misfit(region: Region) -> Miss | None:
         count, shown = (len(param), param[0]) if isinstance(param, tuple) else (size(param), param)
         if not isinstance(experts, int) or not known_equal(count, experts):
             return miss(f"parameters of {experts} experts", shown, f"{count} experts")
-    classes = found.get("num_classes", experts)
+    classes = found.get("num_classes", found.get("num_compared", experts))
     if classes < experts:
         return miss(f"a class for each of {experts} experts", ids, f"{classes} classes")
     if found.get("num_experts", experts) != experts:
