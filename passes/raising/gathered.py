@@ -7,23 +7,17 @@ out = (body(y) * s.reshape(-1, 1)).view(T, K, H).sum(1)
 
 from __future__ import annotations
 
-from moe_fx.passes.raising.pieces import TOKEN_MAJOR, Dispatch, Piece, arange
+from moe_fx.passes.raising.pieces import TOKEN_MAJOR, Dispatch, Piece, arange, spread, widened_arange
 
-from moe_fx.pattern import ANY, Last, Pattern, Var, aten, either, optional
+from moe_fx.pattern import ANY, Var, aten, either, optional
 
 tokens, top_k = Var("tokens"), Var("top_k")
-
-
-def spread(value: Pattern) -> Pattern:
-    """Repeated along a dimension of size 1; with one slot per token there is nothing to repeat."""
-    return optional(lambda single: aten.expand(single, ANY), value)
-
 
 repeated = spread(aten.unsqueeze(tokens, 1))
 token_of_row = either(
     aten.floor_divide(arange(), top_k),
     aten.repeat_interleave(arange(), top_k),
-    aten.reshape(optional(aten.clone, spread(aten.unsqueeze(arange(), Last(1)))), ANY),
+    widened_arange(),
 )
 
 PIECES: tuple[Piece, ...] = (

@@ -22,6 +22,7 @@ from moe_fx.passes.raising.pieces import (
     Slot,
     View,
     arange,
+    widened_arange,
 )  # fmt: skip
 
 from moe_fx.pattern import ANY, As, Last, OneOfValues, Pattern, Var, aten, call, either, item, optional
@@ -69,7 +70,7 @@ offsets = either(
 token_of_row = either(
     aten.floor_divide(perm, top_k), aten.div(perm, top_k, rounding_mode=OneOfValues("floor", "trunc")),
     aten.index(aten.repeat_interleave(arange(), top_k, ANY), [perm]),
-    aten.index(aten.repeat_interleave(arange(), top_k), [perm]),
+    aten.index(aten.repeat_interleave(arange(), top_k), [perm]), aten.index(widened_arange(), [perm]),
 )  # fmt: skip
 column = either(aten.unsqueeze(token_of_row, Last(1)), aten.reshape(token_of_row, [-1, 1]))
 wide = either(aten.expand(column, ANY), aten.expand_as(column, ANY), aten.repeat(column, ANY))

@@ -19,11 +19,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_fx.pattern import ANY, Pattern, aten, either
+from moe_fx.pattern import ANY, Last, Pattern, aten, either, optional
 
 __all__ = [
     "EXPERT_MAJOR", "HITS", "SLOTS", "SORTED", "TOKENS", "TOKEN_MAJOR", "Column", "Dispatch", "ExpertLinear",
-    "ExpertRow", "Mask", "Piece", "Slot", "View", "arange",
+    "ExpertRow", "Mask", "Piece", "Slot", "View", "arange", "spread", "widened_arange",
 ]  # fmt: skip
 
 SLOTS, TOKEN_MAJOR, SORTED = "slots", "token_major", "sorted"
@@ -89,3 +89,13 @@ class View(Piece):
 def arange() -> Pattern:
     """0, 1, 2, ... of any length and dtype."""
     return either(aten.arange(ANY, dtype=ANY), aten.arange(0, ANY, dtype=ANY))
+
+
+def spread(value: Pattern) -> Pattern:
+    """Repeated along a dimension of size 1; with one slot per token there is nothing to repeat."""
+    return optional(lambda single: aten.expand(single, ANY), value)
+
+
+def widened_arange() -> Pattern:
+    """0, 0, 1, 1, ...: each token's number once for every slot, as `repeat_interleave` is decomposed."""
+    return aten.reshape(optional(aten.clone, spread(aten.unsqueeze(arange(), Last(1)))), ANY)
