@@ -7,7 +7,9 @@ torch.einsum("tk,tkh->th", w, rows)    # the routing weights in the sum
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from moe_fx.passes.raising import every_token
@@ -58,11 +60,13 @@ def endings(root: Node) -> Iterator[Ending]:
                     and letter in found.letters[1]) for letter in letters)]  # fmt: skip
     if not plain or not isinstance(count, int):
         return
-    for axis in (SLOT, EXPERT):
-        known = _axes(shape, axis, count)
+    apart = _merged(found.operands, shape[0])
+    for axis, batch in itertools.product((SLOT, EXPERT), (shape[:1], apart)):
+        known = _axes((*batch, *shape[1:]), axis, count) if batch is not None else None
         if known is None:
-            return
+            continue
         sizes, tokens, place = known
+        place = (tuple(name for dim in place[: len(batch)] for name in dim), *place[len(batch) :])
         at = dict(zip(found.out, place, strict=True)) | {found.summed: (axis,)}
         factors = []
         for operand, letters in zip(found.operands, found.letters, strict=True):
@@ -72,6 +76,16 @@ def endings(root: Node) -> Iterator[Ending]:
                    for dim, size in zip(own, sizes_of, strict=True)]  # fmt: skip
             factors.append((operand, tuple(own)))
         yield Ending(tuple(factors), place, sizes, tokens)
+
+
+def _merged(operands: Sequence[Node], size: Dim) -> tuple[Dim, ...] | None:
+    """The dimensions, such as batch and sequence, that were merged into one of ``size`` for a product of matrices."""
+    for operand in operands:
+        before = shape_of(operand.args[0]) if op_name(operand) == "aten::reshape" else None
+        for many in range(2, len(before or ())):
+            if before is not None and known_equal(math.prod(before[:many]), size):
+                return before[:many]
+    return None
 
 
 def _sums(root: Node, shape: tuple[Dim, ...]) -> Iterator[Ending]:

@@ -115,7 +115,12 @@ def _in_shape_of(program: Program, root: Node, rows: Node, region: Region) -> No
     sizes: list[int | Node] = []
     for size in wanted:
         at = next((at for at, each in enumerate(outer) if known_equal(each, size)), None)
-        sizes.append(size if isinstance(size, int) or at is None else emit(torch.ops.aten.sym_size.int, source, at))
+        if isinstance(size, int):
+            sizes.append(size)
+        elif at is None:
+            sizes.append(-1)  # batch and sequence in one, beside fixed sizes
+        else:
+            sizes.append(emit(torch.ops.aten.sym_size.int, source, at))
     return emit(torch.ops.aten.reshape.default, rows, sizes)
 
 
