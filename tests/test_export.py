@@ -404,6 +404,7 @@ def test_eager_models_are_exported_unedited(family):
         program = moe_fx.export(model, (), dict(input_ids=token_ids((2, 5))), dynamic_shapes=shapes)
     transformed = moe_fx.transform(program, moe_fx.Config(require=NUM_LAYERS[family]))
     assert moe_fx.report(transformed).misses == ()
+    assert len(moe_fx.explain(program.run_decompositions()).layers) == NUM_LAYERS[family]
     for shape in ((2, 5), (3, 7)):
         for each in (program, transformed):
             assert relative_error(logits(each.module(), shape), logits(model, shape)) < 1e-5
