@@ -1,4 +1,4 @@
-"""Products of two tensors that sum over a dimension, in one notation: that of einsum, a letter for each dimension.
+"""Products of tensors that sum over dimensions, in one notation: that of einsum, a letter for each dimension.
 
 bmm(a, b)              bmk,bkn->bmn
 linear(x, w)           tk,nk->tn
@@ -20,19 +20,20 @@ __all__ = ["Contraction", "contraction"]
 
 @dataclass(frozen=True)
 class Contraction:
-    """``out = left * right``, summed over the letters that ``out`` lacks; ``bias`` is added to it."""
+    """``out``, the product of two or more operands, summed over the letters that it lacks; ``bias`` is added to it."""
 
-    operands: tuple[Node, Node]
-    letters: tuple[str, str]
+    operands: tuple[Node, ...]
+    letters: tuple[str, ...]
     out: str
     bias: Node | None = None
 
     @property
     def summed(self) -> str:
-        return "".join(letter for letter in self.letters[0] if letter in self.letters[1] and letter not in self.out)
+        shared = [letter for letter in dict.fromkeys("".join(self.letters)) if letter not in self.out]
+        return "".join(letter for letter in shared if sum(letter in letters for letters in self.letters) > 1)
 
     def size(self, letter: str) -> Dim:
-        """How large a dimension is; where one operand is broadcast, that of the other."""
+        """How large a dimension is; where an operand is broadcast, that of the others."""
         sizes = [
             (shape_of(operand) or ())[letters.index(letter)]
             for operand, letters in zip(self.operands, self.letters, strict=True)
@@ -78,14 +79,13 @@ def _einsum(node: Node) -> Contraction | None:
     inputs, arrow, out = str(equation).replace(" ", "").partition("->")
     letters = inputs.split(",")
     plain = arrow and all(part.isalpha() and len(set(part)) == len(part) for part in (*letters, out))
-    if not plain or len(letters) != 2 or not isinstance(operands, list | tuple):
+    if not plain or len(letters) < 2 or not isinstance(operands, list | tuple):
         return None
-    left, right = operands
     # A letter of one operand only is summed by itself: no product of matrices.
-    alone = set(letters[0]) ^ set(letters[1])
-    if not isinstance(left, Node) or not isinstance(right, Node) or not alone <= set(out):
+    alone = {letter for letter in inputs if inputs.count(letter) == 1} - {","}
+    if not all(isinstance(operand, Node) for operand in operands) or not alone <= set(out):
         return None
-    return Contraction((left, right), (letters[0], letters[1]), out)
+    return Contraction(tuple(operands), tuple(letters), out)
 
 
 def _multiply_and_sum(node: Node) -> Contraction | None:

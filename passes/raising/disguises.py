@@ -285,7 +285,8 @@ def _sum(root: Node) -> tuple[Region | Miss, set[Node]] | None:
         found = _walk(root, ending)
         if isinstance(found, Region):
             return found, found.interior
-        near[SLOT in ending.sizes] = found
+        by_slot = SLOT in ending.sizes
+        near[by_slot] = found if by_slot not in near or found.depth > near[by_slot].depth else near[by_slot]
     if not near or (op_name(root) != "aten::sum" and max(miss.depth for miss in near.values()) < FAR):
         return None
     # Weights that are chosen by row speak of slots.
@@ -298,27 +299,16 @@ def _sum(root: Node) -> tuple[Region | Miss, set[Node]] | None:
 
 def _walk(root: Node, ending: Ending) -> Region | Miss:
     walk = Walk(root, ending.sizes, ending.tokens, (*PIECES, *REGISTERED), {})
-    values: list[Value] = []
-    for node, place in ending.factors:
-        found = walk.value(node, place)
-        if isinstance(found, Miss):
-            return found if walk.deepest is None else walk.deepest
-        values.append(found)
-    shape = tuple(features(ending.place))
-    # The factors of a product may lack dimensions of the result, or have them in another order.
-    if len(values) > 1:
-        wide = [size for size in shape if size > 1]
-        values = [
-            walk.body.reshaped(each, [size for size in each.shape if size > 1] or [1] * len(wide)) for each in values
-        ]
-        shape = tuple(wide)
-    output = values[0]
-    for other in values[1:]:
-        left, right = (walk.body.beside_rows(each, len(shape)) for each in (output, other))
-        output = Value(walk.body.write(aten.mul.Tensor, left, right), ROWS, shape)
+    if isinstance(ending.summed, Node):
+        output = walk.value(ending.summed, ending.place)
+    else:
+        output = walk.multiplied(root, ending.place, ending.summed)
+        walk.interior.discard(root)
+    if isinstance(output, Miss):
+        return output if walk.deepest is None else walk.deepest
     if output.kind != ROWS:
         return walk.miss("rows of the experts", root, "a value that is the same for every token")
-    region = walk.region(walk.body.reshaped(output, [size for size in shape if size > 1]))
+    region = walk.region(walk.body.reshaped(output, [size for size in features(ending.result) if size > 1]))
     wrong = misfit(region) if isinstance(region, Region) else None
     return region if wrong is None else wrong
 

@@ -1,8 +1,9 @@
 """How a layer may end: with a sum over each token's slots, or over all experts.
 
-rows.sum(1)                            # [T, K, H]
-torch.einsum("tk,tkh->th", w, rows)    # the routing weights in the sum
-(w.unsqueeze(1) @ rows).squeeze(1)     # bmm of [T, 1, K] and [T, K, H]
+rows.sum(1)                                      # [T, K, H]
+torch.einsum("tk,tkh->th", w, rows)              # the routing weights in the sum
+torch.einsum("te,tei,ehi->th", w, rows, down)    # and the last product
+(w.unsqueeze(1) @ rows).squeeze(1)               # bmm of [T, 1, K] and [T, K, H]
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_fx.passes.raising import every_token
 from moe_fx.passes.raising.axes import EXPERT, ONE, SLOT, SORTED_ROW, TOKEN, Axis, Place, size_of
-from moe_fx.passes.raising.contraction import contraction
+from moe_fx.passes.raising.contraction import Contraction, contraction
 from torch.fx import Node
 
 from moe_fx.constants import filled_with
@@ -26,13 +27,14 @@ __all__ = ["Ending", "endings", "token_axes"]
 
 @dataclass(frozen=True)
 class Ending:
-    """What ``root`` sums: the product of ``factors``, whose places are given, over slots or experts.
+    """What ``root`` sums over slots or experts, and its ``place``: a value, or a product that is nowhere by itself.
 
-    ``place`` is that of the result; ``sizes`` of the row axes, of which ``tokens`` are tokens.
+    ``result`` is the place of the sum; ``sizes`` of the row axes, of which ``tokens`` are tokens.
     """
 
-    factors: tuple[tuple[Node, Place], ...]
+    summed: Node | Contraction
     place: Place
+    result: Place
     sizes: dict[str, Dim]
     tokens: tuple[str, ...]
 
@@ -49,33 +51,30 @@ def endings(root: Node) -> Iterator[Ending]:
         known = _axes(shape, EXPERT, added["experts"])
         if known is not None:
             sizes, tokens, place = known
-            yield Ending(((added["summed"], ((EXPERT, *tokens), place[-1])),), place, sizes, tokens)
+            yield Ending(added["summed"], ((EXPERT, *tokens), place[-1]), place, sizes, tokens)
     found = contraction(root)
-    if found is None or found.bias is not None or len(found.summed) != 1:
-        return
-    count = found.size(found.summed)
-    # The routing weights have no features: one of the factors is a number per row.
-    plain = [letters for letters in found.letters
-             if all(letter == found.summed or known_equal(found.size(letter), 1) or (letter in found.letters[0]
-                    and letter in found.letters[1]) for letter in letters)]  # fmt: skip
-    if not plain or not isinstance(count, int):
+    if found is None or found.bias is not None:
         return
     apart = _merged(found.operands, shape[0])
-    for axis, batch in itertools.product((SLOT, EXPERT), (shape[:1], apart)):
-        known = _axes((*batch, *shape[1:]), axis, count) if batch is not None else None
-        if known is None:
+    for letter in found.summed:
+        count = found.size(letter)
+        if not isinstance(count, int) or not (len(found.summed) > 1 or len(found.letters) > 2 or _weighs(found)):
             continue
-        sizes, tokens, place = known
-        place = (tuple(name for dim in place[: len(batch)] for name in dim), *place[len(batch) :])
-        at = dict(zip(found.out, place, strict=True)) | {found.summed: (axis,)}
-        factors = []
-        for operand, letters in zip(found.operands, found.letters, strict=True):
-            own = [at[letter] for letter in letters]
-            sizes_of = shape_of(operand) or ()
-            own = [() if known_equal(size, 1) and not known_equal(size_of(dim, sizes), 1) else dim
-                   for dim, size in zip(own, sizes_of, strict=True)]  # fmt: skip
-            factors.append((operand, tuple(own)))
-        yield Ending(tuple(factors), place, sizes, tokens)
+        product = replace(found, out=found.out + letter)
+        for axis, batch in itertools.product((SLOT, EXPERT), (shape[:1], apart)):
+            known = _axes((*batch, *shape[1:]), axis, count) if batch is not None else None
+            if known is None:
+                continue
+            sizes, tokens, place = known
+            place = (tuple(name for dim in place[: len(batch)] for name in dim), *place[len(batch) :])
+            yield Ending(product, (*place, (axis,)), place, sizes, tokens)
+
+
+def _weighs(found: Contraction) -> bool:
+    """Whether one of two factors is a number per row: routing weights have no features."""
+    rows = {letter for letter in found.out if all(letter in letters for letters in found.letters)}
+    plain = {letter for letters in found.letters for letter in letters if known_equal(found.size(letter), 1)}
+    return any(set(letters) <= {*rows, *plain, *found.summed} for letters in found.letters)
 
 
 def _merged(operands: Sequence[Node], size: Dim) -> tuple[Dim, ...] | None:
@@ -103,7 +102,7 @@ def _sums(root: Node, shape: tuple[Dim, ...]) -> Iterator[Ending]:
         if known is None:
             return
         sizes, tokens, place = known
-        yield Ending(((summed, (*place[:dim], (axis,), *place[dim:])),), place, sizes, tokens)
+        yield Ending(summed, (*place[:dim], (axis,), *place[dim:]), place, sizes, tokens)
 
 
 def _axes(shape: tuple[Dim, ...], axis: str, count: int) -> tuple[dict[str, Dim], tuple[str, ...], Place] | None:

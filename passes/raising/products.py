@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from moe_fx.passes.raising.axes import Place, features, is_row_dim
+from moe_fx.passes.raising.axes import Axis, Place, features, is_row_dim
 from moe_fx.passes.raising.contraction import Contraction
 from moe_fx.passes.raising.writer import ROWS, Value, Writer
 
-__all__ = ["Factor", "elementwise_product", "product"]
+__all__ = ["Factor", "product"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,42 @@ class Factor:
 
 
 def product(body: Writer, factors: Sequence[Factor], found: Contraction, place: Place) -> Value | None:
+    """The product of all factors; None if one of them is a matrix that changes from row to row.
+
+    Two by two and from the left, as torch does, but for matrices that are not multiplied with rows yet.
+    """
+    waiting, at = list(factors), dict(zip(found.out, place, strict=True))
+    while len(waiting) > 2:
+        for one, other in itertools.combinations(waiting, 2):
+            rest = "".join(each.letters for each in waiting if each is not one and each is not other)
+            kept = "".join(dict.fromkeys(letter for letter in one.letters + other.letters
+                                         if letter in rest or letter in found.out))  # fmt: skip
+            both = Contraction(found.operands[:2], (one.letters, other.letters), kept)
+            if both.summed or one.value.kind == other.value.kind == ROWS:
+                own = tuple(_place_of(letter, at, one, other) for letter in kept)
+                value = _of_two(body, one, other, both, own)
+                if value is not None:
+                    waiting[waiting.index(one)] = Factor(value, kept, own)
+                    waiting.remove(other)
+                    break
+        else:
+            return None
+    one, other = waiting
+    return _of_two(body, one, other, replace(found, letters=(one.letters, other.letters)), place)
+
+
+def _place_of(letter: str, at: Mapping[str, tuple[Axis, ...]], *factors: Factor) -> tuple[Axis, ...]:
+    """What a dimension of a product stands for: one factor may be broadcast there."""
+    places = [each.place[each.letters.index(letter)] for each in factors if letter in each.letters]
+    return at.get(letter) or next((place for place in places if place), ())
+
+
+def _of_two(body: Writer, one: Factor, other: Factor, found: Contraction, place: Place) -> Value | None:
+    return (linear if found.summed else elementwise)(body, one, other, found, place)
+
+
+def linear(body: Writer, rows: Factor, matrix: Factor, found: Contraction, place: Place) -> Value | None:
     """``linear(rows, matrix)``; None for what is no product of rows with one matrix."""
-    rows, matrix = factors
     if rows.value.kind != ROWS:
         rows, matrix = matrix, rows
     if rows.value.kind != ROWS or matrix.value.kind == ROWS:
@@ -78,17 +113,17 @@ def _ordered(body: Writer, factor: Factor, first: Sequence[str], last: Sequence[
     return None
 
 
-def elementwise_product(body: Writer, factors: Sequence[Factor], found: Contraction, place: Place) -> Value | None:
+def elementwise(body: Writer, one: Factor, other: Factor, found: Contraction, place: Place) -> Value | None:
     """``left * right`` of which nothing is summed; None if one of them would have to be turned around."""
     shape = features(place)
     written = []
-    for factor in factors:
+    for factor in (one, other):
         inner = [letter for letter in found.out if letter in factor.inner]
         if list(factor.inner) != inner:
             return None
         wide = [letter for letter, dim in zip(found.out, place, strict=True) if not is_row_dim(dim)]
         value = body.reshaped(factor.value, [factor.size(letter) if letter in factor.inner else 1 for letter in wide])
         written.append(body.beside_rows(value, len(shape)))
-    if not any(factor.value.kind == ROWS for factor in factors):
+    if ROWS not in (one.value.kind, other.value.kind):
         return None
     return Value(body.write(torch.ops.aten.mul.Tensor, *written), ROWS, tuple(shape))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from moe_fx.passes.raising.contraction import contraction
 from moe_fx.passes.raising.pieces import arange
 from torch.fx import Graph, Node
 
@@ -37,6 +38,8 @@ chosen = either(aten.one_hot(ids, ANY), aten.eq(aten.unsqueeze(ids, Last(-1)), a
 #: the same of one value for all: a mask
 SCATTERED_VALUE = aten.scatter(Var("base"), Last(-1), Var("ids"), ANY)
 COUNTED = aten.sum(cast(cast(chosen)), [Last(-2)])
+#: of one expert per token
+ONE_EACH = aten.one_hot(Var("ids", rank=1), ANY)
 ADDED = aten.sum(aten.mul(cast(cast(chosen)), column), [Last(-2)])
 
 
@@ -67,7 +70,7 @@ def read_table(table: Node) -> Slots | Miss:
     while _is_step(node):
         steps.append(node)
         (node,) = node.all_input_nodes
-    found = next((each for each in (match(SCATTERED, node), match(ADDED, node)) if isinstance(each, Match)), None)
+    found = next((each for each in (match(SCATTERED, node), _added(node)) if isinstance(each, Match)), None)
     filled = _elsewhere(table)
     if isinstance(filled, Miss):
         return filled
@@ -90,8 +93,8 @@ def _elsewhere(node: Node) -> tuple[Node, float] | Miss:
         if op_name(node) == "aten::scatter_add" and filled != 0:
             return Miss("zeros to add to", f"{filled}", found["base"])
         return found["ids"], float(torch.tensor(filled, dtype=value.dtype))
-    for pattern in (ADDED, COUNTED):
-        if isinstance(added := match(pattern, node), Match):
+    for added in (_added(node), match(COUNTED, node), match(ONE_EACH, node)):
+        if isinstance(added, Match):
             return added["ids"], 0.0
     name = op_name(node)
     if _is_step(node):
@@ -114,6 +117,19 @@ def _elsewhere(node: Node) -> tuple[Node, float] | Miss:
         if told and bool(before[1]) is (name == "aten::masked_fill"):
             return before[0], float(filling)
     return found if name == "aten::scatter" else Miss("aten::scatter", _describe(node), node)
+
+
+def _added(node: Node) -> Match | Miss:
+    """``one_hot(ids) * values``, added up over the slots: written out, or as a product like einsum('tke,tk->te')."""
+    product = contraction(node)
+    if product is None or len(product.operands) != 2 or product.bias is not None:
+        return match(ADDED, node)
+    for hot, values in ((0, 1), (1, 0)):
+        found = match(cast(cast(chosen)), product.operands[hot])
+        letters, slots = product.letters[hot], product.letters[values]
+        if isinstance(found, Match) and slots == letters[:-1] and product.out == letters[:-2] + letters[-1:]:
+            return Match({**found.bindings, "values": product.operands[values]}, found.nodes)
+    return match(ADDED, node)
 
 
 def _through(step: Node, source: Node) -> tuple[Node, float] | Miss:

@@ -17,7 +17,7 @@ from moe_fx.passes.raising.anchors import reads_stack
 from moe_fx.passes.raising.axes import EXPERT, SLOT, SORTED_ROW, Place, aligned, axes_of, features, size_of
 from moe_fx.passes.raising.contraction import Contraction, contraction
 from moe_fx.passes.raising.outside import Outside
-from moe_fx.passes.raising.products import Factor, elementwise_product, product
+from moe_fx.passes.raising.products import Factor, product
 from moe_fx.passes.raising.region import Region, read_outside
 from moe_fx.passes.raising.tables import counts_zero
 from moe_fx.passes.raising.through import Through, is_elementwise, through
@@ -245,15 +245,12 @@ class Walk(Outside):
             places.append(own)
         # Rows first, so that an expert's parameters are numbered as it uses them.
         factors: dict[int, Factor] = {}
-        for which in sorted((0, 1), key=lambda which: reads_stack(found.operands[which])):
+        for which in sorted(range(len(found.operands)), key=lambda which: reads_stack(found.operands[which])):
             inner = self.value(found.operands[which], places[which])
             if isinstance(inner, Miss):
                 return inner
             factors[which] = Factor(inner, found.letters[which], places[which])
-        if found.summed:
-            result = product(self.body, (factors[0], factors[1]), found, place)
-        else:
-            result = elementwise_product(self.body, (factors[0], factors[1]), found, place)
+        result = product(self.body, [factors[which] for which in sorted(factors)], found, place)
         if result is None:
             return self.miss("a product of rows and a matrix that does not change from row to row", node)
         self.interior.add(node)
