@@ -265,7 +265,8 @@ class _Interpreter:
         args: Any = map_arg(node.args, self.env.__getitem__)
         kwargs: Any = map_arg(node.kwargs, self.env.__getitem__)
         name = op_name(node) or ""
-        args = tuple(self.literal(name, place, arg) for place, arg in enumerate(args))
+        whole = bool(args) and isinstance(args[0], torch.Tensor) and not args[0].is_floating_point()
+        args = tuple(self.literal(name, place, arg, whole) for place, arg in enumerate(args))
         kwargs = {key: _widened(arg) for key, arg in kwargs.items() if key != "device"}
         if name in _GROUPED:
             return _grouped_mm(*args[:3])
@@ -281,10 +282,10 @@ class _Interpreter:
             return torch.stack([left @ right for left, right in zip(*args, strict=True)])
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    def literal(self, op: str, place: int, arg: Any) -> Any:
+    def literal(self, op: str, place: int, arg: Any, whole: bool) -> Any:
         if op in _SHAPED and place == _SHAPED[op] and isinstance(arg, list | tuple):
             return self.sizes.leading(arg)
-        if op == "aten::arange" and isinstance(arg, int):
+        if (op == "aten::arange" or (whole and op in _NUMBERED)) and isinstance(arg, int):
             return self.sizes.rows.get(arg, arg)
         return _widened(self.sizes.evaluate(arg))
 
@@ -292,6 +293,8 @@ class _Interpreter:
 #: where an op takes a shape whose first element may be the number of rows
 _SHAPED = {"aten::reshape": 1, "aten::expand": 1, "aten::empty_permuted": 0, "aten::empty": 0, "aten::full": 0,
            "aten::zeros": 0, "aten::ones": 0, "aten::new_empty": 1}  # fmt: skip
+#: ops on whole numbers that may take the number of rows, such as a bin's capacity
+_NUMBERED = frozenset({"aten::mul", "aten::one_hot", "aten::lt", "aten::less", "aten::ge"})
 _GROUPED = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback", "moe_fx::grouped_mm"})
 
 

@@ -8,7 +8,10 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
-__all__ = ["Dim", "depends_on_values", "is_number", "known_equal", "same_shape", "shape_of", "tensor_of", "upper_bound"]
+__all__ = [
+    "Dim", "depends_on_values", "is_number", "known_at_least", "known_equal", "same_shape", "shape_of", "tensor_of",
+    "upper_bound",
+]  # fmt: skip
 
 Dim = int | torch.SymInt
 
@@ -45,6 +48,11 @@ def known_equal(left: Dim, right: Dim) -> bool:
     if isinstance(left, int) and isinstance(right, int):
         return left == right
     return bool(statically_known_true(left == right))
+
+
+def known_at_least(size: Dim, least: Dim) -> bool:
+    """Whether a size is no smaller than another on every run of the program."""
+    return bool(statically_known_true(size >= least))
 
 
 def same_shape(left: Sequence[Dim], right: Sequence[Dim]) -> bool:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lookalikes import LOOKALIKES
+from lookalikes_bins import LOOKALIKES
 from styles import STYLES
 from torch.export import Dim
 
@@ -10,10 +10,7 @@ import moe_fx
 
 #: styles that are not raised yet: left as they are
 NOT_YET = {
-    "binned_bmm_capacity_of_all_tokens": "bins",
     "modulelist_masked_copy_per_expert_nllb": "results written over the inputs",
-    "one_hot_dispatch_combine_tec_gshard": "places in a buffer by one-hot",
-    "one_hot_per_slot_tke": "one-hot rows per slot",
     "stacked_index_assign_add_geglu": "ids from a table: not known to be distinct, and += keeps one row of a token",
 }
 

@@ -18,16 +18,16 @@ from collections.abc import Mapping, Sequence
 from moe_fx.shapes import Dim, known_equal
 
 __all__ = [
-    "EXPERT", "HIT", "ONE", "SLOT", "SORTED_ROW", "TOKEN", "Axis", "Place", "aligned", "axes_of", "feature_dim",
-    "features", "is_row_dim", "regrouped", "size_of",
+    "EXPERT", "HIT", "ONE", "PLACE", "SLOT", "SORTED_ROW", "TOKEN", "Axis", "Place", "aligned", "axes_of",
+    "feature_dim", "features", "is_row_dim", "regrouped", "size_of",
 ]  # fmt: skip
 
 Axis = str | int
 Place = tuple[tuple[Axis, ...], ...]
 
 #: row axes: tokens (of several dimensions, perhaps: "T0", "T1"), slots of a token, experts, rows sorted by expert, rows
-#: that hit one expert; and a dimension of size 1 where other values have rows
-TOKEN, SLOT, EXPERT, SORTED_ROW, HIT, ONE = "T", "K", "E", "S", "R", "1"
+#: that hit one expert, places in an expert's bin; and a dimension of size 1 where other values have rows
+TOKEN, SLOT, EXPERT, SORTED_ROW, HIT, PLACE, ONE = "T", "K", "E", "S", "R", "C", "1"
 
 
 def is_row_dim(dim: Sequence[Axis]) -> bool:

@@ -14,6 +14,7 @@ from moe_fx.passes.raising import each_expert as each_expert_loop
 from moe_fx.passes.raising import every_token, gathered, grouped, loops
 from moe_fx.passes.raising.anchors import anchors_behind, leads_to_experts
 from moe_fx.passes.raising.axes import EXPERT, HIT, ONE, SLOT, SORTED_ROW, TOKEN, Place, axes_of, features, size_of
+from moe_fx.passes.raising.dispatched import drop_tests
 from moe_fx.passes.raising.each_expert import terms
 from moe_fx.passes.raising.endings import Ending, endings, token_axes
 from moe_fx.passes.raising.parts import joined
@@ -308,7 +309,9 @@ def _walk(root: Node, ending: Ending) -> Region | Miss:
         return output if walk.deepest is None else walk.deepest
     if output.kind != ROWS:
         return walk.miss("rows of the experts", root, "a value that is the same for every token")
-    region = walk.region(walk.body.reshaped(output, [size for size in features(ending.result) if size > 1]))
+    output = walk.body.reshaped(output, [size for size in features(ending.result) if size > 1])
+    drop_tests(walk.body, output.node)
+    region = walk.region(output)
     wrong = misfit(region) if isinstance(region, Region) else None
     return region if wrong is None else wrong
 

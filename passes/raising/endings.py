@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from moe_fx.passes.raising import every_token
 from moe_fx.passes.raising.axes import EXPERT, ONE, SLOT, SORTED_ROW, TOKEN, Axis, Place, size_of
+from moe_fx.passes.raising.choices import summed_slots
 from moe_fx.passes.raising.contraction import Contraction, contraction
 from torch.fx import Node
 
@@ -68,6 +69,12 @@ def endings(root: Node) -> Iterator[Ending]:
             sizes, tokens, place = known
             place = (tuple(name for dim in place[: len(batch)] for name in dim), *place[len(batch) :])
             yield Ending(product, (*place, (axis,)), place, sizes, tokens)
+    for slot, count in summed_slots(found):
+        known = _axes(shape, SLOT, count) if isinstance(count, int) else None
+        if known is not None:
+            sizes, tokens, place = known
+            product = found if slot is None else replace(found, out=found.out + slot)
+            yield Ending(product, place if slot is None else (*place, (SLOT,)), place, sizes, tokens)
 
 
 def _weighs(found: Contraction) -> bool:

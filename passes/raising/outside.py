@@ -158,10 +158,10 @@ class Outside:
         """Token rows come in; a number per token is the same in each of its slots."""
         shape = features(place)
         node, place = self.unviewed(node, place)
-        if self.single and all(size == 1 for size in features(place)):
+        if self.single and all(size == 1 for size in features(place)):  # a number for its only slot
             if op_name(node) == "aten::to":
                 return self.inside(node, place)
-            return self.body.reshaped(self.row("s", node, ()), shape)
+            return self.body.reshaped(self.row("s", node, tuple(features(place))), shape)
         known = self.body.captured["x"]
         if known and node not in known:
             return self.miss("one tensor of token rows", node)
@@ -295,6 +295,9 @@ class Outside:
         if axes == {*self.tokens, EXPERT}:
             if place != (self.tokens, (EXPERT,)) and is_view(node):
                 return None
+            if place == (self.tokens, (EXPERT,)) and not self.dense:  # only what it holds for a slot's own expert
+                self.tables.add(node)
+                return self.row("s", node, tuple(features(place)))
             return self.table(node, place)
         if place in self.slot_places or place in tuple((*each, ()) for each in self.slot_places):
             return self.row("s", node, tuple(features(place)))

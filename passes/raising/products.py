@@ -53,6 +53,10 @@ def product(body: Writer, factors: Sequence[Factor], found: Contraction, place: 
                     break
         else:
             return None
+    if len(waiting) == 1:
+        (only,) = waiting
+        ordered = [letter for letter in found.out if letter in only.inner] == list(only.inner)
+        return body.reshaped(only.value, features(place)) if ordered and not found.summed else None
     one, other = waiting
     return _of_two(body, one, other, replace(found, letters=(one.letters, other.letters)), place)
 

@@ -27,7 +27,7 @@ aten = torch.ops.aten
 ELEMENTWISE = frozenset({"aten::to", "aten::masked_fill", "aten::dropout"})
 VIEWS = frozenset({
     "aten::reshape", "aten::transpose", "aten::permute", "aten::unsqueeze", "aten::squeeze", "aten::expand",
-    "aten::repeat", "aten::repeat_interleave", "aten::contiguous", "aten::clone",
+    "aten::repeat", "aten::repeat_interleave", "aten::contiguous", "aten::clone", "aten::view_as", "aten::reshape_as",
 })  # fmt: skip
 #: ops along one or more dimensions, and the arguments that name them
 ALONG = {
@@ -309,6 +309,8 @@ def _part(node: Node, place: Place) -> Through | str:
 Rule = Callable[[Node, dict[str, Any], Place, Mapping[str, Dim]], Through | str]
 _RULES: dict[str, Rule] = {
     "aten::reshape": _reshape,
+    "aten::view_as": _reshape,
+    "aten::reshape_as": _reshape,
     "aten::transpose": _transpose,
     "aten::permute": _transpose,
     "aten::unsqueeze": _unsqueeze,

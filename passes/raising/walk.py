@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from moe_fx.passes.raising import pieces as kinds
 from moe_fx.passes.raising.anchors import reads_stack
-from moe_fx.passes.raising.axes import EXPERT, SLOT, SORTED_ROW, Place, aligned, axes_of, features, size_of
+from moe_fx.passes.raising.axes import EXPERT, PLACE, SLOT, SORTED_ROW, Place, aligned, axes_of, features, size_of
+from moe_fx.passes.raising.bins import binned
+from moe_fx.passes.raising.choices import chosen
 from moe_fx.passes.raising.contraction import Contraction, contraction
 from moe_fx.passes.raising.outside import Outside
 from moe_fx.passes.raising.products import Factor, product
@@ -27,7 +29,7 @@ from torch.fx.node import map_arg
 
 from moe_fx.experts import per_row
 from moe_fx.matcher import Match, Miss, match, op_name
-from moe_fx.shapes import is_number, same_shape, shape_of
+from moe_fx.shapes import is_number, known_equal, same_shape, shape_of
 
 __all__ = ["Walk"]
 
@@ -35,7 +37,7 @@ aten = torch.ops.aten
 
 #: ops through which the rows of an expert linear pass
 ROW_STEPS = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback", "moe_fx::grouped_mm"})
-FORMS = {SLOT: "gather_bmm", EXPERT: "dense_bmm"}
+FORMS = {SLOT: "gather_bmm", EXPERT: "dense_bmm", PLACE: "binned_bmm"}
 
 
 class Walk(Outside):
@@ -64,6 +66,8 @@ class Walk(Outside):
             return self.miss(f"a value of shape {rows}", node, f"{node.name} of shape {list(shape)}")
         if not axes:
             return self.same_for_all(node, place)
+        if (in_bins := binned(self, node, place)) is not None:
+            return in_bins
         fits, found = self.piece(node, place)
         if fits and found is not None:
             return found
@@ -229,6 +233,11 @@ class Walk(Outside):
 
     def multiplied(self, node: Node, place: Place, found: Contraction) -> Value | Miss:
         """A product: of rows with an expert's matrix, or with one that all experts share."""
+        choice, shape_of_row = chosen(self, found, place), features(place)
+        if choice is not None:
+            found, place = choice.found, choice.place
+        elif not set(found.out) <= set("".join(found.letters)):
+            return self.miss("one-hot rows of the experts' ids, and of ranks among an expert's rows", node)
         places: list[Place] = []
         for operand, letters in zip(found.operands, found.letters, strict=True):
             whole = []
@@ -237,7 +246,7 @@ class Walk(Outside):
                 size = found.size(letter)
                 if at < 0 and not isinstance(size, int):
                     return self.miss("a sum over a fixed number of features", node)
-                whole.append(place[at] if at >= 0 else (size,))
+                whole.append(place[at] if at >= 0 else () if known_equal(size, 1) else (size,))
             shape = shape_of(operand)
             own = aligned(tuple(whole), shape, self.sizes) if shape is not None else None
             if own is None:
@@ -250,6 +259,8 @@ class Walk(Outside):
             if isinstance(inner, Miss):
                 return inner
             factors[which] = Factor(inner, found.letters[which], places[which])
+            if choice is not None:
+                factors[which] = choice.factor(self.body, which, factors[which])
         result = product(self.body, [factors[which] for which in sorted(factors)], found, place)
         if result is None:
             return self.miss("a product of rows and a matrix that does not change from row to row", node)
@@ -257,7 +268,7 @@ class Walk(Outside):
         if op_name(node) == "aten::sum":
             self.interior.add(node.args[0])
         if any(factor.value.kind == EXPERTS_OWN for factor in factors.values()):
-            self.forms.add(FORMS[EXPERT if self.dense else SLOT])
+            self.forms.add(FORMS[EXPERT if self.dense else PLACE if PLACE in axes_of(place) else SLOT])
         if found.bias is not None:
             own = aligned(place, shape_of(found.bias) or (), self.sizes)
             bias = self.value(found.bias, own if own is not None else place)
@@ -265,7 +276,7 @@ class Walk(Outside):
                 return bias
             total = self.body.write(aten.add.Tensor, result.node, self.body.beside_rows(bias, len(result.shape)))
             result = Value(total, ROWS, result.shape)
-        return result
+        return self.body.reshaped(result, shape_of_row)
 
     # The layer
 

@@ -1,6 +1,6 @@
 """MoE layers as real authors write them; see `base.py`."""
 
-from styles import all_at_once, around, gathered, grouped, modules, one_after_another, one_hot, stacked
+from styles import all_at_once, around, bins, gathered, grouped, modules, one_after_another, one_hot, stacked
 from styles.base import STYLES, Style
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "Style",
     "all_at_once",
     "around",
+    "bins",
     "gathered",
     "grouped",
     "modules",

@@ -122,23 +122,3 @@ class TorchtitanSlices(Apart):
             h = F.silu(torch.matmul(part, self.w_gate[e])) * torch.matmul(part, self.w_up[e])
             outs.append(torch.matmul(h, self.w_down[e]))
         return torch.zeros_like(x).scatter_add(0, token.reshape(-1, 1).expand(-1, H), torch.cat(outs, dim=0))
-
-
-@style("binned_bmm_capacity_of_all_tokens")
-class Binned(Apart):
-    """A bin of T rows per expert, filled by rank, so that nothing can be dropped."""
-
-    act = staticmethod(swiglu)
-
-    def forward(self, x):
-        ids, weights = self.router(x)
-        tokens, flat = x.shape[0], ids.flatten()
-        one_hot = F.one_hot(flat, self.E)
-        rank = ((one_hot.cumsum(dim=0) - 1) * one_hot).sum(dim=-1)
-        place = flat * tokens + rank
-        bins = x.new_zeros(self.E * tokens, H)
-        bins[place] = x.repeat_interleave(self.K, dim=0)
-        bins = bins.view(self.E, tokens, H)
-        h = F.silu(torch.bmm(bins, self.w_gate)) * torch.bmm(bins, self.w_up)
-        y = torch.bmm(h, self.w_down).view(-1, H)[place].view(tokens, self.K, H)
-        return (y * weights.unsqueeze(-1)).sum(dim=1)

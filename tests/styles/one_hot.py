@@ -24,23 +24,6 @@ class DispatchTE(Apart):
         return torch.einsum("te,eth->th", combine, y)
 
 
-@style("one_hot_dispatch_combine_tec_gshard")
-class GShard(Simple):
-    """GShard with bins that hold every token: the second slot's ranks come after the first's."""
-
-    def forward(self, x):
-        ids, weights = self.router(x)
-        tokens = x.shape[0]
-        one_hot = F.one_hot(ids, self.E).transpose(0, 1).reshape(-1, self.E)
-        rank = ((one_hot.cumsum(0) - 1) * one_hot).sum(-1).view(self.K, tokens).transpose(0, 1)
-        bins = (rank.unsqueeze(-1) == torch.arange(tokens)).to(x.dtype)
-        combine = torch.einsum("tk,tke,tkc->tec", weights, F.one_hot(ids, self.E).to(x.dtype), bins)
-        dispatch = combine.bool().to(x.dtype)
-        rows = torch.einsum("tec,tm->ecm", dispatch, x)
-        y = torch.einsum("eci,ehi->ech", F.relu(torch.einsum("ecm,eim->eci", rows, self.up)), self.down)
-        return torch.einsum("tec,ecm->tm", combine, y)
-
-
 @style("one_hot_dispatch_switch_mesh")
 class SwitchMesh(Simple):
     """Switch: one expert, its gate times the one-hot mask; dispatch per sequence is left out."""

@@ -1,0 +1,243 @@
+"""A slot's place among the slots of its expert, read back from how it is counted.
+
+hot = one_hot(ids.reshape(-1), E)                  # [T*K, E]: 1 at a slot's own expert, 0 elsewhere
+rank = ((hot.cumsum(0) - 1) * hot).sum(-1)         # how many slots of its expert come before it
+place = ids.reshape(-1) * capacity + rank          # its row in bins [E * capacity, ...]
+
+What is read of a value is what it holds at a slot's own expert: a sum of the expert's number, the rank, and a number.
+Whether every rank is below a capacity is a question of how many rows an expert can get.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from moe_fx.passes.raising.axes import EXPERT, Place, axes_of
+from moe_fx.passes.raising.counts import EXACT
+from moe_fx.passes.raising.one_hot import OneHotRows
+from moe_fx.passes.raising.through import is_view, through
+from torch.fx import Node
+
+from moe_fx.matcher import arguments, op_name
+from moe_fx.shapes import Dim, is_number, known_at_least, shape_of, tensor_of
+
+__all__ = ["Rank", "Ranks"]
+
+
+@dataclass(frozen=True)
+class Rank:
+    """``ids * expert's number + rank * slot's rank + plus``; of a value by expert, at a slot's own expert.
+
+    ``elsewhere`` is what such a value holds for all other experts, if it is one number.
+    """
+
+    ids: Dim = 0
+    rank: int = 0
+    plus: int = 0
+    elsewhere: int | None = None
+
+    @property
+    def fixed(self) -> bool:
+        return self.rank == 0 and isinstance(self.ids, int) and self.ids == 0
+
+
+HOT = Rank(plus=1, elsewhere=0)
+
+#: comparisons: whether they ask for what is below a limit, and whether for the limit itself
+COMPARED = {
+    "aten::lt": (True, False), "aten::less": (True, False), "aten::le": (True, True), "aten::less_equal": (True, True),
+    "aten::gt": (False, False), "aten::greater": (False, False), "aten::ge": (False, True),
+    "aten::greater_equal": (False, True),
+}  # fmt: skip
+
+
+class Ranks(OneHotRows):
+    """Reads values that are made of ids and ranks."""
+
+    def read(self, node: Any, place: Place) -> Rank | None:
+        """What a value holds; None for anything that is not made of ids and ranks."""
+        value = tensor_of(node)
+        if value is None:
+            return None
+        found = self._read(node, place)
+        # A float of few bits counts no further than it can: 256, say.
+        if found is None or found.fixed or value.dtype in EXACT:
+            return found
+        self.miss("counts in a dtype that holds every number of rows", f"{node.name} of {value.dtype}", node)
+        return None
+
+    def _read(self, node: Node, place: Place) -> Rank | None:
+        if node is self.walk.bindings.get("ids") and self.by_slot(place):
+            return Rank(ids=1)
+        if self.is_hot(node, place):
+            return HOT
+        if is_view(node):
+            step = through(node, place, self.sizes)
+            return None if isinstance(step, str) else self.read(*step.operands[0])
+        rule = _RULES.get(op_name(node) or "")
+        source = node.args[0] if node.target is operator.getitem and node.args[1] == 0 else None
+        if isinstance(source, Node) and op_name(source) == "aten::max":
+            return self._reduced(source, place, largest=True)
+        return rule(self, node, place) if rule is not None else None
+
+    def operand(self, value: Any, place: Place) -> Rank | None:
+        if isinstance(value, int | float) and int(value) == value:
+            return Rank(plus=int(value), elsewhere=int(value))
+        if isinstance(value, Node) and not is_number(value):
+            own = self.beside(value, place)
+            found = self.read(value, own) if own is not None else None
+            if found is None and own is not None and EXPERT not in axes_of(own) and self.by_slot(own):
+                return Rank(ids=1) if "ids" in self.walk.bindings and self.ids(value, own) else None
+            return found
+        return None
+
+    def _sum(self, node: Node, place: Place) -> Rank | None:
+        if len(node.args) > 2 or node.kwargs:
+            return None
+        # Ranks first: the one-hot rows they are counted from tell which ids are the layer's.
+        right = self.operand(node.args[1], place)
+        left = self.operand(node.args[0], place)
+        right = right if right is not None else self.operand(node.args[1], place)
+        if left is None or right is None:
+            return None
+        sign = -1 if op_name(node) == "aten::sub" else 1
+        elsewhere = None
+        if left.elsewhere is not None and right.elsewhere is not None:
+            elsewhere = left.elsewhere + sign * right.elsewhere
+        return Rank(
+            left.ids + sign * right.ids, left.rank + sign * right.rank, left.plus + sign * right.plus, elsewhere
+        )
+
+    def _product(self, node: Node, place: Place) -> Rank | None:
+        left, right = (self.operand(each, place) for each in node.args[:2])
+        size = next((each.meta["val"] for each in node.args[:2] if isinstance(each, Node) and is_number(each)), None)
+        if size is not None:
+            each = left or right
+            return replace(each, ids=each.ids * size) if each == Rank(ids=1) else None
+        if left is None or right is None:
+            return None
+        if not left.fixed:
+            left, right = right, left
+        if not left.fixed:
+            return None
+        elsewhere = 0 if 0 in (left.elsewhere, right.elsewhere) else None
+        if left.elsewhere is not None and right.elsewhere is not None:
+            elsewhere = left.elsewhere * right.elsewhere
+        return Rank(left.plus * right.ids, left.plus * right.rank, left.plus * right.plus, elsewhere)
+
+    def _counted(self, node: Node, place: Place) -> Rank | None:
+        """A running sum of one-hot rows over all slots: how many of its expert there are up to each, and with it."""
+        given = arguments(node)
+        order = tuple(axis for axis in place[given["dim"]] if axis in self.slot_axes)
+        if self.read(given["self"], place) != HOT:
+            return None
+        if not self.slot_axes <= set(order):
+            found = f"{node.name}, over dimension {given['dim']}"
+            self.miss("a count over all slots of all tokens", found, node)
+            return None
+        # Slots may be counted token by token, or choice by choice: all of a layer's ranks are of one order.
+        if self.walk.bindings.setdefault("rank_order", order) != order:
+            self.miss("ranks counted in one order of the slots", f"{node.name}, in another", node)
+            return None
+        return Rank(rank=1, plus=1)
+
+    def _reduced(self, node: Node, place: Place, largest: bool = False) -> Rank | None:
+        """A sum or a maximum over the experts."""
+        given = arguments(node)
+        dims = given.get("dim")
+        dims = dims if isinstance(dims, list | tuple) else [dims]
+        if len(dims) != 1 or not isinstance(dims[0], int) or given.get("dtype") is not None:
+            return None
+        dim = dims[0] % len(shape_of(given["self"]) or (0,))
+        rest = place[dim + 1 :] if given.get("keepdim") else place[dim:]
+        if not self.experts(given["self"], dim):
+            return None
+        found = self.read(given["self"], (*place[:dim], (EXPERT,), *rest))
+        if found is None or found.elsewhere is None:
+            return None
+        if largest:
+            return replace(found, elsewhere=None) if found.ids == 0 and found.elsewhere <= found.plus else None
+        count = self.walk.bindings["num_classes"]
+        return replace(found, plus=found.plus + found.elsewhere * (count - 1), elsewhere=None)
+
+    def _looked_up(self, node: Node, place: Place) -> Rank | None:
+        """What a value by expert holds for the slot's own."""
+        given = arguments(node)
+        dim = given["dim"] % len(place)
+        if not self.experts(given["self"], dim) or EXPERT in axes_of(place):
+            return None
+        found = self.read(given["self"], (*place[:dim], (EXPERT,), *place[dim + 1 :]))
+        return replace(found, elsewhere=None) if found is not None and self.ids(given["index"], place) else None
+
+    def _cast(self, node: Node, place: Place) -> Rank | None:
+        found = self.read(node.args[0], place)
+        if node.args[1] is not torch.bool or found is None:
+            return found
+        if not found.fixed:
+            return None
+        elsewhere = None if found.elsewhere is None else int(found.elsewhere != 0)
+        return Rank(plus=int(found.plus != 0), elsewhere=elsewhere)
+
+    def _compared(self, node: Node, place: Place) -> Rank | None:
+        """Whether a rank is below a capacity: always, if the capacity holds every row an expert can get."""
+        found, limit, (below, equal) = self.operand(node.args[0], place), node.args[1], COMPARED[op_name(node) or ""]
+        limit = limit.meta["val"] if isinstance(limit, Node) and is_number(limit) else limit
+        if found is None or found.rank != 1 or found.ids != 0 or not isinstance(limit, int | torch.SymInt):
+            return None
+        capacity = limit - found.plus + (below == equal)
+        return Rank(plus=int(below)) if self.holds_all(capacity, node) else None
+
+    def _negated(self, node: Node, place: Place) -> Rank | None:
+        found = self.read(node.args[0], place)
+        if found is None or not found.fixed or tensor_of(node).dtype is not torch.bool:
+            return None
+        return Rank(plus=1 - found.plus, elsewhere=None if found.elsewhere is None else 1 - found.elsewhere)
+
+    def _selected(self, node: Node, place: Place) -> Rank | None:
+        """One of two values by a mask that is the same for every slot."""
+        mask, one, other = node.args[:3]
+        if op_name(node) == "aten::masked_fill":
+            one, mask, other = other, one, mask
+        known = self.operand(mask, place)
+        if known is None or not known.fixed:
+            return None
+        found = self.operand(one if known.plus else other, place)
+        return replace(found, elsewhere=None) if found is not None else None
+
+    def _clamped(self, node: Node, place: Place) -> Rank | None:
+        """A clamp that changes nothing."""
+        given = arguments(node)
+        found, low, high = self.read(given["self"], place), given.get("min"), given.get("max")
+        high = high.meta["val"] if isinstance(high, Node) and is_number(high) else high
+        if found is None or found.rank != 1 or found.plus != 0 or low not in (None, 0):
+            return None
+        rows = high + 1 if isinstance(high, int | torch.SymInt) else None
+        if found.ids == 0:
+            return found if rows is None or self.holds_all(rows, node) else None
+        every = found.ids * self.walk.bindings["num_classes"]
+        return found if rows is None or (known_at_least(rows, every) and self.holds_all(found.ids, node)) else None
+
+
+Rule = Callable[[Ranks, Node, Place], Rank | None]
+_RULES: dict[str, Rule] = {
+    **dict.fromkeys(COMPARED, Ranks._compared),
+    "aten::add": Ranks._sum,
+    "aten::sub": Ranks._sum,
+    "aten::mul": Ranks._product,
+    "aten::bitwise_and": Ranks._product,
+    "aten::logical_and": Ranks._product,
+    "aten::cumsum": Ranks._counted,
+    "aten::sum": Ranks._reduced,
+    "aten::amax": lambda ranks, node, place: ranks._reduced(node, place, largest=True),
+    "aten::gather": Ranks._looked_up,
+    "aten::to": Ranks._cast,
+    "aten::bitwise_not": Ranks._negated,
+    "aten::logical_not": Ranks._negated,
+    "aten::where": Ranks._selected,
+    "aten::masked_fill": Ranks._selected,
+    "aten::clamp": Ranks._clamped,
+}
