@@ -137,6 +137,54 @@ class OtherIds(Bins):
         return self.weighted(self.in_bins(bins.view(self.E, tokens, H)).view(-1, H)[place], weights)
 
 
+class SortedBins(Bins):
+    """Rows sorted by expert, in bins one behind the other."""
+
+    def capacity_of(self, x):
+        return x.shape[0]
+
+    def begin(self, counts):
+        return counts.cumsum(0) - counts
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        flat, capacity = ids.reshape(-1), self.capacity_of(x)
+        order = flat.argsort(stable=True)
+        expert = flat[order]
+        rank = torch.arange(flat.shape[0]) - self.begin(torch.bincount(flat, minlength=self.E))[expert]
+        place = expert * capacity + rank
+        bins = x.new_zeros(self.E * capacity + flat.shape[0], H).index_copy(0, place, x[order // self.K])
+        y = self.in_bins(bins[: self.E * capacity].view(self.E, capacity, H)).view(-1, H)
+        y = y[place.clamp(max=self.E * capacity - 1)] * weights.reshape(-1)[order].unsqueeze(1)
+        return torch.zeros_like(x).index_add(0, order // self.K, y)
+
+
+@lookalike(
+    "binned_sorted_into_the_next_bins", "rows beyond a capacity of half the tokens lie in the bin of the next expert"
+)
+class IntoTheNext(SortedBins):
+    def capacity_of(self, x):
+        return x.shape[0] // 2
+
+
+@lookalike("binned_sorted_from_the_end", "ranks are counted back from where the next expert's rows begin")
+class FromTheEnd(SortedBins):
+    def begin(self, counts):
+        return counts.cumsum(0)
+
+
+@lookalike("binned_by_ranks_added_up", "both slots of a token have the sum of their ranks: rows of two tokens meet")
+class RanksAddedUp(Bins):
+    def forward(self, x):
+        ids, weights = self.router(x)
+        mask = torch.zeros(x.shape[0], self.E, dtype=torch.int64).scatter(1, ids, 1)
+        counts = ((mask.cumsum(dim=0) - 1) * mask).unsqueeze(1).expand(-1, self.K, -1)
+        rank = counts.sum(dim=-1)
+        bins = x.new_zeros(self.E, self.K * x.shape[0], H)
+        bins = bins.index_put((ids, rank), x.unsqueeze(1).expand(-1, self.K, -1))
+        return (self.in_bins(bins)[ids, rank] * weights.unsqueeze(-1)).sum(dim=1)
+
+
 @lookalike("binned_read_at_the_next_place", "a slot gets what the row behind its own has become")
 class NextPlace(Bins):
     def forward(self, x):

@@ -212,6 +212,8 @@ REFUSALS = {
     "gshard_with_capacity": "tokens can be dropped: capacity 2 for up to 6 rows",
     "binned_by_ids_of_others": "a place in bins",
     "binned_read_at_the_next_place": "a place in bins",
+    "binned_sorted_into_the_next_bins": "tokens can be dropped: capacity",
+    "binned_sorted_from_the_end": "a place in bins",
     "binned_added_to_the_last_bins": "tokens can be dropped: capacity 12 for up to",
     "binned_mean_of_a_bin": "to be read inside the layer only",
 }

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moe_fx.passes.raising.anchors import leads_to_experts
-from moe_fx.passes.raising.axes import EXPERT, PLACE, SLOT, Place, axes_of, features
+from moe_fx.passes.raising.axes import EXPERT, PLACE, SLOT, SORTED_ROW, Place, axes_of, features
 from moe_fx.passes.raising.outside import Outside
 from moe_fx.passes.raising.ranks import Rank, Ranks
 from moe_fx.passes.raising.through import is_view, through
@@ -47,7 +47,7 @@ def binned(walk: Outside, node: Node, place: Place) -> Value | Miss | None:
     found = None
     if PLACE in axes:
         found = _written(walk, node, place)
-    elif axes <= {*walk.tokens, SLOT} and name in READS:
+    elif (axes <= {*walk.tokens, SLOT} or axes == {SORTED_ROW}) and name in READS:
         found = _read_back(walk, node, place)
     elif axes <= {*walk.tokens, SLOT} and "rank_order" in walk.bindings:
         found = _kept(walk, node, place)
@@ -72,7 +72,7 @@ def _read_back(walk: Outside, node: Node, place: Place) -> Source | None:
     if op_name(node) == "aten::gather":
         rank = 1
     dims = _place(walk, given["self"], where, place[:rank], len(place) - rank)
-    if dims is None and is_view(given["self"]) and leads_to_experts(given["self"]):
+    if dims is None and leads_to_experts(given["self"]):
         wanted = "a place in bins: the number of the slot's expert * capacity + rank among the expert's rows"
         walk.note(Miss(wanted, f"the places of {node.name}", node, dict(walk.bindings), 100 * walk.visited + 90))
     return (given["self"], (*dims, *place[rank:])) if dims is not None else None
@@ -108,6 +108,7 @@ def _written(walk: Outside, node: Node, place: Place) -> Source | None:
 
 def _slot_places(walk: Outside) -> Iterator[Place]:
     """How rows of all slots may stand."""
+    yield ((SORTED_ROW,),)
     yield ((*walk.tokens, SLOT),)
     yield from walk.slot_places
     yield ((SLOT, *walk.tokens),)
@@ -134,7 +135,7 @@ def _place(walk: Outside, bins: Node, where: Any, slots: Place, inner: int) -> P
         return ((EXPERT,), (PLACE,)) if ranks.bins_of(capacity, bins) else None
     else:
         found = ranks.read(where[0], slots) if len(where) == 1 else None
-    if found is None or found.rank != 1 or found.plus != 0 or (isinstance(found.ids, int) and found.ids == 0):
+    if found is None or not found.ranked or (isinstance(found.ids, int) and found.ids == 0):
         return None
     return ((EXPERT, PLACE),) if ranks.bins_of(found.ids, bins) else None
 

@@ -121,7 +121,7 @@ def _number(walk: Outside, ranks: Ranks, hot: Hot, at: dict[str, tuple[Axis, ...
         return (EXPERT,) if known else None
     if read == Rank(rank=1):
         return (PLACE,) if ranks.bins_of(hot.count, hot.source) else None
-    if read is not None and read.rank == 1 and read.plus == 0 and not (isinstance(read.ids, int) and read.ids == 0):
+    if read is not None and read.ranked and not (isinstance(read.ids, int) and read.ids == 0):
         return (EXPERT, PLACE) if ranks.bins_of(read.ids, hot.source) else None
     ids = walk.bindings.get("ids")
     if ids is not None:

@@ -81,6 +81,8 @@ class OneHotRows:
         if EXPERT not in axes_of(place):
             return False
         name = op_name(node)
+        if self.by_token(place):
+            return self.is_mask(node, place)
         if name == "aten::one_hot" and place[-1] == (EXPERT,):
             return self.experts(node, -1) and self.ids(node.args[0], place[:-1])
         if name == "aten::scatter" and place[-1] == (EXPERT,):
@@ -98,6 +100,25 @@ class OneHotRows:
                 self.walk.bindings["counts_beyond"] = node  # an id that is no expert's has no 1 anywhere
                 return True
         return False
+
+    def by_token(self, place: Place) -> bool:
+        """Whether a value by expert has one row for all slots of a token: it is known for the experts of each."""
+        return EXPERT in axes_of(place) and SLOT not in axes_of(place) and not known_equal(self.top_k, 1)
+
+    def is_mask(self, node: Node, place: Place) -> bool:
+        """Whether a value by token and expert is 1 for the experts of its slots, if these differ, and 0 elsewhere."""
+        given = arguments(node) if op_name(node) in ("aten::scatter", "aten::sum") else {}
+        if op_name(node) == "aten::scatter" and place[-1] == (EXPERT,):
+            ones = given.get("value") == 1 and filled_with(given["self"]) == 0 and given["dim"] in (-1, len(place) - 1)
+            found = ones and self.experts(node, -1) and self.ids(given["index"], (*place[:-1], (SLOT,)))
+        elif given and isinstance(given["dim"], list | tuple) and len(given["dim"]) == 1 and not given["keepdim"]:
+            dim = given["dim"][0] % (len(place) + 1)
+            found = self.is_hot(given["self"], (*place[:dim], (SLOT,), *place[dim:]))
+        else:
+            return False
+        if found:
+            self.walk.bindings["counted_once"] = node
+        return found
 
     def beside(self, operand: Any, place: Place) -> Place | None:
         shape = shape_of(operand)

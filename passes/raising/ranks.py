@@ -4,6 +4,8 @@ hot = one_hot(ids.reshape(-1), E)                  # [T*K, E]: 1 at a slot's own
 rank = ((hot.cumsum(0) - 1) * hot).sum(-1)         # how many slots of its expert come before it
 place = ids.reshape(-1) * capacity + rank          # its row in bins [E * capacity, ...]
 
+rank = arange(T * K) - starts[sorted_ids]          # the same of rows sorted by expert: how far behind the first one
+
 What is read of a value is what it holds at a slot's own expert: a sum of the expert's number, the rank, and a number.
 Whether every rank is below a capacity is a question of how many rows an expert can get.
 """
@@ -16,13 +18,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from moe_fx.passes.raising.axes import EXPERT, Place, axes_of
-from moe_fx.passes.raising.counts import EXACT
+from moe_fx.passes.raising import grouped
+from moe_fx.passes.raising.axes import EXPERT, SLOT, SORTED_ROW, Place, axes_of
+from moe_fx.passes.raising.counts import EXACT, Counts
 from moe_fx.passes.raising.one_hot import OneHotRows
+from moe_fx.passes.raising.pieces import arange
 from moe_fx.passes.raising.through import is_view, through
 from torch.fx import Node
 
-from moe_fx.matcher import arguments, op_name
+from moe_fx.matcher import Match, arguments, match, op_name
+from moe_fx.pattern import aten
 from moe_fx.shapes import Dim, is_number, known_at_least, shape_of, tensor_of
 
 __all__ = ["Rank", "Ranks"]
@@ -32,20 +37,31 @@ __all__ = ["Rank", "Ranks"]
 class Rank:
     """``ids * expert's number + rank * slot's rank + plus``; of a value by expert, at a slot's own expert.
 
-    ``elsewhere`` is what such a value holds for all other experts, if it is one number.
+    ``elsewhere`` is what such a value holds for all other experts, if it is one number. ``row`` counts where the slot
+    stands in sorted order, and ``first`` where the first row of its expert does: one less the other is its rank.
     """
 
     ids: Dim = 0
     rank: int = 0
     plus: int = 0
     elsewhere: int | None = None
+    row: int = 0
+    first: int = 0
 
     @property
     def fixed(self) -> bool:
-        return self.rank == 0 and isinstance(self.ids, int) and self.ids == 0
+        return (self.rank, self.row, self.first) == (0, 0, 0) and isinstance(self.ids, int) and self.ids == 0
+
+    @property
+    def ranked(self) -> bool:
+        """Whether it is a rank, from 0 up, perhaps behind the bins of the experts before."""
+        return (self.rank, self.plus, self.row, self.first) == (1, 0, 0, 0)
 
 
 HOT = Rank(plus=1, elsewhere=0)
+
+#: where an expert's rows begin, found in the sorted ids themselves
+FIRST = aten.searchsorted(grouped.sorted_ids, grouped.ends)
 
 #: comparisons: whether they ask for what is below a limit, and whether for the limit itself
 COMPARED = {
@@ -75,21 +91,66 @@ class Ranks(OneHotRows):
             return Rank(ids=1)
         if self.is_hot(node, place):
             return HOT
+        if (found := self._in_order(node, place)) is not None:
+            return found
         if is_view(node):
             step = through(node, place, self.sizes)
-            return None if isinstance(step, str) else self.read(*step.operands[0])
+            if isinstance(step, str):
+                return None
+            ((source, own),) = step.operands
+            return self.spread(source, own, place)
         rule = _RULES.get(op_name(node) or "")
         source = node.args[0] if node.target is operator.getitem and node.args[1] == 0 else None
         if isinstance(source, Node) and op_name(source) == "aten::max":
             return self._reduced(source, place, largest=True)
         return rule(self, node, place) if rule is not None else None
 
+    def _in_order(self, node: Node, place: Place) -> Rank | None:
+        """Of rows sorted by expert: their ids, where they stand, and where the rows of their expert begin."""
+        bound, by_row = self.walk.bindings, place == ((SORTED_ROW,),)
+        for pattern, read in ((grouped.sorted_ids, Rank(ids=1)), (arange(), Rank(row=1))) if by_row else ():
+            if isinstance(found := match(pattern, node, bound), Match):
+                self.walk.bind(found)
+                return read
+        if place == ((*self.walk.tokens, SLOT),) and isinstance(found := match(grouped.inverse, node, bound), Match):
+            self.walk.bind(found)
+            return Rank(row=1)
+        if op_name(node) == "aten::index" and len(node.args[1]) == 1:
+            return Rank(first=1) if self._own(node.args[1][0], place) and self._begins(node.args[0]) else None
+        return None
+
+    def _own(self, index: Any, place: Place) -> bool:
+        return self.read(index, place) == Rank(ids=1) or self.ids(index, place)
+
+    def _begins(self, node: Any) -> bool:
+        """Whether a value by expert tells where its rows begin among the sorted ones."""
+        bound = self.walk.bindings
+        if isinstance(found := match(FIRST, node, bound), Match):
+            bound, count = dict(found.bindings), found["num_experts"]
+        else:
+            counts = Counts(bound)
+            if counts.read(node) != [dict.fromkeys(range(each), 1) for each in range(counts.num_experts)]:
+                return False
+            bound, count = dict(counts.bindings), counts.num_experts
+        if bound.setdefault("rank_order", "sorted") != "sorted" or bound.setdefault("num_classes", count) != count:
+            return False
+        bound.setdefault("counts_beyond", node)  # an id that is no expert's begins nowhere
+        self.walk.bindings, self.walk.sizes = bound, {**self.walk.sizes, EXPERT: count}
+        return True
+
+    def spread(self, node: Any, own: Place, place: Place) -> Rank | None:
+        """What a value holds that stands in ``own`` place, and is seen in another."""
+        found = self.read(node, own)
+        if found is not None and self.by_token(own) and not self.by_token(place):
+            return replace(found, elsewhere=None)  # the experts of a token's other slots are not elsewhere
+        return found
+
     def operand(self, value: Any, place: Place) -> Rank | None:
         if isinstance(value, int | float) and int(value) == value:
             return Rank(plus=int(value), elsewhere=int(value))
         if isinstance(value, Node) and not is_number(value):
             own = self.beside(value, place)
-            found = self.read(value, own) if own is not None else None
+            found = self.spread(value, own, place) if own is not None else None
             if found is None and own is not None and EXPERT not in axes_of(own) and self.by_slot(own):
                 return Rank(ids=1) if "ids" in self.walk.bindings and self.ids(value, own) else None
             return found
@@ -108,9 +169,12 @@ class Ranks(OneHotRows):
         elsewhere = None
         if left.elsewhere is not None and right.elsewhere is not None:
             elsewhere = left.elsewhere + sign * right.elsewhere
+        row, first = left.row + sign * right.row, left.first + sign * right.first
+        behind = row == 1 and first == -1
         return Rank(
-            left.ids + sign * right.ids, left.rank + sign * right.rank, left.plus + sign * right.plus, elsewhere
-        )
+            left.ids + sign * right.ids, left.rank + sign * right.rank + behind, left.plus + sign * right.plus,
+            elsewhere, row - behind, first + behind,
+        )  # fmt: skip
 
     def _product(self, node: Node, place: Place) -> Rank | None:
         left, right = (self.operand(each, place) for each in node.args[:2])
@@ -127,7 +191,10 @@ class Ranks(OneHotRows):
         elsewhere = 0 if 0 in (left.elsewhere, right.elsewhere) else None
         if left.elsewhere is not None and right.elsewhere is not None:
             elsewhere = left.elsewhere * right.elsewhere
-        return Rank(left.plus * right.ids, left.plus * right.rank, left.plus * right.plus, elsewhere)
+        many = left.plus
+        return Rank(
+            many * right.ids, many * right.rank, many * right.plus, elsewhere, many * right.row, many * right.first
+        )
 
     def _counted(self, node: Node, place: Place) -> Rank | None:
         """A running sum of one-hot rows over all slots: how many of its expert there are up to each, and with it."""
@@ -135,7 +202,8 @@ class Ranks(OneHotRows):
         order = tuple(axis for axis in place[given["dim"]] if axis in self.slot_axes)
         if self.read(given["self"], place) != HOT:
             return None
-        if not self.slot_axes <= set(order):
+        every = set(self.walk.tokens) if self.by_token(place) else self.slot_axes
+        if not every <= set(order):
             found = f"{node.name}, over dimension {given['dim']}"
             self.miss("a count over all slots of all tokens", found, node)
             return None
@@ -150,7 +218,12 @@ class Ranks(OneHotRows):
         given = arguments(node)
         dims = given.get("dim")
         dims = dims if isinstance(dims, list | tuple) else [dims]
-        if len(dims) != 1 or not isinstance(dims[0], int) or given.get("dtype") is not None:
+        if (
+            len(dims) != 1
+            or not isinstance(dims[0], int)
+            or given.get("dtype") is not None
+            or self.by_token((*place, (EXPERT,)))
+        ):
             return None
         dim = dims[0] % len(shape_of(given["self"]) or (0,))
         rest = place[dim + 1 :] if given.get("keepdim") else place[dim:]
@@ -186,7 +259,8 @@ class Ranks(OneHotRows):
         """Whether a rank is below a capacity: always, if the capacity holds every row an expert can get."""
         found, limit, (below, equal) = self.operand(node.args[0], place), node.args[1], COMPARED[op_name(node) or ""]
         limit = limit.meta["val"] if isinstance(limit, Node) and is_number(limit) else limit
-        if found is None or found.rank != 1 or found.ids != 0 or not isinstance(limit, int | torch.SymInt):
+        plain = found is not None and found == replace(Rank(rank=1), plus=found.plus, elsewhere=found.elsewhere)
+        if found is None or not plain or not isinstance(limit, int | torch.SymInt):
             return None
         capacity = limit - found.plus + (below == equal)
         return Rank(plus=int(below)) if self.holds_all(capacity, node) else None
@@ -213,7 +287,7 @@ class Ranks(OneHotRows):
         given = arguments(node)
         found, low, high = self.read(given["self"], place), given.get("min"), given.get("max")
         high = high.meta["val"] if isinstance(high, Node) and is_number(high) else high
-        if found is None or found.rank != 1 or found.plus != 0 or low not in (None, 0):
+        if found is None or not found.ranked or low not in (None, 0):
             return None
         rows = high + 1 if isinstance(high, int | torch.SymInt) else None
         if found.ids == 0:

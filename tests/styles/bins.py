@@ -89,6 +89,40 @@ class Tutel(Interleaved):
         return (y * weights.t().unsqueeze(-1)).sum(dim=0)
 
 
+@style("binned_sorted_rows_starts_by_counts")
+class SortedBins(Bins):
+    """Rows sorted by expert lie in bins one behind the other: a row's rank is how far behind the first it is."""
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        tokens, flat = x.shape[0], ids.reshape(-1)
+        order = flat.argsort(stable=True)
+        counts = torch.bincount(flat, minlength=self.E)
+        starts = counts.cumsum(0) - counts
+        expert = flat[order]
+        place = expert * tokens + torch.arange(flat.shape[0]) - starts[expert]
+        bins = x.new_zeros(self.E * tokens, H)
+        bins[place] = x[order // self.K]
+        y = self.in_bins(bins.view(self.E, tokens, H)).view(-1, H)[place]
+        y = y * weights.reshape(-1)[order].unsqueeze(1)
+        return torch.zeros_like(x).index_add(0, order // self.K, y)
+
+
+@style("binned_double_argsort_searchsorted")
+class DoubleSortedBins(Bins):
+    """Ranks by the order of the order; bins by expert and rank."""
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        flat = ids.reshape(-1)
+        order = flat.argsort(stable=True)
+        starts = torch.searchsorted(flat[order], torch.arange(self.E))
+        rank = order.argsort() - starts[flat]
+        bins = x.new_zeros(self.E, flat.shape[0], H)
+        bins[flat, rank] = x.repeat_interleave(self.K, dim=0)
+        return self.weighted(self.in_bins(bins)[flat, rank], weights)
+
+
 @style("one_hot_dispatch_combine_tec_gshard")
 class GShard(Simple):
     """GShard with bins that hold every token: the second slot's ranks come after the first's."""
@@ -180,3 +214,38 @@ class ChosenWeights(Stacked):
         down = torch.einsum("tke,ehi->tkhi", one_hot, self.down)
         gate, up = torch.einsum("th,tknh->tkn", x, gate_up).chunk(2, dim=-1)
         return torch.einsum("tkhi,tki,tk->th", down, swiglu(gate, up), weights)
+
+
+@style("one_hot_sec_top2_deepspeed", dynamic=False)
+class DeepSpeedTop2(Simple):
+    """DeepSpeed, two experts per token: each choice has a mask and a combine of its own, second ones come behind."""
+
+    def forward(self, x):
+        gates = F.softmax(self.router.linear(x), dim=1)
+        capacity = 2 * gates.shape[0]
+        first = F.one_hot(gates.argmax(dim=1), self.E)
+        second = F.one_hot(gates.masked_fill(first.bool(), float("-inf")).argmax(dim=1), self.E)
+        locations1 = torch.cumsum(first, dim=0) - 1
+        locations2 = torch.cumsum(second, dim=0) - 1 + torch.sum(first, dim=0, keepdim=True)
+        combine = 0
+        for mask, locations in ((first, locations1), (second, locations2)):
+            gate = torch.einsum("se,se->s", gates, mask.float())
+            place = F.one_hot(torch.sum(locations * mask, dim=1), num_classes=capacity).float()
+            combine = combine + torch.einsum("se,sc->sec", torch.einsum("s,se->se", gate, mask.float()), place)
+        rows = torch.einsum("sec,sm->ecm", combine.bool().type_as(x), x)
+        y = torch.bmm(F.relu(torch.bmm(rows, self.up.mT)), self.down.mT)
+        return torch.einsum("sec,ecm->sm", combine, y)
+
+
+@style("binned_by_running_counts_of_a_token_mask")
+class TokenMask(Bins):
+    """Ranks are looked up in the running counts of a mask [T, E]."""
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        mask = torch.zeros(x.shape[0], self.E, dtype=torch.int64).scatter(1, ids, 1)
+        rank = (mask.cumsum(dim=0) - 1).gather(1, ids)
+        bins = x.new_zeros(self.E, x.shape[0], H)
+        bins[ids, rank] = x.unsqueeze(1).expand(-1, self.K, -1)
+        y = self.in_bins(bins)[ids, rank]
+        return (y * weights.unsqueeze(-1)).sum(dim=1)
