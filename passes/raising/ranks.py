@@ -61,7 +61,7 @@ class Rank:
 HOT = Rank(plus=1, elsewhere=0)
 
 #: where an expert's rows begin, found in the sorted ids themselves
-FIRST = aten.searchsorted(grouped.sorted_ids, grouped.ends)
+FIRST = aten.searchsorted(grouped.sorted_ids, grouped.numbers)
 
 #: comparisons: whether they ask for what is below a limit, and whether for the limit itself
 COMPARED = {
