@@ -185,6 +185,17 @@ class RanksAddedUp(Bins):
         return (self.in_bins(bins)[ids, rank] * weights.unsqueeze(-1)).sum(dim=1)
 
 
+@lookalike("binned_scatter_of_half_the_columns", "only the first half of each row is put into the bins")
+class HalfRows(Bins):
+    def forward(self, x):
+        ids, weights = self.router(x)
+        tokens, flat = x.shape[0], ids.flatten()
+        place = flat * tokens + ranks(flat, self.E)
+        wide = place.unsqueeze(1).expand(-1, H // 2)
+        bins = x.new_zeros(self.E * tokens, H).scatter(0, wide, x.repeat_interleave(self.K, dim=0))
+        return self.weighted(self.in_bins(bins.view(self.E, tokens, H)).view(-1, H)[place], weights)
+
+
 @lookalike("binned_read_at_the_next_place", "a slot gets what the row behind its own has become")
 class NextPlace(Bins):
     def forward(self, x):

@@ -24,7 +24,7 @@ from torch.fx import Node
 
 from moe_fx.constants import filled_with
 from moe_fx.matcher import Miss, arguments, op_name
-from moe_fx.shapes import known_equal, shape_of
+from moe_fx.shapes import known_equal, same_shape, shape_of, tensor_of
 
 __all__ = ["binned"]
 
@@ -93,6 +93,8 @@ def _written(walk: Outside, node: Node, place: Place) -> Source | None:
         return None
     if (adds or given.get("accumulate")) and filled_with(given["self"]) != 0:
         return None
+    if "scatter" in (op_name(written) or "") and not same_shape(shape_of(given["index"]) or (), shape_of(rows) or ()):
+        return None  # some columns would not be written
     bins = next((rank for rank in (1, 2) if place[:rank] in (((EXPERT, PLACE),), ((EXPERT,), (PLACE,)))), None)
     if bins is None:
         return None
@@ -161,6 +163,9 @@ def _kept(walk: Outside, value: Node, place: Place) -> Source | None:
     for mask, kept, wanted in pairs:
         own = ranks.beside(kept, place)
         if not isinstance(mask, Node) or own is None or len(own) != len(place) or features(own) != features(place):
+            continue
+        given, result = tensor_of(kept), tensor_of(node)
+        if given is None or result is None or given.dtype != result.dtype:
             continue
         read = ranks.operand(mask, place)
         if read is not None and read.fixed and read.plus == wanted:

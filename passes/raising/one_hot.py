@@ -97,7 +97,7 @@ class OneHotRows:
                 continue
             dim = place.index((EXPERT,)) if (EXPERT,) in place else 0
             if is_arange(one) and self.experts(node, dim) and self.ids(other, own):
-                self.walk.bindings["counts_beyond"] = node  # an id that is no expert's has no 1 anywhere
+                self.walk.bindings.setdefault("counts_beyond", node)  # an id that is no expert's has no 1 anywhere
                 return True
         return False
 

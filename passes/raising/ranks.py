@@ -218,13 +218,10 @@ class Ranks(OneHotRows):
         given = arguments(node)
         dims = given.get("dim")
         dims = dims if isinstance(dims, list | tuple) else [dims]
-        if (
-            len(dims) != 1
-            or not isinstance(dims[0], int)
-            or given.get("dtype") is not None
-            or self.by_token((*place, (EXPERT,)))
-        ):
+        if len(dims) != 1 or not isinstance(dims[0], int) or given.get("dtype") is not None:
             return None
+        if self.by_token((*place, (EXPERT,))):
+            return None  # that would be a sum over the slots of a token
         dim = dims[0] % len(shape_of(given["self"]) or (0,))
         rest = place[dim + 1 :] if given.get("keepdim") else place[dim:]
         if not self.experts(given["self"], dim):

@@ -249,3 +249,15 @@ class TokenMask(Bins):
         bins[ids, rank] = x.unsqueeze(1).expand(-1, self.K, -1)
         y = self.in_bins(bins)[ids, rank]
         return (y * weights.unsqueeze(-1)).sum(dim=1)
+
+
+@style("binned_scatter_and_gather")
+class Scattered(Bins):
+    """Places as wide as rows."""
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        tokens, flat = x.shape[0], ids.flatten()
+        wide = (flat * tokens + ranks(flat, self.E)).unsqueeze(1).expand(-1, H)
+        bins = x.new_zeros(self.E * tokens, H).scatter(0, wide, x.repeat_interleave(self.K, dim=0))
+        return self.weighted(self.in_bins(bins.view(self.E, tokens, H)).view(-1, H).gather(0, wide), weights)
