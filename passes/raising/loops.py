@@ -32,7 +32,7 @@ def one_hot_of(ids: Pattern) -> Pattern:
     """True, or 1, where an id names an expert: the experts are the last dimension."""
     # One class more than there are experts stands for tokens that are masked out.
     classes = aten.one_hot(ids, Var("num_classes"))
-    return either(classes, optional(lambda mask: aten.to(mask, ANY), compared(ids)))
+    return either(optional(lambda mask: aten.to(mask, ANY), compared(ids)), classes)
 
 
 one_hot = one_hot_of(Var("ids", rank=2))
@@ -165,7 +165,7 @@ def masked(by_expert: Pattern, token_dim: int) -> tuple[Loop, ...]:
     """Loops whose mask is ``by_expert [E, ., .]``, in which a row's token is along ``token_dim``."""
     mask = As("mask", by_expert)
     # Every expert that any token was routed to: what the others would have added is nothing.
-    hit_experts = call("aten::greater", "aten::gt", "aten::ne", args=(aten.sum(mask, inner_dims), 0))
+    hit_experts = call("aten::greater", "aten::gt", "aten::ne", args=(aten.sum(Var("mask"), inner_dims), 0))
     each = As("expert", call("moe_fx::each_expert", args=(hit_experts, ANY, Var("num_experts"))))
     expert = either(each, literal)
     return by_slot(expert, aten.select(mask, 0, expert), token_dim)
