@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from moe_fx.passes.raising import disguises
+from moe_fx.passes.raising import registry
 from moe_fx.passes.raising.pieces import TOKEN_MAJOR, Dispatch
 from toys import Gathered, export
 
@@ -34,8 +34,8 @@ PIECE = Dispatch(TOKEN_MAJOR, call("moe_fx_tests::spread", args=(Var("tokens"), 
 
 @pytest.fixture
 def registered(monkeypatch):
-    monkeypatch.setattr(disguises, "REGISTERED", [])
-    return disguises.REGISTERED
+    monkeypatch.setattr(registry, "REGISTERED", [])
+    return registry.REGISTERED
 
 
 def test_a_registered_piece_is_used(registered):

@@ -1,0 +1,145 @@
+"""A chain of additions as one layer: a term is what one expert makes of every token, or one slot of each token.
+
+out = out + table[:, e, None] * body(x, weight[e])                   each_expert.py
+out = out + s[:, k, None] * body(x, weight[ids[:, k]])               slot_by_slot.py
+out = out + torch.where(ids[:, k] == e, s[:, k], 0)[:, None] * body(x, weight[e])
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+
+import torch
+from moe_fx.passes.raising import each_expert as each_expert_loop
+from moe_fx.passes.raising.axes import EXPERT, SLOT, SORTED_ROW, Place, axes_of, size_of
+from moe_fx.passes.raising.each_expert import terms
+from moe_fx.passes.raising.endings import token_axes
+from moe_fx.passes.raising.region import Region, misfit, read_outside
+from moe_fx.passes.raising.registry import known_pieces
+from moe_fx.passes.raising.slot_by_slot import merge_slots, slot_number
+from moe_fx.passes.raising.steps import merge_steps
+from moe_fx.passes.raising.walk import Walk
+from moe_fx.passes.raising.writer import Value
+from torch.fx import Node
+
+from moe_fx.matcher import Miss, arguments, op_name
+from moe_fx.shapes import shape_of, tensor_of
+
+__all__ = ["stacked", "sum_of_terms"]
+
+aten = torch.ops.aten
+
+
+def sum_of_terms(root: Node) -> tuple[Region | Miss, set[Node]] | None:
+    """A chain of additions, each of what one expert makes of every token; or of one slot of each token."""
+    if op_name(root) != "aten::add":
+        return None
+    near: Miss | None = None
+    for key_of, merge in ((each_expert_loop.expert_number, _experts_added), (slot_number, _slots_added)):
+        if any(op_name(user) == "aten::add" and terms(user, key_of) for user in root.users):
+            continue  # the terms are found from the last addition
+        found = terms(root, key_of)
+        if found is None or len({key for key, _ in found[0]}) < 2:
+            continue
+        numbered, base, chain = found
+        merged = merge(root, numbered)
+        if isinstance(merged, Miss):
+            near = merged if near is None or merged.depth > near.depth else near
+            continue
+        for inner in chain - {root}:
+            if any(user not in chain for user in inner.users):
+                users = ", ".join(user.name for user in inner.users)
+                return Miss("a sum that nothing else reads", f"{inner.name}, read by {users}", inner), {root}
+        merged = dataclasses.replace(merged, interior=merged.interior | (chain - {root}), base=base)
+        wrong = misfit(merged)
+        return (merged if wrong is None else wrong), {root}
+    return (near, {root}) if near is not None else None
+
+
+def _experts_added(root: Node, numbered: Sequence[tuple[tuple[int, Node | None], Node]]) -> Region | Miss:
+    """Terms of one expert each; where they look at one slot only, of one expert and slot."""
+    slots: dict[Node | None, list[tuple[int, Node]]] = {}
+    for (expert, ids), term in numbered:
+        slots.setdefault(ids, []).append((expert, term))
+    # What an expert makes of a token may be computed once for all slots.
+    behind = set().union(*each_expert_loop.computed_by([term for _, term in numbered]), {root})
+    regions = []
+    for of_slot in slots.values():
+        merged = each_expert_on(root, of_slot, shared=behind if len(slots) > 1 else set())
+        if isinstance(merged, Miss):
+            return merged
+        regions.append(dataclasses.replace(merged, distinct=len(slots) == 1))
+    whole = regions[0] if len(regions) == 1 else merge_slots(regions, root)
+    return (read_outside(whole.interior, {root}) or whole) if isinstance(whole, Region) else whole
+
+
+def _slots_added(root: Node, numbered: Sequence[tuple[tuple[int, Node], Node]]) -> Region | Miss:
+    """Terms of one slot each, which gather their experts' weights."""
+    regions = []
+    for _, term in numbered:
+        axes = token_axes(shape_of(term) or ())
+        if axes is None:
+            return Miss("rows of fixed size for each token", term.name, term)
+        sizes, tokens, place = axes
+        sizes |= {SLOT: 1, SORTED_ROW: size_of(tokens, sizes)}
+        walk = Walk(root, sizes, tokens, known_pieces(), {}, ending=_between(root, term))
+        output = walk.value(term, place)
+        region = walk.region(output) if isinstance(output, Value) else walk.deepest or output
+        if isinstance(region, Miss):
+            return region
+        regions.append(region)
+    return merge_slots(regions, root)
+
+
+def stacked(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
+    """``stack`` of every expert's results, written into the body as those of one expert. None for any other op."""
+    given = arguments(node) if op_name(node) == "aten::stack" else {}
+    if not given or place[given["dim"] % len(place)] != (EXPERT,) or set(walk.tokens) - axes_of(place):
+        return None
+    merged = each_expert_on(node, list(enumerate(given["tensors"])))
+    if isinstance(merged, Miss):
+        return walk.note(merged)
+    return walk.inlined(merged, node, place)
+
+
+def each_expert_on(root: Node, numbered: Sequence[tuple[int, Node]], shared: Collection[Node] = ()) -> Region | Miss:
+    """The steps that compute one expert's result each, for every token, as one layer.
+
+    ``shared`` are nodes that may read what is inside: the caller looks after them.
+    """
+    numbers = [number for number, _ in numbered]
+    if sorted(numbers) != list(range(len(numbers))):
+        return Miss(f"every expert of {len(numbers)} once", f"experts {', '.join(map(str, numbers))}", root)
+    regions = []
+    own = each_expert_loop.specific([value for _, value in numbered])
+    for (number, value), nodes in sorted(zip(numbered, own, strict=True), key=lambda each: each[0][0]):
+        axes = token_axes(shape_of(value) or ())
+        if axes is None:
+            return Miss("rows of fixed size for each token", value.name, value)
+        sizes, tokens, place = axes
+        bindings = {"expert": number}
+        walk = Walk(root, sizes, tokens, each_expert_loop.PIECES, bindings, each_expert_loop.OWN, root.users, nodes)
+        output = walk.value(value, place)
+        if isinstance(output, Miss):
+            return output if walk.deepest is None else walk.deepest
+        summed, mine = tensor_of(root), tensor_of(value)
+        if summed is not None and mine is not None and summed.dtype != mine.dtype:
+            # The sum is of a wider dtype than its terms.
+            widened = walk.body.write(aten.to.dtype, output.node, summed.dtype)
+            output = Value(widened, output.kind, output.shape)
+        walk.ending = {*_between(root, value), *shared}
+        region = walk.region(output)
+        if isinstance(region, Miss):
+            return region
+        regions.append(region)
+    merged = merge_steps(regions)
+    if isinstance(merged, Miss):
+        return merged
+    interior = set().union(*(region.interior for region in regions))
+    return dataclasses.replace(merged, root=root, interior=interior)
+
+
+def _between(root: Node, value: Node) -> set[Node]:
+    """The additions by which a root reads a term."""
+    return {root, *(user for user in value.users if op_name(user) == "aten::add")}

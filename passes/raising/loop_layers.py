@@ -1,0 +1,99 @@
+"""The steps of a loop over experts, found from its last one, as one layer; `loops.py` declares what a step is."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from moe_fx.passes.raising import loops
+from moe_fx.passes.raising.axes import HIT, ONE, SLOT, TOKEN
+from moe_fx.passes.raising.region import Region, misfit
+from moe_fx.passes.raising.slot_by_slot import merge_slots
+from moe_fx.passes.raising.steps import merge_steps
+from moe_fx.passes.raising.walk import Walk
+from torch.fx import Node
+
+from moe_fx.constants import is_zero
+from moe_fx.matcher import Match, Miss, match
+from moe_fx.shapes import shape_of
+
+__all__ = ["loop_of_steps"]
+
+
+def loop_of_steps(root: Node, loop: loops.Loop) -> Region | Miss:
+    """A loop, traced as a few of its steps: it is a sum over all experts if each does the same to its expert.
+
+    Whatever a loop carries along, in a tensor or in Python, makes its second step differ from its first.
+    """
+    steps: list[tuple[Node, Match]] = []
+    node = root
+    while isinstance(found := match(loop.step, node), Match):
+        steps.insert(0, (node, found))
+        node = found["base"]
+    if not is_zero(node):
+        return Miss("a sum that starts with zeros", f"{node.name}, which need not be zero", node)
+    reads = {root, *(step for step, _ in steps), *(each for _, found in steps for each in found.nodes)}
+    for inner in [node, *(step for step, _ in steps[:-1])]:
+        if any(user not in reads for user in inner.users):
+            users = ", ".join(user.name for user in inner.users)
+            return Miss("a sum that nothing in the loop reads", f"{inner.name}, read by {users}", inner)
+    regions: list[Region] = []
+    for last, found in steps:
+        region = _step(last, found, loop)
+        if isinstance(region, Miss):
+            return region
+        regions.append(region)
+    # Experts without parameters, which return the token or zeros, are none of the layer's: their steps follow it.
+    while len(steps) > 1 and not regions[-1].params and not regions[-1].shared:
+        regions.pop()
+        steps.pop()
+        root = steps[-1][0]
+    if len(steps) < 2:
+        return Miss("a loop over experts", "a single step", root)
+    # Where another loop goes over the slots, the steps of one slot look at the same column of ids.
+    slots: dict[Node, list[int]] = {}
+    for number, (_, found) in enumerate(steps):
+        slots.setdefault(found["ids"], []).append(number)
+    of_slots: list[Region] = []
+    for own in slots.values():
+        merged = _all_experts([regions[place] for place in own], [steps[place][1]["expert"] for place in own], root)
+        if isinstance(merged, Miss):
+            return merged
+        # A token is routed to an expert by one slot only.
+        of_slots.append(dataclasses.replace(merged, distinct=len(slots) == 1 and (merged.distinct or loop.once)))
+    whole = of_slots[0] if len(of_slots) == 1 else merge_slots(of_slots, root)
+    if isinstance(whole, Miss):
+        return whole
+    interior = set().union(*(region.interior for region in regions), (step for step, _ in steps[:-1]))
+    step = None if isinstance(steps[0][1]["expert"], int) else steps[0][0]
+    return dataclasses.replace(whole, root=root, interior=interior, step=step)
+
+
+def _all_experts(regions: list[Region], experts: list[int | Node], root: Node) -> Region | Miss:
+    """The steps of a loop, one expert each, as one layer."""
+    merged = merge_steps(regions)
+    if isinstance(merged, Miss):
+        return merged
+    wrong = misfit(merged)
+    if wrong is not None:
+        return wrong
+    numbers = [expert for expert in experts if isinstance(expert, int)]
+    every = list(range(merged.num_experts))
+    if sorted(numbers) != every if numbers else len(set(experts)) < len(experts):
+        return Miss(f"every expert of {len(every)} once", f"experts {', '.join(map(str, experts))}", root)
+    return merged
+
+
+def _step(root: Node, found: Match, loop: loops.Loop) -> Region | Miss:
+    """One step of a loop, as a layer of one expert."""
+    summed = found["summed"]
+    shape = shape_of(summed) or ()
+    rows = shape_of(found["ids"]) or ()
+    *tokens, slots = rows if len(rows) > 1 else (*rows, 1)  # one slot needs no dimension
+    sizes = {ONE: 1, HIT: shape[0], TOKEN: math.prod(tokens), SLOT: slots}
+    bindings = {name: bound for name, bound in found.bindings.items() if name not in ("summed", "base")}
+    walk = Walk(root, sizes, (TOKEN,), loop.pieces, bindings, loop.own, ending=found.nodes)
+    output = walk.value(summed, ((HIT,), (shape[1],)))
+    if isinstance(output, Miss):
+        return output if walk.deepest is None else walk.deepest
+    return walk.region(output)
