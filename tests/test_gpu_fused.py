@@ -186,6 +186,17 @@ def test_the_tiles_of_all_numbers_of_rows(tokens, form):
     Layer(FORMATS[form], torch.bfloat16, tokens=tokens, experts=5, hidden=2048, inner=1920).check()
 
 
+def test_weights_may_lie_anywhere():
+    layer = Layer(FORMATS["none"], torch.bfloat16, tokens=2500)
+    arguments = list(layer.arguments("silu"))
+    expected = torch.ops.moe_fx.fused_experts_any(*arguments)
+    store = torch.empty(layer.up[0].numel() + 1, dtype=torch.bfloat16, device="cuda")
+    store[1:] = layer.up[0].flatten()
+    arguments[3] = [store[1:].view(layer.up[0].shape)]  # at no multiple of 16 bytes
+    actual = torch.ops.moe_fx.fused_experts_any(*arguments)
+    torch.testing.assert_close(actual, expected, rtol=2**-6, atol=2**-6)
+
+
 def test_rows_need_not_be_contiguous():
     layer = Layer(FORMATS["none"], torch.bfloat16)
     for tokens in (layer.tokens.mT.contiguous().mT, torch.cat([layer.tokens] * 2, 1)[:, : layer.tokens.shape[1]]):

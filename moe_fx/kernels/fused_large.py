@@ -19,7 +19,7 @@ __all__ = ["large_gemm", "run_large", "run_linear_large", "takes_descriptors"]
 def takes_descriptors(
     tokens: torch.Tensor, projections: Sequence[Projection], num_slots: int, num_experts: int
 ) -> bool:
-    """Whether descriptors can be made and pay: what they describe is a multiple of 16 bytes, and of a tile along K."""
+    """Whether descriptors can be made and pay: rows are whole tiles along K, and lie at multiples of 16 bytes."""
     if not is_opaque() or not all(loads_by_descriptor(each.kind, num_slots, num_experts) for each in projections):
         return False
     for projection in projections:
@@ -27,7 +27,8 @@ def takes_descriptors(
         inputs = weight.shape[-1] * (2 if projection.kind == "int4" else 1)
         fits = inputs * (1 if projection.kind == "dynamic" else 2) % 128 == 0
         laid = not projection.transposed and projection.gated in ("none", "gate_up", "up_gate", "two")
-        if not (fits and laid):
+        aligned = all(tensors[0].data_ptr() % 16 == 0 for tensors in projection.weights())
+        if not (fits and laid and aligned):
             return False
     return True
 

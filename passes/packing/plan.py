@@ -15,7 +15,8 @@ from moe_fx.shapes import Dim, shape_of, tensor_of, upper_bound
 __all__ = ["choose_lowering", "plan_layers"]
 
 
-#: up to how many routed slots per expert gather is the fastest, by device and format (the widest of a layer's).
+#: up to how many routed slots per expert gather is the fastest, by device and format (the widest of a layer's); on a
+#: GPU, where the fused kernels are not for a layer.
 #: Measured with benchmarks/lowerings.py: a GPU on an H200 (others are taken to be alike), a CPU of two cores.
 GATHER_LIMIT: dict[str, dict[type, float]] = {
     "cuda": {Unquantized: 0.5},
@@ -77,12 +78,9 @@ def _trains(work: Work, layer: Layer) -> bool:
     """Whether a model is compiled whose weights can be trained. An exported program runs as a forward pass."""
     from moe_fx.backend import CapturedWork  # which is built on the passes
 
-    weights = [work.program.weights[node].tensor for node in layer.originals]
-    return (
-        isinstance(work.program, CapturedWork)
-        and torch.is_grad_enabled()
-        and any(weight.requires_grad for weight in weights)
-    )
+    parts = [part for node in layer.originals for part in work.program.weights[node].parts]
+    compiled = isinstance(work.program, CapturedWork)
+    return compiled and torch.is_grad_enabled() and any(part.requires_grad for part in parts)
 
 
 def _by_slots(
