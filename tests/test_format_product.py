@@ -48,8 +48,11 @@ def x(tokens, dtype):
 
 
 def rounding(form):
-    """dB that float32 sums in another order leave; an activation between two steps may then take the other one."""
-    return 60 if getattr(form, "dynamic", False) else 120
+    """dB that float32 sums in another order leave; an activation between two steps may then take the other one.
+
+    How many parts a compiled sum has depends on the processor's vectors: 119.2 dB with AVX-512 were seen.
+    """
+    return 60 if getattr(form, "dynamic", False) else 115
 
 
 every_combination = pytest.mark.parametrize(("lowering", "form"), [*itertools.product(LOWERINGS, FORMATS)], ids=repr)
