@@ -154,3 +154,33 @@ def test_refuses_numbers_in_another_order():
             return torch.arange(self.E).flip(0)
 
     assert moe_fx.explain(export(Backwards())).layers == ()
+
+
+@pytest.mark.parametrize("part", [slice(None, 1), slice(-1, None)], ids=["first", "last"])
+@pytest.mark.parametrize("what", ["rows", "places", "weights"])
+def test_refuses_one_row_of_those_that_hit_an_expert_as_all_of_them(what, part):
+    """torch.export asserts that the one row is all of them where it is broadcast, which is not true of the model."""
+
+    class One(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router = torch.nn.Linear(8, 4, bias=False)
+            self.up = torch.nn.Parameter(torch.randn(4, 8, 8))
+
+        def forward(self, x):
+            weights, ids = self.router(x).softmax(-1).topk(2, dim=-1)
+            out = torch.zeros_like(x)
+            for e in range(4):
+                token, slot = torch.where(ids == e)
+                rows, weight = x[token], weights[token, slot]
+                if what == "rows":
+                    rows = rows - rows[part]
+                elif what == "places":
+                    rows = rows - x[token[part]]
+                else:
+                    weight = weight - weight[part]
+                out = out.index_add(0, token, rows @ self.up[e] * weight[:, None])
+            return out
+
+    program = torch.export.export(One(), (torch.randn(6, 8),))
+    assert moe_fx.explain(program).layers == ()
