@@ -16,12 +16,6 @@ NOT_YET = {
 }
 
 
-#: styles whose own decomposition raises an error; see there
-NOT_DECOMPOSED = {
-    "all_experts_einsum_dense_gate": "the body reshapes an expert's parameter",
-    "all_experts_broadcast_matmul": "the body transposes an expert's parameter",
-}
-
 #: decomposed, one for each spelling that decompositions have of their own; the rest is the exhaustive product
 SOME_DECOMPOSED = {
     "modulelist_where_index_add": "one-hot by comparison, and columns of nonzero cut out",
@@ -37,7 +31,7 @@ def products(names):
     return [
         name if name in SOME_DECOMPOSED else pytest.param(name, marks=pytest.mark.exhaustive)
         for name in names
-        if {**STYLES, **LOOKALIKES}[name].through == "export" and name not in NOT_DECOMPOSED
+        if {**STYLES, **LOOKALIKES}[name].through == "export"
     ]
 
 
