@@ -192,3 +192,57 @@ def test_casts_that_change_something_are_kept():
     module, _ = normal(exported(lambda x: x.to(torch.float64).to(torch.float64) + 1, torch.randn(3)))
     casts = [node for node in module.graph.nodes if "aten.to" in str(node.target)]
     assert len(casts) == 1
+
+
+def names(function, *args):
+    module, _ = normal(exported(function, *args))
+    return [node.target._schema.name for node in module.graph.nodes if "aten" in str(node.target)]
+
+
+def test_columns_of_nonzero_are_the_places_of_its_mask():
+    mask = torch.tensor([[True, False], [True, True]])
+    for columns in (lambda m: m.nonzero().unbind(1), lambda m: m.nonzero().T.unbind(0)):
+        assert "aten::where" in names(lambda m, columns=columns: [each + 1 for each in columns(m)], mask)
+
+
+def test_columns_that_share_their_memory_with_a_list_read_elsewhere_stay():
+    def function(mask):
+        listed = mask.nonzero()
+        row, column = listed.unbind(1)
+        return row + 1, column + 1, listed
+
+    assert "aten::unbind" in names(function, torch.tensor([[True, False], [True, True]]))
+
+
+def test_rows_scattered_by_a_wide_mask_are_rows_put_where_the_mask_is_true():
+    def function(x, mask):
+        return torch.zeros_like(x).masked_scatter(mask.unsqueeze(-1), x[mask] * 2)
+
+    assert "aten::index_put" in names(function, torch.randn(3, 2), torch.tensor([True, False, True]))
+
+
+def test_rows_scattered_that_may_be_more_than_the_mask_takes_stay():
+    def function(x, mask, other):
+        return torch.zeros_like(x).masked_scatter(mask.unsqueeze(-1), x[other] * 2)
+
+    mask = torch.tensor([True, False, True])
+    assert "aten::masked_scatter" in names(function, torch.randn(3, 2), mask, ~mask)
+
+
+def test_rows_scattered_by_a_mask_of_features_stay():
+    def function(x, mask):
+        return torch.zeros_like(x).masked_scatter(mask, x[mask])
+
+    assert "aten::masked_scatter" in names(function, torch.randn(2, 2), torch.tensor([True, False]))
+
+
+def test_a_scatter_that_sums_is_scatter_add():
+    def scattered(reduce, include_self):
+        index = torch.tensor([0, 0, 1])
+        return names(
+            lambda x: torch.ones(2).scatter_reduce(0, index, x, reduce, include_self=include_self), torch.randn(3)
+        )
+
+    assert "aten::scatter_add" in scattered("sum", True)
+    assert "aten::scatter_reduce" in scattered("sum", False)
+    assert "aten::scatter_reduce" in scattered("mean", True)

@@ -1,6 +1,17 @@
 """MoE layers as real authors write them; see `base.py`."""
 
-from styles import all_at_once, around, bins, gathered, grouped, modules, one_after_another, one_hot, stacked
+from styles import (
+    all_at_once,
+    around,
+    bins,
+    found_rows,
+    gathered,
+    grouped,
+    modules,
+    one_after_another,
+    one_hot,
+    stacked,
+)
 from styles.base import STYLES, Style
 
 __all__ = [
@@ -9,6 +20,7 @@ __all__ = [
     "all_at_once",
     "around",
     "bins",
+    "found_rows",
     "gathered",
     "grouped",
     "modules",

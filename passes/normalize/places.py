@@ -1,0 +1,94 @@
+"""Where a mask is true: its places, and the rows written there, in one spelling.
+
+| written | becomes |
+|---|---|
+| `nonzero(mask).unbind(1)`, `nonzero(mask).T.unbind(0)` | `where(mask)` |
+| `nonzero(mask).T[0]` | `nonzero(mask)[:, 0]` |
+| `masked_scatter(out, mask[:, None], rows)`, as many rows as the mask says | `index_put(out, [mask], rows)` |
+| `scatter_reduce(x, d, places, rows, "sum")` | `scatter_add(x, d, places, rows)` |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from moe_fx.passes.normalize.recompose import Spelling
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from moe_fx.constants import reads_shapes
+from moe_fx.matcher import arguments, op_name
+from moe_fx.rewrite import only_asserted
+from moe_fx.shapes import known_equal, same_shape, shape_of
+
+__all__ = ["RULES"]
+
+aten = torch.ops.aten
+
+
+def _columns(node: Node, given: dict[str, Any]) -> Spelling | None:
+    """The columns of ``nonzero``, each by itself."""
+    listed, turned = given["self"], _turned_list(given["self"])
+    at, whole = (1, listed) if turned is None else (0, turned)
+    if op_name(whole) != "aten::nonzero" or given["dim"] % 2 != at:
+        return None
+    # The columns lie in one memory with the list; those of `where` have their own.
+    return (aten.where.default, (whole.args[0],)) if _read_once(listed) and _read_once(whole) else None
+
+
+def _column(node: Node, given: dict[str, Any]) -> Spelling | None:
+    """One column of ``nonzero``, read as a row of its transpose."""
+    listed = _turned_list(given["self"])
+    return (aten.select.int, (listed, 1, given["index"])) if listed is not None and given["dim"] % 2 == 0 else None
+
+
+def _turned_list(node: Node) -> Node | None:
+    """The list of places of which a value is the transpose."""
+    if op_name(node) != "aten::transpose":
+        return None
+    given = arguments(node)
+    listed: Node = given["self"]
+    turned = op_name(listed) == "aten::nonzero" and given["dim0"] % 2 != given["dim1"] % 2
+    return listed if turned else None
+
+
+def _read_once(node: Node) -> bool:
+    """Whether a value has one reader, but for those that only look at its shape."""
+    return sum(not reads_shapes(user) and not only_asserted(user) for user in node.users) == 1
+
+
+def _rows_put(node: Node, given: dict[str, Any]) -> Spelling | None:
+    """Rows written where a mask over rows is true: it takes the next element wherever the mask, made wide, is true."""
+    out, mask, rows = given["self"], given["mask"], given["source"]
+    shape = shape_of(out) or ()
+    mask = mask.args[0] if op_name(mask) in ("aten::expand", "aten::expand_as") else mask
+    if len(shape_of(mask) or ()) != len(shape):
+        return None
+    while op_name(mask) == "aten::unsqueeze" and arguments(mask)["dim"] in (-1, len(shape_of(mask) or ()) - 1):
+        mask = mask.args[0]
+    by, written = shape_of(mask) or (), shape_of(rows) or ()
+    if not by or len(by) == len(shape) or not same_shape(by, shape[: len(by)]):
+        return None
+    # More rows than the mask has true elements would be no error, and the rest of them left out.
+    many = (shape_of(user) for user in mask.users if op_name(user) == "aten::index" and user.args[1] == [mask])
+    counted = any(known_equal(count[0], written[0]) for count in many if count and written)
+    changes = any(isinstance(user.target, OpOverload) and user.target._schema.is_mutable for user in mask.users)
+    if changes or not counted or not same_shape(written[1:], shape[len(by) :]):
+        return None
+    return aten.index_put.default, (out, [mask], rows)
+
+
+def _scatter_add(node: Node, given: dict[str, Any]) -> Spelling | None:
+    if given["reduce"] != "sum" or not given["include_self"]:
+        return None
+    return aten.scatter_add.default, (given["self"], given["dim"], given["index"], given["src"])
+
+
+RULES: dict[str, Callable[[Node, dict[str, Any]], Spelling | None]] = {
+    "aten::unbind": _columns,
+    "aten::select": _column,
+    "aten::masked_scatter": _rows_put,
+    "aten::scatter_reduce": _scatter_add,
+}
