@@ -160,9 +160,15 @@ def _between(root: Node, inputs: list[Node]) -> list[Node]:
         order.append(node)
         # Sizes are given numbers directly, whatever they were computed from; constants their value.
         value = node.meta.get("val")
-        if depends_on_values(value) or (not isinstance(value, torch.SymInt | int) and filled_with(node) is None):
+        if depends_on_values(value) or (not isinstance(value, torch.SymInt | int) and _filled(node) is None):
             pending.extend(node.all_input_nodes)
     return sorted(order)
+
+
+def _filled(node: Node) -> float | None:
+    """The one value of a tensor whose shape is known before anything is run; None for any other."""
+    by_values = any(depends_on_values(size) for size in shape_of(node) or ())
+    return None if by_values else filled_with(node)
 
 
 class _Sizes:
@@ -258,7 +264,7 @@ class _Interpreter:
         if isinstance(value, torch.SymInt | int) and not isinstance(value, bool) and not depends_on_values(value):
             number = self.sizes.evaluate(value)
             return self.sizes.rows.get(number, number)
-        filled = filled_with(node)
+        filled = _filled(node)
         if filled is not None:
             assert isinstance(value, torch.Tensor)
             return torch.full(self.sizes.leading(value.shape), filled, dtype=_widened(value.dtype))
