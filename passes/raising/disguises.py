@@ -137,9 +137,10 @@ def _sum(root: Node) -> tuple[Region | Miss, set[Node]] | None:
         return None
     # Weights that are chosen by row speak of slots.
     chosen = anchors_behind(root, chosen=True)
-    miss = near[bool(chosen)]
-    if not chosen and "ids" in near[True].bindings:
+    if not chosen and True in near and "ids" in near[True].bindings:
         return near[True], {root}
+    # A product may have been read in one of the two ways only.
+    miss = near[bool(chosen)] if bool(chosen) in near else next(iter(near.values()))
     return miss, chosen or anchors_behind(root, chosen=False)
 
 
