@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,14 +105,30 @@ class DerivedWeight(Weight):
             return self.step(self.source.values())
 
 
-def stacked_name(names: Sequence[str]) -> str:
-    """The name of what is stacked of one weight per expert: theirs, without the part that numbers the experts."""
+def stacked_name(names: Sequence[str], taken: Collection[str] = ()) -> str:
+    """The name of what is stacked of one weight per expert: theirs, without the part that numbers the experts.
+
+    Of a last part such as ``up_0`` only the number goes, as it also tells one weight from another. Where such a name is
+    ``taken``, or weights lie beneath it as in a module, another one is made of it.
+    """
     split = [name.split(".") for name in names]
     differing = {place for parts in split for place, part in enumerate(parts) if split[0][place : place + 1] != [part]}
-    if len({len(parts) for parts in split}) > 1 or len(differing) != 1:
-        return f"{names[0]}_stacked"
-    (number,) = differing
-    return ".".join([*split[0][:number], *split[0][number + 1 :]])
+    wanted = ""
+    if len({len(parts) for parts in split}) == 1 and len(differing) == 1:
+        (number,) = differing
+        kept = [*split[0][:number], *split[0][number + 1 :]]
+        if number == len(split[0]) - 1:
+            stems = {re.sub(r"_?\d+$", "", parts[number]) for parts in split}
+            kept.append(stems.pop() if len(stems) == 1 else "")
+        wanted = ".".join(part for part in kept if part)
+    others = set(taken) - set(names)
+    choices = itertools.chain(
+        (wanted, f"{names[0]}_stacked"), (f"{names[0]}_stacked_{number}" for number in itertools.count(2))
+    )
+    return next(
+        name for name in choices
+        if name and name not in taken and not any(other.startswith(f"{name}.") for other in others)
+    )  # fmt: skip
 
 
 class Program(ABC):

@@ -7,6 +7,7 @@ from test_format_product import FORMATS
 from toys import Gathered, Grouped, export
 
 import moe_fx
+from moe_fx.program import stacked_name
 
 INT8 = moe_fx.Int8WeightOnly()
 
@@ -150,3 +151,22 @@ def test_a_consumed_model_is_the_quantized_one():
     assert torch.equal(logits(consumed.module(), (2, 5)), logits(expected.module(), (2, 5)))
     taken = moe_fx.report(consumed).names
     assert all((program.state_dict[name].numel() == 0) == (name in taken) for name in program.state_dict)
+
+
+@pytest.mark.parametrize(
+    ("names", "taken", "expected"),
+    [
+        (["experts.0.up.weight", "experts.1.up.weight"], [], "experts.up.weight"),
+        (["up.0", "up.1"], [], "up"),
+        (["p.up_0", "p.up_1", "p.up_10"], ["p.down_0", "p.down_1"], "p.up"),
+        (["up0", "up1"], [], "up"),
+        (["0", "1"], [], "0_stacked"),
+        (["a.0.up", "b.1.up"], [], "a.0.up_stacked"),
+        # w.1 and w.3 are the other half: a tensor w cannot be a module, too
+        (["w.0", "w.2"], ["w.1", "w.3"], "w.0_stacked"),
+        (["up.0", "up.1"], ["up"], "up.0_stacked"),
+        (["up.0", "up.1"], ["up", "up.0_stacked"], "up.0_stacked_2"),
+    ],
+)
+def test_a_stack_has_a_name_of_its_own(names, taken, expected):
+    assert stacked_name(names, [*names, *taken]) == expected

@@ -39,6 +39,7 @@ def quantize_experts(work: Work) -> None:
         for linear, weight, chosen in plan:
             if chosen is not None:
                 store.check(weight, _matrices(linear, weight.tensor), chosen)
+    whole: dict[Node, Node] = {}
     for layer, plan in plans:
         layer.formats = {}  # what was planned may name weights that no linear reads
         for linear, weight, chosen in plan:
@@ -46,13 +47,13 @@ def quantize_experts(work: Work) -> None:
             if chosen is not None:
                 _quantize(layer, linear, weight, chosen, store)
         if layer.storage != "per_expert":
-            _stack(layer, program)
+            _stack(layer, program, whole)
         params = [program.weights[p] for p in layer.node.args[3] if p in program.weights]
         layer.bytes_after = sum(weight.tensor.numel() * weight.tensor.element_size() for weight in params)
 
 
-def _stack(layer: Layer, program: Program) -> None:
-    """What is still one weight per expert becomes one tensor."""
+def _stack(layer: Layer, program: Program, whole: dict[Node, Node]) -> None:
+    """What is still one weight per expert becomes one tensor; ``whole`` are those of other layers."""
     for source in dict.fromkeys(layer.node.args[3]):
         weight = program.weights.get(source)
         if not isinstance(weight, StackedWeight) and not (isinstance(weight, DerivedWeight) and weight.is_stacked):
@@ -61,8 +62,10 @@ def _stack(layer: Layer, program: Program) -> None:
         def make(weight: Weight = weight) -> tuple[torch.Tensor, ...]:
             return (weight.values(),) if weight.has_values else (weight.tensor,)
 
-        (tensor,) = program.remembered(weight, "stack", make)
-        node = program.add_weight(weight.fqn, tensor, weight.device)
+        if source not in whole:
+            (tensor,) = program.remembered(weight, "stack", make)
+            whole[source] = program.add_weight(weight.fqn, tensor, weight.device)
+        node = whole[source]
         layer.names[weight.fqn] = (weight.fqn,)
         layer.node.replace_input_with(source, node)
         if not source.users:

@@ -80,8 +80,9 @@ def _raise(work: Work, region: Region) -> Miss | None:
     if wrong is not None:
         erase_dead(program.graph, region.views)
         for place in apart:
-            program.weights.pop(region.params[place], None)
-            erase_dead(program.graph, [region.params[place]])
+            if not region.params[place].users:  # another layer's, if it has any
+                program.weights.pop(region.params[place], None)
+                erase_dead(program.graph, [region.params[place]])
     return wrong
 
 
@@ -125,14 +126,20 @@ def _in_shape_of(program: Program, root: Node, rows: Node, region: Region) -> No
 
 
 def _stacked(program: Program, parts: tuple[Node, ...], before: Node) -> Node:
-    """One parameter of those that the model holds for each expert."""
+    """One parameter of those that the model holds for each expert; a model may call the same experts twice."""
+    known = (node for node, each in program.weights.items() if isinstance(each, StackedWeight) and each.nodes == parts)
+    for stack in known:
+        if before < stack:
+            before.prepend(stack)
+        return stack
     emit = Emitter(program.graph, before, FakeValues(program.fake_mode))
     stack = emit(torch.ops.aten.stack.default, list(parts))
     sources = tuple(program.weights[part] for part in parts if part in program.weights)
     if len(sources) == len(parts):
         value = stack.meta["val"]
         like = torch.empty(value.shape, dtype=value.dtype, device="meta")
-        program.weights[stack] = StackedWeight(stacked_name([each.fqn for each in sources]), like, sources, parts)
+        name = stacked_name([each.fqn for each in sources], {each.fqn for each in program.weights.values()})
+        program.weights[stack] = StackedWeight(name, like, sources, parts)
     return stack
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from styles.base import (
     BATCHED,
@@ -11,14 +12,18 @@ from styles.base import (
     BestThenSoftmax,
     GeGLU,
     H,
+    I,
     Interleaved,
     Listed,
+    MoE,
     ReLU2,
     Sequence,
     Simple,
     Sorted,
     TwoArgmaxes,
+    normal,
     style,
+    swiglu,
 )
 
 
@@ -138,3 +143,42 @@ class DenseEqualBatched(Listed):
         for e, expert in enumerate(self.experts):
             out = out + expert(x) * torch.where(ids == e, weights, 0.0).sum(-1, keepdim=True)
         return out
+
+
+@style("dense_loop_parameter_dict")
+class DenseDict(MoE):
+    """Weights in a dictionary, named by what they are and by their expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = {"gate": (H, I), "up": (H, I), "down": (I, H)}
+        self.p = nn.ParameterDict({f"{w}_{e}": normal(*shapes[w]) for w in shapes for e in range(self.E)})
+
+    def expert(self, rows, e):
+        return swiglu(rows @ self.p[f"gate_{e}"], rows @ self.p[f"up_{e}"]) @ self.p[f"down_{e}"]
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        return sum(self.expert(x, e) * (weights * (ids == e)).sum(-1, keepdim=True) for e in range(self.E))
+
+
+@style("dense_loop_called_twice", layers=2)
+class DenseTwice(MoE):
+    """The same experts in two layers; up and down in turn in one list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.ParameterList(normal(*shape) for _ in range(self.E) for shape in ((H, I), (I, H)))
+
+    def expert(self, rows, e):
+        return F.relu(rows @ self.w[2 * e]) @ self.w[2 * e + 1]
+
+    def layer(self, x):
+        ids, weights = self.router(x)
+        return sum(self.expert(x, e) * (weights * (ids == e)).sum(-1, keepdim=True) for e in range(self.E))
+
+    def forward(self, x):
+        return self.layer(self.layer(x))
+
+    def plain(self, x):
+        return super().plain(super().plain(x))
