@@ -92,12 +92,21 @@ def _flatten(program: Program, region: Region) -> None:
 
     def flat(node: Node, *inner: int) -> Node:
         if node in region.tables:
-            region.views.append(emit(torch.ops.aten.gather.default, node, -1, region.ids))
-            return region.views[-1]
+            return looked_up(node)
         if known_equal((shape_of(node) or (0,))[0], region.size[0]) and len(shape_of(node) or ()) == 1 + len(inner):
             return node
         region.views.append(emit(torch.ops.aten.reshape.default, node, [-1, *inner]))
         return region.views[-1]
+
+    def looked_up(table: Node) -> Node:
+        shape = shape_of(table) or ()
+        # The check reads the views in order, from those that the layer takes to what the model has.
+        place = len(region.views)
+        if len(shape) > 2:
+            table = emit(torch.ops.aten.reshape.default, table, [-1, shape[-1]])
+            region.views.append(table)
+        region.views.insert(place, emit(torch.ops.aten.gather.default, table, -1, region.ids))
+        return region.views[place]
 
     top_k = region.top_k
     region.tokens = flat(region.tokens, *region.features.get(region.tokens, ()))

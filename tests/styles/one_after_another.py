@@ -182,3 +182,16 @@ class DenseTwice(MoE):
 
     def plain(self, x):
         return super().plain(super().plain(x))
+
+
+@style("dense_loop_softmax_of_scattered_batched", **BATCHED)
+class DenseScatteredBatched(Listed):
+    """[B, S, H] all the way: the table is a softmax of the best logits among minus infinity."""
+
+    route = BestThenSoftmax
+
+    def forward(self, x):
+        logits = self.router.linear(x)
+        best, ids = logits.topk(self.K, dim=-1)
+        table = torch.full_like(logits, float("-inf")).scatter(-1, ids, best).softmax(dim=-1)
+        return sum(table[..., e : e + 1] * expert(x) for e, expert in enumerate(self.experts))
