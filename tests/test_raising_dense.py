@@ -179,6 +179,14 @@ def test_refuses_scores_that_are_small_but_not_zero():
     )
 
 
+def test_refuses_scores_that_are_zero_until_the_table_was_turned_around():
+    class Turned(Dense):
+        def columns(self, table):
+            return table.transpose(0, 1).sigmoid().unsqueeze(-1)
+
+    assert_expected_inline(refusal(Turned()), """wanted a table that is zero for experts not chosen, found 0.5 there""")
+
+
 def test_scores_of_all_experts_are_no_near_miss():
     class Soft(Dense):
         def table(self, x):

@@ -13,7 +13,7 @@ from moe_fx.passes.raising.anchors import leads_to_experts
 from moe_fx.passes.raising.axes import EXPERT, HIT, SLOT, SORTED_ROW, Place, axes_of, features, size_of
 from moe_fx.passes.raising.pieces import LOCAL
 from moe_fx.passes.raising.region import Region
-from moe_fx.passes.raising.tables import read_table
+from moe_fx.passes.raising.tables import Slots, is_step, read_table
 from moe_fx.passes.raising.through import Through, is_view, through
 from moe_fx.passes.raising.writer import EXPERTS_OWN, ROWS, SHARED, Value, Writer
 from torch.fx import Node
@@ -306,17 +306,31 @@ class Outside:
         return None
 
     def table(self, node: Node, place: Place) -> Value | Miss:
-        """Routing weights by token and expert."""
-        found = read_table(node)
-        if isinstance(found, Miss):
-            return self.note(replace(found, depth=100 * self.visited + 80))
+        """Routing weights by token and expert; what is done to them may follow when the table was turned around."""
+        shape, after = features(place), list[Node]()
+        while not isinstance(found := self.table_at(node, place, after), Slots):
+            step = through(node, place, self.sizes) if is_view(node) or is_step(node) else ""
+            if isinstance(step, str):
+                return self.note(replace(found, depth=100 * self.visited + 80))
+            after += [node] if is_step(node) else []
+            ((node, place),) = step.operands
         if self.bindings.setdefault("ids", found.ids) is not found.ids:
             return self.miss("the layer's own ids", found.ids)
         if found.values is None:
             self.tables.add(node)
         value = found.write(self.body.graph, self.row("s", found.values or node, ()).node)
         self.zeros.append(value)
-        return self.body.reshaped(Value(value, ROWS, ()), features(place))
+        return self.body.reshaped(Value(value, ROWS, ()), shape)
+
+    def column_of(self, table: Node, rows: Place) -> Value | Miss:
+        """One expert's routing weights."""
+        self.sizes = {**self.sizes, EXPERT: (shape_of(table) or (0,))[-1]}
+        return self.table(table, (*rows, (EXPERT,)))
+
+    def table_at(self, node: Node, place: Place, after: Sequence[Node]) -> Slots | Miss:
+        if place not in ((self.tokens, (EXPERT,)), (*((token,) for token in self.tokens), (EXPERT,))):
+            return Miss("a table [T, E] of routing weights", f"{node.name} ({op_name(node) or node.op})", node)
+        return read_table(node, after)
 
     def bind(self, found: Match) -> None:
         self.bindings = {name: bound for name, bound in found.bindings.items() if name not in LOCAL}

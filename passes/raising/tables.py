@@ -9,7 +9,7 @@ for all other experts goes through the same ops, and must come out as exactly ze
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from moe_fx.matcher import Match, Miss, match, op_name
 from moe_fx.pattern import ANY, Last, Pattern, Var, aten, either, optional
 from moe_fx.shapes import tensor_of
 
-__all__ = ["Slots", "counts_zero", "read_table"]
+__all__ = ["Slots", "counts_zero", "is_step", "read_table"]
 
 
 def cast(pattern: Pattern) -> Pattern:
@@ -63,11 +63,14 @@ class Slots:
         return value
 
 
-def read_table(table: Node) -> Slots | Miss:
-    """Read a table back; a Miss where something but zero may stand for experts that were not chosen."""
-    steps: list[Node] = []
+def read_table(table: Node, after: Sequence[Node] = ()) -> Slots | Miss:
+    """Read a table back; a Miss where something but zero may stand for experts that were not chosen.
+
+    ``after`` are elementwise ops that follow when the table was turned around, the last first.
+    """
+    steps: list[Node] = [*after]
     node = table
-    while _is_step(node):
+    while is_step(node):
         steps.append(node)
         (node,) = node.all_input_nodes
     found = next((each for each in (match(SCATTERED, node), _added(node)) if isinstance(each, Match)), None)
@@ -75,9 +78,13 @@ def read_table(table: Node) -> Slots | Miss:
     if isinstance(filled, Miss):
         return filled
     ids_of_table, rest = filled
+    for step in reversed(after):
+        rest = _applied(step, rest)
     if rest != 0:
         return Miss("a table that is zero for experts not chosen", f"{rest} there", table)
-    return Slots(ids_of_table, found["values"], tuple(steps)) if found is not None else Slots(ids_of_table, None)
+    if found is None:
+        return Slots(ids_of_table, None, tuple(after))
+    return Slots(ids_of_table, found["values"], tuple(steps))
 
 
 def _elsewhere(node: Node) -> tuple[Node, float] | Miss:
@@ -97,7 +104,7 @@ def _elsewhere(node: Node) -> tuple[Node, float] | Miss:
         if isinstance(added, Match):
             return added["ids"], 0.0
     name = op_name(node)
-    if _is_step(node):
+    if is_step(node):
         return _through(node, node.all_input_nodes[0])
     if name == "aten::softmax" and node.args[1] in (-1, value.dim() - 1):
         before = _elsewhere(node.args[0])
@@ -137,16 +144,20 @@ def _through(step: Node, source: Node) -> tuple[Node, float] | Miss:
     before = _elsewhere(source)
     if isinstance(before, Miss):
         return before
+    return before[0], _applied(step, before[1])
+
+
+def _applied(step: Node, number: float) -> float:
+    source: Any = tensor_of(step.args[0])
     kwargs: Any = {name: given for name, given in step.kwargs.items() if name not in ("device", "pin_memory")}
-    number = torch.tensor([before[1]], dtype=tensor_of(source).dtype)
-    return before[0], float(step.target(number, *step.args[1:], **kwargs))  # type: ignore[operator]
+    return float(step.target(torch.tensor([number], dtype=source.dtype), *step.args[1:], **kwargs))  # type: ignore
 
 
 def _describe(node: Node) -> str:
     return f"{node.name} ({op_name(node) or node.op})"
 
 
-def _is_step(node: Node) -> bool:
+def is_step(node: Node) -> bool:
     """An elementwise op of one tensor."""
     if not isinstance(node.target, torch._ops.OpOverload) or len(node.all_input_nodes) != 1:
         return False

@@ -132,7 +132,8 @@ class Walk(Outside):
                     return self.miss("a number for each token and expert", node)
                 self.bind(found)
                 if piece.layout == kinds.TOKENS:
-                    return self.table(found["table"], place)
+                    weight = self.column_of(found["table"], layout)
+                    return weight if isinstance(weight, Miss) else self.body.reshaped(weight, shape)
                 self.tables.add(found["table"])
                 return self.body.reshaped(self.row("s", found["table"], ()), shape)
             case kinds.View():
@@ -159,10 +160,10 @@ class Walk(Outside):
                 rows = self.value(source, (*layout, *((size,) for size in (shape_of(source) or ())[len(layout) :])))
                 if isinstance(rows, Miss):
                     return rows
-                weight = Value(
+                matrix = Value(
                     self.body.placeholder("p", found["weight"]), EXPERTS_OWN, self.numbers(found["weight"], 1)
                 )
-                return self.body.linear(rows, self.body.turned(weight) if piece.transposed else weight)
+                return self.body.linear(rows, self.body.turned(matrix) if piece.transposed else matrix)
         raise AssertionError(f"a piece of unknown kind: {piece}")
 
     # What is inside

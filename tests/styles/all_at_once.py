@@ -126,3 +126,15 @@ class BroadcastMatmul(Apart):
         rows = x[:, None, None, :]
         y = torch.matmul(geglu(rows @ self.w_gate, rows @ self.w_up), self.w_down).squeeze(2)
         return torch.bmm(gates.unsqueeze(1), y).squeeze(1)
+
+
+@style("all_experts_broadcast_turned_table_llama4")
+class BroadcastTurned(Llama4):
+    """The table is turned around before its sigmoid; rows are broadcast over the experts."""
+
+    def forward(self, x):
+        best, ids = self.router.linear(x).topk(self.K, dim=1)
+        table = torch.full((x.shape[0], self.E), float("-inf")).scatter_(1, ids, best)
+        scores = table.transpose(0, 1).sigmoid()
+        gate, up = torch.bmm(x.unsqueeze(0) * scores.unsqueeze(-1), self.gate_up_proj).chunk(2, dim=-1)
+        return torch.bmm(up * F.silu(gate), self.down_proj).sum(0)
