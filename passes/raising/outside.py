@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from moe_fx.passes.raising import pieces as kinds
 from moe_fx.passes.raising.anchors import leads_to_experts
-from moe_fx.passes.raising.axes import EXPERT, HIT, SLOT, SORTED_ROW, Place, axes_of, features, size_of
+from moe_fx.passes.raising.axes import EXPERT, HIT, SLOT, SORTED_ROW, Place, aligned, axes_of, features, size_of
 from moe_fx.passes.raising.pieces import LOCAL
 from moe_fx.passes.raising.region import Region
 from moe_fx.passes.raising.tables import Slots, is_step, read_table
@@ -223,6 +223,7 @@ class Outside:
         by_expert = ((EXPERT,), *place[:at], *place[rows:])
         for pattern, before, whole in (
             (aten_.gather(Var("results"), Last(at), Var("index")), by_token, True),
+            (aten_.take_along_dim(Var("results"), Var("index"), Last(at)), by_token, True),
             (aten_.index(Var("results"), [each_token, Var("index")]), by_token, False),
             (aten_.index(Var("results"), [Var("index"), each_token]), by_expert, False),
         ):
@@ -230,7 +231,9 @@ class Outside:
             if not isinstance(found, Match) or (not whole and at > 1):
                 continue
             count = (shape_of(found["results"]) or (0,) * len(before))[before.index((EXPERT,))]
-            ids = self.ids_of(found["index"], place if whole else place[:rows])
+            # take_along_dim broadcasts the index; gather takes it as wide as the result.
+            own = aligned(place, shape_of(found["index"]) or (), self.sizes) if whole else place[:rows]
+            ids = self.ids_of(found["index"], own) if own is not None else None
             if ids is None or not isinstance(count, int) or self.bindings.setdefault("ids", ids) is not ids:
                 return None
             self.sizes = {**self.sizes, EXPERT: count}
@@ -272,6 +275,13 @@ class Outside:
                 if given["min"] not in (0, None) or highest != given["max"]:
                     return None
                 node = given["self"]
+                continue
+            if op_name(node) == "aten::remainder":  # nothing, of ids that name experts
+                given = arguments(node)
+                known = self.bindings.setdefault("num_compared", given["other"])
+                if not isinstance(known, int) or known != given["other"]:
+                    return None
+                self.bindings["counts_beyond"] = node = given["self"]
                 continue
             if place in self.slot_places:
                 return node

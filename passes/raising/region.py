@@ -119,9 +119,9 @@ def misfit(region: Region) -> Miss | None:
         count, shown = (len(param), param[0]) if isinstance(param, tuple) else (size(param), param)
         if not isinstance(experts, int) or not known_equal(count, experts):
             return miss(f"parameters of {experts} experts", shown, f"{count} experts")
-    classes = found.get("num_classes", found.get("num_compared", experts))
-    if classes < experts:
-        return miss(f"a class for each of {experts} experts", ids, f"{classes} classes")
+    for classes in (found.get("num_classes", experts), found.get("num_compared", experts)):
+        if classes < experts:
+            return miss(f"a class for each of {experts} experts", ids, f"{classes} classes")
     if found.get("num_experts", experts) != experts:
         return miss(f"rows counted for {experts} experts", ids, f"for {found['num_experts']}: an expert is missing")
     last = found.get("last_expert", experts - 1)

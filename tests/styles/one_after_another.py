@@ -110,6 +110,17 @@ class StackGather(Listed):
         return (chosen * weights.unsqueeze(-1)).sum(dim=1)
 
 
+@style("stack_take_along_dim", dynamic=False, **BATCHED)
+class StackTake(Listed):
+    """[B, S, H] all the way; ``take_along_dim`` broadcasts the ids."""
+
+    def forward(self, x):
+        ids, weights = self.router(x.flatten(0, 1))
+        ids, weights = ids.unflatten(0, x.shape[:2]), weights.unflatten(0, x.shape[:2])
+        every = torch.stack([expert(x) for expert in self.experts], dim=-2)
+        return (torch.take_along_dim(every, ids[..., None], dim=-2) * weights[..., None]).sum(-2)
+
+
 @style("stack_index_by_ids")
 class StackIndex(Listed):
     kind = ReLU2
