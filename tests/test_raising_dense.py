@@ -229,3 +229,49 @@ def test_a_sum_of_heads_is_left_alone():
     result = moe_fx.transform(program)
     assert moe_fx.report(result).layers == ()
     assert [node.name for node in result.graph.nodes] == [node.name for node in program.graph.nodes]
+
+
+class Selected(Dense):
+    """One expert per token, whose results ``torch.where`` takes."""
+
+    steps = ((0, 0), (1, 1), (2, 2), (3, 3))
+
+    def __init__(self):
+        super().__init__(top_k=1)
+
+    def ids(self, x):
+        return F.linear(x, self.router).argmax(-1)
+
+    def start(self, x):
+        return torch.zeros_like(x)
+
+    def forward(self, x):
+        ids, y = self.ids(x), self.start(x)
+        for number, e in self.steps:
+            rows = F.linear(self.activation(F.linear(x, self.up[e])), self.down[e])
+            y = torch.where((ids == number)[:, None], rows, y)
+        return y
+
+
+def test_rows_that_no_expert_takes():
+    class FromTokens(Selected):
+        def start(self, x):
+            return x
+
+    class OneMore(FromTokens):
+        def ids(self, x):
+            return F.linear(x, torch.cat([self.router, -self.router[:1]])).argmax(-1)
+
+    (layer,) = moe_fx.explain(export(Selected())).layers
+    assert layer.source_form == "selected_rows"
+    assert len(moe_fx.explain(export(FromTokens())).layers) == 1
+    result = moe_fx.explain(export(OneMore()))
+    assert result.layers == ()
+    assert [miss.wanted for miss in result.misses] == ["ids that certainly name an expert"]
+
+
+def test_refuses_an_expert_that_is_selected_twice():
+    class Twice(Selected):
+        steps = ((0, 0), (1, 1), (2, 2), (2, 3))
+
+    assert_expected_inline(refusal(Twice()), """wanted every expert of 4 once, found experts 0, 1, 2, 2""")

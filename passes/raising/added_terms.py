@@ -75,7 +75,9 @@ def _experts_added(root: Node, numbered: Sequence[tuple[tuple[int, Node | None],
 
 
 def _slots_added(root: Node, numbered: Sequence[tuple[tuple[int, Node], Node]]) -> Region | Miss:
-    """Terms of one slot each, which gather their experts' weights."""
+    """Terms of one slot each, which gather their experts' weights, or take their results."""
+    # What an expert makes of a token may be computed once for all slots.
+    behind = set().union(*each_expert_loop.computed_by([term for _, term in numbered]))
     regions = []
     for _, term in numbered:
         axes = token_axes(shape_of(term) or ())
@@ -83,13 +85,15 @@ def _slots_added(root: Node, numbered: Sequence[tuple[tuple[int, Node], Node]]) 
             return Miss("rows of fixed size for each token", term.name, term)
         sizes, tokens, place = axes
         sizes |= {SLOT: 1, SORTED_ROW: size_of(tokens, sizes)}
-        walk = Walk(root, sizes, tokens, known_pieces(), {}, ending=_between(root, term))
+        walk = Walk(root, sizes, tokens, known_pieces(), {}, ending={*_between(root, term), *behind})
         output = walk.value(term, place)
         region = walk.region(output) if isinstance(output, Value) else walk.deepest or output
         if isinstance(region, Miss):
             return region
         regions.append(region)
-    return merge_slots(regions, root)
+    whole = merge_slots(regions, root)
+    ends = set().union(*(_between(root, term) for _, term in numbered))
+    return (read_outside(whole.interior, ends) or whole) if isinstance(whole, Region) else whole
 
 
 def stacked(walk: Walk, node: Node, place: Place) -> Value | Miss | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 
 from moe_fx.passes.raising.routing import MIXING, ancestors
+from moe_fx.passes.raising.where_chains import is_where_chain
 from torch.fx import Node
 
 from moe_fx.matcher import arguments, op_name
@@ -101,6 +102,7 @@ def leads_to_experts(value: Node, through: bool = False) -> bool:
             name in GROUPED
             or name == "aten::stack"
             or _joins_parts(node)
+            or is_where_chain(node)
             or (name == "aten::index" and _is_stack(node.args[0]))
         ):
             return True

@@ -12,6 +12,8 @@ from moe_fx.passes.raising.loop_layers import loop_of_steps
 from moe_fx.passes.raising.parts import joined
 from moe_fx.passes.raising.region import Region, misfit
 from moe_fx.passes.raising.registry import known_pieces
+from moe_fx.passes.raising.selected import ids_selected, selected
+from moe_fx.passes.raising.slot_by_slot import slot_number
 from moe_fx.passes.raising.walk import Walk
 from moe_fx.passes.raising.writer import ROWS, Value
 from moe_fx.passes.raising.written import ids_written, written
@@ -109,12 +111,12 @@ def one_slot_at(root: Node) -> Region | Miss | None:
 
 
 def _rows_written(root: Node) -> tuple[Region | Miss, set[Node]] | None:
-    """One expert per token, each of which writes the rows of its tokens."""
-    ids, axes = ids_written(root), token_axes(shape_of(root) or ())
+    """One expert per token, each of which writes the rows of its tokens, or whose rows they take."""
+    ids, axes = ids_written(root) or ids_selected(root), token_axes(shape_of(root) or ())
     if ids is None or axes is None:
         return None
     sizes, tokens, place = axes
-    if Walk(root, {**sizes, SLOT: 1}, tokens, (), {}).ids_of(ids, place[:1]) is None:
+    if slot_number(ids) is not None or Walk(root, {**sizes, SLOT: 1}, tokens, (), {}).ids_of(ids, place[:-1]) is None:
         return None  # rows of several slots per token, which are summed somewhere
     region = one_slot_at(root)
     return (region, {root}) if region is not None else None
@@ -165,4 +167,5 @@ def _walk(root: Node, ending: Ending) -> Region | Miss:
 Walk.stacked = staticmethod(stacked)
 Walk.joined = staticmethod(joined)
 Walk.written = staticmethod(written)
+Walk.selected = staticmethod(selected)
 assert each_expert is not None  # importing it registers the op

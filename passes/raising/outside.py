@@ -98,6 +98,8 @@ class Outside:
     stacked: Callable[[Any, Node, Place], Value | Miss | None] = staticmethod(lambda walk, node, place: None)
     #: the same for what the experts wrote, each into its rows
     written: Callable[[Any, Node, Place], Value | Miss | None] = staticmethod(lambda walk, node, place: None)
+    #: the same for what was selected of the experts' results
+    selected: Callable[[Any, Node, Place], Value | Miss | None] = staticmethod(lambda walk, node, place: None)
     #: the same for what was joined of the experts' rows
     joined: Callable[[Any, Node, Place], Value | Miss | None] = staticmethod(lambda walk, node, place: None)
 

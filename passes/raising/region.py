@@ -62,7 +62,9 @@ class Region:
     def top_k(self) -> int:
         shape = shape_of(self.ids)
         assert shape is not None
-        top_k = shape[-1] if len(shape) > 1 else 1  # one expert per token needs no dimension
+        apart = len(shape_of(self.tokens) or ()) - len(self.features.get(self.tokens, ()))
+        # One expert per token needs no dimension.
+        top_k = 1 if len(shape) == 1 or (known_equal(self.size[1], 1) and len(shape) == apart) else shape[-1]
         assert isinstance(top_k, int)
         return top_k
 

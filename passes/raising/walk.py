@@ -62,12 +62,14 @@ class Walk(Outside):
             return rows
         shape = shape_of(node)
         if shape is not None and not same_shape(shape, [size_of(dim, self.sizes) for dim in place]):
-            rows = " x ".join(str(size_of(dim, self.sizes)) for dim in place)
-            return self.miss(f"a value of shape {rows}", node, f"{node.name} of shape {list(shape)}")
+            wanted = " x ".join(str(size_of(dim, self.sizes)) for dim in place)
+            return self.miss(f"a value of shape {wanted}", node, f"{node.name} of shape {list(shape)}")
         if not axes:
             return self.same_for_all(node, place)
         if (in_bins := binned(self, node, place)) is not None:
             return in_bins
+        if op_name(node) == "aten::where" and (rows := self.selected(self, node, place)) is not None:
+            return rows
         fits, found = self.piece(node, place)
         if fits and found is not None:
             return found
@@ -320,8 +322,9 @@ class Walk(Outside):
             self.root, form, tokens, self.bindings.get("ids", tokens), s, p, h, GraphModule({}, graph), self.interior,
             self.bindings, distinct=bool(self.zeros) or "counted_once" in self.bindings,
         )  # fmt: skip
-        region.size = (self.token_count, self.sizes.get(SLOT, region.top_k))
+        region.features = {node: self.outer[node] for node in (tokens, *s)}
+        slots = self.sizes.get(SLOT)
+        region.size = (self.token_count, region.top_k if slots is None else slots)
         region.tables = self.tables
         region.visits = self.visits
-        region.features = {node: self.outer[node] for node in (tokens, *s)}
         return region

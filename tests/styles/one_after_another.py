@@ -15,6 +15,7 @@ from styles.base import (
     I,
     Interleaved,
     Listed,
+    MaxOfSoftmax,
     MoE,
     ReLU2,
     Sequence,
@@ -206,3 +207,36 @@ class DenseScatteredBatched(Listed):
         best, ids = logits.topk(self.K, dim=-1)
         table = torch.full_like(logits, float("-inf")).scatter(-1, ids, best).softmax(dim=-1)
         return sum(table[..., e : e + 1] * expert(x) for e, expert in enumerate(self.experts))
+
+
+@style("where_top1", **BATCHED)
+class WhereOne(Listed):
+    """One expert per token: of every expert's results, ``torch.where`` takes those of its tokens."""
+
+    K = 1
+    route = MaxOfSoftmax
+
+    def forward(self, x):
+        weights, ids = self.router.linear(x).softmax(-1).max(-1)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            y = torch.where((ids == e)[..., None], expert(x), y)
+        return y * weights[..., None]
+
+
+@style("where_slots_first_by_default")
+class WhereSlots(Simple):
+    """Each slot takes one expert's results; the first expert's are there to begin with."""
+
+    K = 3
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        every = [self.expert(x, e) for e in range(self.E)]
+        out = torch.zeros_like(x)
+        for k in range(self.K):
+            chosen = every[0]
+            for e in range(1, self.E):
+                chosen = torch.where(ids[:, k : k + 1] == e, every[e], chosen)
+            out = out + weights[:, k : k + 1] * chosen
+        return out
