@@ -25,7 +25,7 @@ __all__ = [
 SETTING_APART = frozenset({"aten::scatter", "aten::one_hot", "aten::masked_fill", "aten::index_put", "aten::where"})
 
 GROUPED = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback", "moe_fx::grouped_mm"})
-PRODUCTS = frozenset({"aten::bmm", "aten::matmul", "aten::einsum", "aten::mul"})
+PRODUCTS = frozenset({"aten::bmm", "aten::baddbmm", "aten::matmul", "aten::einsum", "aten::mul"})
 #: views and casts through which a weight is read
 STEPS = frozenset({
     "aten::index", "aten::transpose", "aten::permute", "aten::to", "aten::reshape", "aten::unsqueeze", "aten::expand",

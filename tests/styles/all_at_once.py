@@ -138,3 +138,38 @@ class BroadcastTurned(Llama4):
         scores = table.transpose(0, 1).sigmoid()
         gate, up = torch.bmm(x.unsqueeze(0) * scores.unsqueeze(-1), self.gate_up_proj).chunk(2, dim=-1)
         return torch.bmm(up * F.silu(gate), self.down_proj).sum(0)
+
+
+@style("all_experts_baddbmm")
+class Baddbmm(MoE):
+    """Biases in the products; rows expanded over the experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.b1, self.w2, self.b2 = (
+            normal(self.E, *shape) for shape in ((H, I), (1, I), (I, H), (1, H))
+        )  # fmt: skip
+
+    def expert(self, rows, e):
+        return torch.tanh(rows @ self.w1[e] + self.b1[e]) @ self.w2[e] + self.b2[e]
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        h = torch.baddbmm(self.b1, x.unsqueeze(0).expand(self.E, -1, -1), self.w1).tanh()
+        table = torch.zeros(x.shape[0], self.E, dtype=x.dtype).scatter_add_(1, ids, weights)
+        return (table.T.unsqueeze(-1) * torch.baddbmm(self.b2, h, self.w2)).sum(0)
+
+
+@style("all_experts_masked_rows_einsum")
+class MaskedRows(Apart):
+    """Tokens are masked for every expert, and the experts' results weighted by a table."""
+
+    act = staticmethod(swiglu)
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        hot = F.one_hot(ids, self.E)
+        rows = x.unsqueeze(1) * hot.sum(1).unsqueeze(-1).to(x.dtype)
+        h = F.silu(torch.einsum("teh,ehi->tei", rows, self.w_gate)) * torch.einsum("teh,ehi->tei", rows, self.w_up)
+        y = torch.einsum("tei,eih->teh", h, self.w_down)
+        return torch.einsum("teh,te->th", y, (hot * weights.unsqueeze(-1)).sum(1))
