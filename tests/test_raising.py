@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from moe_fx.passes.normalize import drop_no_ops, functionalize, spell
 from moe_fx.passes.raising import raise_layers
-from toys import Gathered, Grouped, export, interleaved_clamped_swiglu, relu_squared, swiglu
+from toys import Gathered, Grouped, Toy, export, interleaved_clamped_swiglu, relu_squared, swiglu
 
 import moe_fx
 from moe_fx.pipeline import Work
@@ -266,3 +266,25 @@ def test_attention_is_no_moe_layer():
     result = moe_fx.explain(export(Attention()))
     assert (result.layers, result.misses) == ((), ())
     assert str(result) == "no MoE layer was found"
+
+
+class Reordered(Toy):
+    """Each slot's results, stacked from the last to the first, beside weights from the first to the last."""
+
+    def forward(self, x):
+        ids, weights = self.route(x)
+        outs = []
+        for k in reversed(range(self.K)):
+            h = self.activation(torch.einsum("th,tnh->tn", x, self.up[ids[:, k]]))
+            outs.append(torch.einsum("tn,thn->th", h, self.down[ids[:, k]]))
+        return (torch.stack(outs, 1) * weights[..., None]).sum(1)
+
+
+def test_slots_stacked_in_another_order_than_their_weights_are_no_one_layer():
+    model = Reordered().eval()
+    program = export(model)
+    result = moe_fx.transform(program)
+    assert all(layer.top_k == 1 for layer in moe_fx.report(result).layers)
+    x = torch.randn(7, 8, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        assert torch.allclose(result.module()(x), model(x), atol=1e-6)

@@ -76,32 +76,46 @@ def _experts_added(root: Node, numbered: Sequence[tuple[tuple[int, Node | None],
 
 def _slots_added(root: Node, numbered: Sequence[tuple[tuple[int, Node], Node]]) -> Region | Miss:
     """Terms of one slot each, which gather their experts' weights, or take their results."""
+    terms_added = [term for _, term in numbered]
+    ends = set().union(*(_between(root, term) for term in terms_added))
+    whole = _each_slot(root, terms_added, ends)
+    return (read_outside(whole.interior, ends) or whole) if isinstance(whole, Region) else whole
+
+
+def _each_slot(root: Node, values: Sequence[Node], ends: Collection[Node]) -> Region | Miss:
+    """Values of one slot each, as one layer; ``ends`` read them."""
     # What an expert makes of a token may be computed once for all slots.
-    behind = set().union(*each_expert_loop.computed_by([term for _, term in numbered]))
+    behind = set().union(*each_expert_loop.computed_by(values))
     regions = []
-    for _, term in numbered:
-        axes = token_axes(shape_of(term) or ())
+    for value in values:
+        axes = token_axes(shape_of(value) or ())
         if axes is None:
-            return Miss("rows of fixed size for each token", term.name, term)
+            return Miss("rows of fixed size for each token", value.name, value)
         sizes, tokens, place = axes
         sizes |= {SLOT: 1, SORTED_ROW: size_of(tokens, sizes)}
-        walk = Walk(root, sizes, tokens, known_pieces(), {}, ending={*_between(root, term), *behind})
-        output = walk.value(term, place)
+        walk = Walk(root, sizes, tokens, known_pieces(), {}, ending={*ends, *behind})
+        output = walk.value(value, place)
         region = walk.region(output) if isinstance(output, Value) else walk.deepest or output
         if isinstance(region, Miss):
             return region
         regions.append(region)
-    whole = merge_slots(regions, root)
-    ends = set().union(*(_between(root, term) for _, term in numbered))
-    return (read_outside(whole.interior, ends) or whole) if isinstance(whole, Region) else whole
+    return merge_slots(regions, root, in_order=op_name(root) == "aten::stack")
 
 
 def stacked(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
-    """``stack`` of every expert's results, written into the body as those of one expert. None for any other op."""
+    """``stack`` of every expert's results, or every slot's, written into the body as those of one. None for others."""
     given = arguments(node) if op_name(node) == "aten::stack" else {}
-    if not given or place[given["dim"] % len(place)] != (EXPERT,) or set(walk.tokens) - axes_of(place):
+    if not given or set(walk.tokens) - axes_of(place):
         return None
-    merged = each_expert_on(node, list(enumerate(given["tensors"])))
+    axis, values = place[given["dim"] % len(place)], given["tensors"]
+    if axis == (EXPERT,):
+        merged = each_expert_on(node, list(enumerate(values)))
+    elif axis == (SLOT,):
+        merged = _each_slot(node, values, {node})
+        if isinstance(merged, Region) and walk.bindings.setdefault("ids", merged.ids) is not merged.ids:
+            return walk.miss("the layer's own ids", merged.ids)
+    else:
+        return None
     if isinstance(merged, Miss):
         return walk.note(merged)
     return walk.inlined(merged, node, place)

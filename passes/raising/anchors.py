@@ -103,7 +103,7 @@ def leads_to_experts(value: Node, through: bool = False) -> bool:
             or name == "aten::stack"
             or _joins_parts(node)
             or is_where_chain(node)
-            or (name == "aten::index" and _is_stack(node.args[0]))
+            or (name == "aten::index" and (_is_stack(node.args[0]) or _is_cut_in_stack(node.args[0])))
         ):
             return True
         if name in PRODUCTS and any(reads_stack(operand) for operand in node.all_input_nodes):
@@ -131,6 +131,12 @@ def _is_stack(node: object) -> bool:
     return isinstance(node, Node) and node.op in ("placeholder", "get_attr") and shape is not None and len(shape) >= 3
 
 
+def _is_cut_in_stack(node: object) -> bool:
+    """Whether a value is one matrix of all experts' rows, with a dimension for the experts."""
+    whole = node.args[0] if isinstance(node, Node) and op_name(node) == "aten::reshape" else None
+    return isinstance(whole, Node) and whole.op in ("placeholder", "get_attr") and len(shape_of(node) or ()) >= 3
+
+
 def reads_chosen_stack(node: Node) -> bool:
     """Whether an operand is what rows chose of parameters that are stacked over experts."""
     chosen = False
@@ -143,5 +149,7 @@ def reads_chosen_stack(node: Node) -> bool:
 def reads_stack(node: Node) -> bool:
     """Whether an operand is a stack of matrices, seen through views and casts."""
     while op_name(node) in STEPS and isinstance(node.args[0], Node):
+        if op_name(node) == "aten::index" and _is_cut_in_stack(node.args[0]):
+            return True
         node = node.args[0]
     return _is_stack(node)

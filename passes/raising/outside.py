@@ -10,7 +10,18 @@ from typing import Any
 import torch
 from moe_fx.passes.raising import pieces as kinds
 from moe_fx.passes.raising.anchors import leads_to_experts
-from moe_fx.passes.raising.axes import EXPERT, HIT, SLOT, SORTED_ROW, Place, aligned, axes_of, features, size_of
+from moe_fx.passes.raising.axes import (
+    EXPERT,
+    HIT,
+    SLOT,
+    SORTED_ROW,
+    Place,
+    aligned,
+    axes_of,
+    features,
+    is_row_dim,
+    size_of,
+)
 from moe_fx.passes.raising.pieces import LOCAL
 from moe_fx.passes.raising.region import Region
 from moe_fx.passes.raising.tables import Slots, is_step, read_table
@@ -190,8 +201,11 @@ class Outside:
             step = through(node, place, self.sizes) if is_view(node) else "a parameter with its experts first"
             if isinstance(step, str):
                 return self.miss(step, node)
-            inner = self.value(*step.operands[0])
-            return inner if isinstance(inner, Miss) else self.applied(node, place, step, [inner])
+            before = step.operands[0][1]
+            # One matrix of all experts' rows is theirs when it is cut.
+            if place[0] != (EXPERT,) or all(is_row_dim(dim) or EXPERT not in dim for dim in before):
+                inner = self.value(*step.operands[0])
+                return inner if isinstance(inner, Miss) else self.applied(node, place, step, [inner])
         outer = Value(self.body.placeholder("p", node), EXPERTS_OWN, self.numbers(node, 1))
         return self.body.reshaped(outer, features(place))
 

@@ -59,8 +59,8 @@ def slot_number(term: Node) -> tuple[int, Node] | None:
     return found.pop() if len(found) == 1 else None
 
 
-def merge_slots(regions: Sequence[Region], root: Node) -> Region | Miss:
-    """One region for layers of one slot each."""
+def merge_slots(regions: Sequence[Region], root: Node, in_order: bool = False) -> Region | Miss:
+    """One region for layers of one slot each; ``in_order`` where what follows tells the slots apart."""
     first = regions[0]
     for region in regions[1:]:
         same = (first.tokens, first.params, first.shared) == (region.tokens, region.params, region.shared)
@@ -76,11 +76,13 @@ def merge_slots(regions: Sequence[Region], root: Node) -> Region | Miss:
             return Miss("a column of one tensor for each slot", source.name, source)
         if [each[1] for each in given if each] != [each[0][1] for each in columns if each[0]]:
             return Miss("routing weights of the slot whose ids are used", "those of another", source)
-    numbers = sorted(each[0][1] for each in columns if each[0])
+    numbers = [each[0][1] for each in columns if each[0]]
+    numbers = numbers if in_order else sorted(numbers)
     ids, *slots = wholes
     count = (shape_of(ids) or (0,))[-1]
     if numbers != list(range(len(numbers))) or not known_equal(count, len(numbers)):
-        return Miss(f"each of {count} slots once", f"slots {', '.join(map(str, numbers))}", root)
+        order = ", in order" if in_order else ""
+        return Miss(f"each of {count} slots once{order}", f"slots {', '.join(map(str, numbers))}", root)
     if any(not known_equal((shape_of(slot) or (0,))[-1], count) for slot in slots):
         return Miss(f"routing weights for {count} slots", f"shape {list(shape_of(slots[0]) or ())}", slots[0])
     columns_of = dict(zip((first.ids, *first.slots), wholes, strict=True))

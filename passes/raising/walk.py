@@ -77,7 +77,7 @@ class Walk(Outside):
             return self.token_rows(node, place)
         if axes == {EXPERT}:
             return self.expert_value(node, place)
-        if EXPERT in axes and (stacked := self.stacked(self, node, place)) is not None:
+        if axes & {EXPERT, SLOT} and (stacked := self.stacked(self, node, place)) is not None:
             return stacked
         if SLOT in axes and (chosen := self.chosen(node, place)) is not None:
             return chosen

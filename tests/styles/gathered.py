@@ -181,3 +181,35 @@ class TopOneBias(Interleaved):
         h = (x.unsqueeze(1) @ self.gate_up_proj[e]).squeeze(1) + self.gate_up_proj_bias[e]
         y = (self.act(h).unsqueeze(1) @ self.down_proj[e]).squeeze(1) + self.down_proj_bias[e]
         return weights * y
+
+
+@style("slot_loop_stack_sum")
+class SlotStack(MoE):
+    """All experts' rows in one matrix; each slot weighted by itself, all of them stacked and summed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = normal(self.E * I, H), normal(self.E * I, H)
+
+    def expert(self, rows, e):
+        up, down = (w.view(self.E, I, H)[e] for w in (self.up, self.down))
+        return F.gelu(rows @ up.t()) @ down
+
+    def slot(self, x, ids):
+        up, down = (w.view(self.E, I, H)[ids] for w in (self.up, self.down))
+        return torch.matmul(down.transpose(1, 2), F.gelu(up @ x.unsqueeze(-1))).squeeze(-1)
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        outs = [self.slot(x, ids[:, k]) * weights[:, k, None] for k in range(self.K)]
+        return torch.stack(outs, 1).sum(1)
+
+
+@style("slot_loop_stack_weighted_after")
+class SlotStackAfter(SlotStack):
+    """The same, weighted when they are stacked."""
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        outs = torch.stack([self.slot(x, ids[:, k]) for k in range(self.K)], dim=1)
+        return torch.einsum("tk,tkh->th", weights, outs)
