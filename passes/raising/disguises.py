@@ -22,7 +22,7 @@ from torch.fx import Node
 from moe_fx.constants import filled_with
 from moe_fx.kernels import each_expert
 from moe_fx.matcher import Match, Miss, arguments, match, op_name
-from moe_fx.shapes import depends_on_values, shape_of
+from moe_fx.shapes import depends_on_values, known_equal, shape_of
 
 __all__ = ["one_slot_at", "region_at"]
 
@@ -51,7 +51,7 @@ def region_at(root: Node) -> tuple[Region | Miss, set[Node]] | None:
             near = step
     if misses:
         return max(misses, key=lambda miss: miss.depth), {root}
-    found = _rows_added(root) or _rows_written(root) or sum_of_terms(root) or _sum(root)
+    found = _rows_added(root) or _rows_put_back(root) or _rows_written(root) or sum_of_terms(root) or _sum(root)
     if found is None and near is not None and near.depth > 1 and _adds_rows_of_an_expert(root):
         return near, {root}
     return found
@@ -108,6 +108,16 @@ def one_slot_at(root: Node) -> Region | Miss | None:
     region = walk.region(output) if isinstance(output, Value) else walk.deepest or output
     wrong = misfit(region) if isinstance(region, Region) else None
     return region if wrong is None else wrong
+
+
+def _rows_put_back(root: Node) -> tuple[Region | Miss, set[Node]] | None:
+    """One expert per token: rows sorted by expert, brought back to the tokens."""
+    found = match(grouped.PUT_BACK, root)
+    if not isinstance(found, Match):
+        return None
+    shape = shape_of(found["ids"]) or ()
+    region = one_slot_at(root) if len(shape) == 1 or known_equal(shape[-1], 1) else None
+    return (region, {root}) if isinstance(region, Region) else None
 
 
 def _rows_written(root: Node) -> tuple[Region | Miss, set[Node]] | None:

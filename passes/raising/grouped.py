@@ -27,7 +27,8 @@ from moe_fx.passes.raising.pieces import (
 
 from moe_fx.pattern import ANY, As, Last, OneOfValues, Pattern, Var, aten, call, either, item, optional
 
-flat_ids = aten.reshape(Var("ids", rank=2), ANY)
+#: one expert per token needs no second dimension
+flat_ids = either(aten.reshape(Var("ids", rank=2), ANY), Var("ids", rank=1))
 only_dim = OneOfValues(0, -1)
 
 
@@ -61,6 +62,7 @@ counts = either(
     aten.histc(counted, num_experts, 0, last_expert),
     aten.sum(optional(lambda hot: aten.to(hot, ANY), one_hot), [0]),
 )
+counts = optional(lambda many: aten.to(many, OneOfValues(torch.int32, torch.int64)), counts)
 offsets = either(
     aten.cumsum(counts, only_dim, dtype=torch.int32),
     aten.to(aten.cumsum(counts, only_dim), torch.int32),
@@ -102,16 +104,21 @@ def clamped(ids: Pattern) -> Pattern:
     return aten.clamp(ids, OneOfValues(None, 0), last_expert)
 
 
-PIECES: tuple[Piece, ...] = (
-    View(TOKEN_MAJOR, aten.index(rows, [inverse]), to=SORTED),
+#: rows brought back to the slots
+PUT_BACK = either(
+    aten.index(rows, [inverse]),
     # Every row is written once: what stood there before is gone.
-    View(TOKEN_MAJOR, aten.index_put(ANY, [perm], rows), to=SORTED),
-    View(TOKEN_MAJOR, aten.index_copy(ANY, 0, perm, rows), to=SORTED),
-    View(TOKEN_MAJOR, aten.scatter(ANY, 0, wide_perm, rows), to=SORTED),
+    aten.index_put(ANY, [perm], rows),
+    aten.index_copy(ANY, 0, perm, rows),
+    aten.scatter(ANY, 0, wide_perm, rows),
+)
+PIECES: tuple[Piece, ...] = (
+    View(TOKEN_MAJOR, PUT_BACK, to=SORTED),
     Dispatch(SORTED, aten.index(Var("tokens"), [token_of_row])),
     Dispatch(SORTED, aten.gather(Var("tokens", rank=2), 0, wide)),
     Slot(SORTED, aten.index(aten.reshape(Var("slot", rank=(2, 3)), ANY), [perm])),
     Slot(SORTED, aten.index(aten.unsqueeze(aten.reshape(Var("slot", rank=2), ANY), Last(1)), [perm])),
+    View(SORTED, aten.index(rows, [perm]), to=TOKEN_MAJOR),
     ExpertLinear(SORTED, grouped_mm(transposed), "sort_grouped_mm"),
     ExpertLinear(SORTED, grouped_mm(weight), "sort_grouped_mm", transposed=True),
     ExpertRow(SORTED, aten.index(Var("param"), [clamped(sorted_ids)])),

@@ -66,6 +66,8 @@ class Outside:
             kinds.HITS: ((HIT,),), kinds.EXPERT_MAJOR: ((EXPERT, *tokens),),
             kinds.TOKENS: tuple((token,) for token in tokens if specific is not None) or ((HIT,),),
         }  # fmt: skip
+        if known_equal(sizes.get(SLOT, 0), 1):
+            self.layouts[kinds.TOKEN_MAJOR] = (tokens,)
         self.body = Writer()
         self.known: dict[tuple[Node, Place], Value | Miss] = {}
         #: how many values were looked at: the further a walk came, the more its mismatch tells

@@ -28,7 +28,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from moe_fx.experts import per_row
-from moe_fx.matcher import Match, Miss, match, op_name
+from moe_fx.matcher import Match, Miss, arguments, match, op_name
 from moe_fx.shapes import is_number, known_equal, same_shape, shape_of
 
 __all__ = ["Walk"]
@@ -99,7 +99,11 @@ class Walk(Outside):
         near: Miss | None = None
         for piece in self.pieces:
             layout = self.layouts.get(piece.layout)
-            if layout is None or place[: len(layout)] != layout or axes_of(place[len(layout) :]):
+            if layout is None or axes_of(place[len(layout) :]):
+                continue
+            # With one slot, a dimension of size 1 for it may stand beside the tokens or not.
+            alone = self.single and piece.layout == kinds.TOKEN_MAJOR and place[:1] == ((*self.tokens, SLOT),)
+            if place[: len(layout)] != layout and not alone:
                 continue
             found = match(piece.pattern, node, self.bindings)
             if isinstance(found, Match):
@@ -121,6 +125,12 @@ class Walk(Outside):
                 return self.body.reshaped(self.row("x", tokens, self.numbers(tokens, 1)), shape)
             case kinds.Slot():
                 slot = found["slot"]
+                if piece.layout == kinds.SORTED and _is_repeated(slot):
+                    self.bind(found)
+                    self.interior.add(node)
+                    return self.value(
+                        arguments(node)["self"], (*self.layouts[kinds.TOKEN_MAJOR], *place[len(layout) :])
+                    )
                 rows = shape_of(found.get("ids")) or self.slot_shape
                 if not same_shape((shape_of(slot) or ())[: len(rows)], rows):
                     return self.miss("a value for every token and slot", slot)
@@ -328,3 +338,10 @@ class Walk(Outside):
         region.tables = self.tables
         region.visits = self.visits
         return region
+
+
+def _is_repeated(slot: Node) -> bool:
+    """Whether what stands for each slot is a token's row, the same in all of its slots."""
+    source = slot.args[0] if op_name(slot) == "aten::clone" else slot
+    shape, before = shape_of(slot) or (), source.args[0] if op_name(source) == "aten::expand" else None
+    return len(shape) == 3 and shape[-1] != 1 and known_equal((shape_of(before) or (0, 0))[1], 1)

@@ -122,3 +122,24 @@ class TorchtitanSlices(Apart):
             h = F.silu(torch.matmul(part, self.w_gate[e])) * torch.matmul(part, self.w_up[e])
             outs.append(torch.matmul(h, self.w_down[e]))
         return torch.zeros_like(x).scatter_add(0, token.reshape(-1, 1).expand(-1, H), torch.cat(outs, dim=0))
+
+
+@style("grouped_mm_repeated_rows_cast_to_bfloat16_fastmoe")
+class RepeatedRows(Apart):
+    """Rows repeated for each slot, then sorted; weights cast where they are used; counts cast before they are added."""
+
+    act = staticmethod(swiglu)
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        flat = ids.flatten()
+        order = torch.argsort(flat, stable=True)
+        rows = x.repeat_interleave(self.K, dim=0)[order].bfloat16()
+        counts = torch.histc(flat.float(), bins=self.E, min=0, max=self.E - 1).int()
+        offsets = counts.cumsum(0).int()
+        h = F.silu(torch._grouped_mm(rows, self.w_gate.bfloat16(), offs=offsets))
+        h = h * torch._grouped_mm(rows, self.w_up.bfloat16(), offs=offsets)
+        done = torch._grouped_mm(h, self.w_down.bfloat16(), offs=offsets).to(x.dtype)
+        y = torch.empty_like(done)
+        y[order] = done
+        return (y.view(-1, self.K, H) * weights.unsqueeze(-1)).sum(1)

@@ -345,3 +345,21 @@ class NLLB(Listed):
             combining = probs[token_indices, e]
             masked[e, token_indices] = torch.einsum("b,be->be", combining, expert(masked[e, token_indices]))
         return masked.sum(dim=0)
+
+
+@style("modulelist_top1_sorted_split_fairseq", **ASKS)
+class FairseqTop1(Listed):
+    """One expert per token: rows sorted by it, cut by counts, joined, and put back; weighted at the end."""
+
+    K = 1
+    route = ArgmaxSigmoid
+
+    def forward(self, x):
+        logits = self.router.linear(x)
+        ids = logits.argmax(dim=-1)
+        order = torch.argsort(ids)
+        parts = x[order].split(torch.bincount(ids, minlength=self.E).tolist())
+        y = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
+        back = torch.empty_like(order)
+        back[order] = torch.arange(order.numel())
+        return y[back] * logits.gather(-1, ids[:, None]).sigmoid()
