@@ -288,3 +288,17 @@ def test_slots_stacked_in_another_order_than_their_weights_are_no_one_layer():
     x = torch.randn(7, 8, generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
         assert torch.allclose(result.module()(x), model(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("change", [lambda ids: ids - 1, lambda ids: torch.where(ids == 0, -1, ids)])
+def test_refuses_an_index_that_may_count_from_the_end(change):
+    class Counted(Toy):
+        def forward(self, x):
+            ids, weights = self.route(x)
+            ids = change(ids)
+            h = self.activation(torch.einsum("th,tknh->tkn", x, self.up[ids]))
+            return (torch.einsum("tkn,tkhn->tkh", h, self.down[ids]) * weights[..., None]).sum(1)
+
+    result = moe_fx.explain(export(Counted()))
+    assert result.layers == ()
+    assert [miss.wanted for miss in result.misses] == ["ids that are certainly not negative"]

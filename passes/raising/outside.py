@@ -228,6 +228,7 @@ class Outside:
             return self.miss("the ids of the experts, or a view of them", index)
         if self.bindings.setdefault("ids", ids) is not ids:
             return self.miss(f"ids = {self.bindings['ids'].name}, as elsewhere in the layer", ids)
+        self.bindings.setdefault("indexed", node)
         self.interior.add(node)
         self.sizes = {**self.sizes, EXPERT: count}
         return self.expert_value(param, ((EXPERT,), *place[rank:]))
@@ -256,6 +257,8 @@ class Outside:
                 return None
             self.sizes = {**self.sizes, EXPERT: count}
             self.interior.add(node)
+            if not whole:
+                self.bindings.setdefault("indexed", node)
             return self.value(found["results"], before)
         return None
 
@@ -292,6 +295,7 @@ class Outside:
                 highest = self.bindings.setdefault("last_expert", given["max"])
                 if given["min"] not in (0, None) or highest != given["max"]:
                     return None
+                self.bindings.setdefault("lowest_expert", given["min"])
                 node = given["self"]
                 continue
             if op_name(node) == "aten::remainder":  # nothing, of ids that name experts

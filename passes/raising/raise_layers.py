@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from moe_fx.check import CheckResult, check_layer
 from moe_fx.experts import experts
-from moe_fx.matcher import Miss
+from moe_fx.matcher import Miss, op_name
 from moe_fx.pipeline import Layer, Work
 from moe_fx.program import Program, StackedWeight, stacked_name
 from moe_fx.report import describe_miss, module_of
@@ -186,6 +186,11 @@ def _prove_and_rewrite(work: Work, region: Region) -> Miss | None:
     in_range = selection.in_range or not skips or "looked_up" in region.bindings
     if "counts_beyond" in region.bindings and not selection.in_range:
         return Miss("ids that certainly name an expert", f"{given_ids.name}, which may be counted beyond", given_ids)
+    wraps = "indexed" in region.bindings and region.bindings.get("lowest_expert") != 0
+    if wraps and not selection.in_range and selection.computed is not None:
+        # An index counts from the end where it is negative.
+        wanted, computed = "ids that are certainly not negative", selection.computed
+        return Miss(wanted, f"{computed.name} ({op_name(computed) or computed.op})", given_ids)
     every = tuple(range(region.num_experts))
     for visited in region.visits:
         if visited != every and not work.partial:

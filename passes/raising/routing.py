@@ -15,6 +15,11 @@ __all__ = ["Selection", "describe_router", "foreign_slot", "selection_of"]
 
 #: ops that choose experts by score
 CHOOSING = frozenset({"aten::topk", "aten::sort", "aten::argsort", "aten::argmax", "aten::max"})
+#: ops that make numbers of numbers, which may be negative
+ARITHMETIC = frozenset({
+    "aten::sub", "aten::rsub", "aten::neg", "aten::add", "aten::mul", "aten::where", "aten::masked_fill",
+    "aten::floor_divide", "aten::fmod", "aten::minimum",
+})  # fmt: skip
 #: ops that move integers about without making new ones
 MOVING = frozenset({
     "aten::reshape", "aten::slice", "aten::to", "aten::clone", "aten::unsqueeze", "aten::squeeze", "aten::select",
@@ -31,10 +36,11 @@ class Selection:
         chooser: the op that made them (a ``topk``, ...), or None if that is not known.
         in_range: every id is certainly one of ``0..E-1``.
         distinct: the ids of one token are certainly different experts.
+        computed: the op that computes them as numbers, rather than choosing them or reading them from a table.
     """
 
-    def __init__(self, chooser: Node | None, in_range: bool, distinct: bool) -> None:
-        self.chooser, self.in_range, self.distinct = chooser, in_range, distinct
+    def __init__(self, chooser: Node | None, in_range: bool, distinct: bool, computed: Node | None = None) -> None:
+        self.chooser, self.in_range, self.distinct, self.computed = chooser, in_range, distinct, computed
 
 
 def selection_of(ids: Node, num_experts: int) -> Selection:
@@ -63,7 +69,7 @@ def selection_of(ids: Node, num_experts: int) -> Selection:
     if op_name(node) == "aten::cat":
         return _maxima(node, num_experts, clamped) or Selection(None, clamped, False)
     if op_name(node) not in CHOOSING:
-        return Selection(None, clamped, False)
+        return Selection(None, clamped, False, node if op_name(node) in ARITHMETIC else None)
     if element != (None if op_name(node) in ("aten::argsort", "aten::argmax") else 1):
         return Selection(None, clamped, False)  # the values, not the places
     given = arguments(node)
