@@ -15,7 +15,6 @@ What cannot be proven is an error.
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import sys
 from collections.abc import Callable, Collection
@@ -81,6 +80,7 @@ def export(
     raise next((error for error in (few, masked, every) if error.__cause__ is None), every)
 
 
+NOT_LEFT_OUT = "if it has none, does something else than leave it out: the program would be wrong for other routing"
 NO_LAYER = (
     "no layer was found of which it could be proven that the answers do not matter: the program would be wrong for "
     "other routing"
@@ -123,9 +123,14 @@ def _every_expert(given: Given) -> ExportedProgram | Work:
         raise ExportError("\n".join([f"{_name(given)} asks which experts have rows, and {NO_LAYER}", *_misses(every)]))
     if mode.questions and any("sorted_parts" in layer.source_form for layer in every.layers):
         # Rows are cut into parts, which must be there for the rest of the program to have a meaning.
-        for left_out in range(2):
-            _check_parts(given, every, functools.partial(_every_other, left_out))
+        for idle in (_idle_but(range(0, MANY, 2)), _idle_but(range(1, MANY, 2))):
+            _check_some(given, every, idle)
         return every
+    if any(layer.num_experts < 3 and not layer.in_range for layer in every.layers):
+        # Left after two experts of more, or has two: which of these, two steps do not tell.
+        raise ExportError(f"{_name(given)} asks which of two experts have rows, and ids may name others")
+    for idle in _some_idle(every):
+        _check_some(given, every, idle)
     others = [EveryExpert(hit=True, idle=lambda expert: True)] if mode.questions else []
     others += [EveryExpert(hit=False, idle=lambda expert: True)] if mode.lists else []
     for other in others:
@@ -140,19 +145,31 @@ def _every_expert(given: Given) -> ExportedProgram | Work:
         if stops or all_of_it.yielded != rest.yielded or all_of_it.asserted - rest.asserted:
             if every.misses:
                 raise ExportError(_explanation([], every))
-            raise ExportError(
-                f"{_name(given)} asks whether an expert has rows, and if it has none, does something else than leave "
-                "it out: the program would be wrong for other routing"
-            )
+            raise ExportError(f"{_name(given)} asks whether an expert has rows, and {NOT_LEFT_OUT}")
     return every
 
 
-def _every_other(left_out: int, expert: int) -> bool:
-    return expert % 2 == left_out
+Idle = Callable[[int], bool]
+#: more experts than any model has
+MANY = 10**6
 
 
-def _check_parts(given: Given, every: Work, idle: Callable[[int], bool]) -> None:
-    """The program traced with some experts idle must be the one traced without, but for their parts.
+def _idle_but(hit: Collection[int]) -> Idle:
+    return lambda expert: expert not in hit
+
+
+def _some_idle(every: Work) -> list[Idle]:
+    """Which experts are left without rows, one trace after the other: what a model remembers of those before shows."""
+    count = min(layer.num_experts for layer in every.layers)
+    last = max(layer.num_experts for layer in every.layers)
+    # A loop that is left early visits later experts where the first are idle.
+    hit = [range(0, MANY, 2), range(1, MANY, 2), range(2), range(count - 2, count), range(1, MANY), range(last - 1)]
+    # One step alone does not tell what differs from expert to expert.
+    return [_idle_but(some) for some in dict.fromkeys(hit) if sum(expert < count for expert in some) > 1]
+
+
+def _check_some(given: Given, every: Work, idle: Idle) -> None:
+    """The program traced with some experts idle must be the one traced without, but for their steps.
 
     Raises:
         ExportError: it is another.
@@ -164,22 +181,26 @@ def _check_parts(given: Given, every: Work, idle: Callable[[int], bool]) -> None
     same = len(every.layers) == len(some.layers) and one.yielded == other.yielded
     if not same or not all(_same_but_for(idle, pair, (one, other)) for pair in layers):
         raise ExportError(
-            f"{_name(given)} asks whether an expert has rows, and if it has none, does something else than leave "
-            "it out: the program would be wrong for other routing"
+            "\n".join([f"{_name(given)} asks whether an expert has rows, and {NOT_LEFT_OUT}", *_misses(some)])
         )
 
 
-def _same_but_for(idle: Callable[[int], bool], layers: tuple[Layer, Layer], outlines: tuple[Outline, Outline]) -> bool:
+def _same_but_for(idle: Idle, layers: tuple[Layer, Layer], outlines: tuple[Outline, Outline]) -> bool:
     """Whether two layers are the same but for the parameters of idle experts."""
+
+    experts = layers[0].num_experts
 
     def numbers(layer: Layer, outline: Outline) -> list[int]:
         operands: list[Node] = []
         for operand in pytree.tree_leaves(layer.node.args[:5]):
             parts = arguments(operand)["tensors"] if op_name(operand) == "aten::stack" else [operand]
-            apart = len(parts) == layer.num_experts
+            apart = len(parts) == experts
             operands += [part for expert, part in enumerate(parts) if not (apart and idle(expert))]
         return [outline.numbers[operand] for operand in operands]
 
+    there = tuple(expert for expert in range(experts) if not idle(expert))
+    if any(visited != there for visited in layers[1].visits):
+        return False
     one, other = (numbers(layer, outline) for layer, outline in zip(layers, outlines, strict=True))
     return one == other and same_graph(layers[0].body.graph, layers[1].body.graph)
 

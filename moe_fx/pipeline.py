@@ -56,6 +56,8 @@ class Layer:
     names: dict[str, tuple[str, ...]] = field(default_factory=dict)
     #: by a stacked parameter's name, those of the parameters that the model holds for it, one per expert
     parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    #: which experts were found to be visited, where a loop tells
+    visits: list[tuple[int, ...]] = field(default_factory=list)
     #: the node of the ids; the node that yielded the layer's output, and the one that does now
     ids: str = ""
     output: tuple[str, str] = ("", "")

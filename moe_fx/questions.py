@@ -202,7 +202,7 @@ class EveryExpert(TorchFunctionMode):
             raise ExportError("a list of experts that is not known to name those that were hit")
         self.lists += 1
         places = []
-        for place in range(hits.shape[0] if self.hit else 0):
+        for place in (place for place in range(hits.shape[0]) if self.hit and not self.idle(place)):
             number = _ListedNumber(place)
             number.source = meaning.source
             places.append(Row([number]))

@@ -13,6 +13,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from moe_fx.counted import plain_slices
+from moe_fx.errors import ExportError
 from moe_fx.kernels import each_expert
 
 __all__ = ["NONZERO", "EachExpert", "Number", "Places", "Row", "is_vector"]
@@ -50,6 +51,14 @@ class Row(list[Any]):
 
     __int__ = __index__
 
+    def __eq__(self, other: object) -> bool:
+        return bool(self[0] == other) if isinstance(other, int | torch.SymInt) else super().__eq__(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = None
+
     def squeeze(self, dim: int = -1) -> Any:
         return self[0]
 
@@ -62,6 +71,11 @@ class Row(list[Any]):
 
 class Places(list[Any]):
     """What ``nonzero`` of a vector answers: rows of one column, ``[[e], [e]]``; or, flattened, the column."""
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            raise ExportError("some of the experts that were hit are taken, not all")
+        return super().__getitem__(place)
 
     def squeeze(self, dim: int = -1) -> Places:
         return self.flatten() if dim in (-1, 1) else self

@@ -79,9 +79,10 @@ def _all_experts(regions: list[Region], experts: list[int | Node], root: Node) -
         return wrong
     numbers = [expert for expert in experts if isinstance(expert, int)]
     every = list(range(merged.num_experts))
-    if sorted(numbers) != every if numbers else len(set(experts)) < len(experts):
+    if len(set(experts)) < len(experts) or (not numbers and len(experts) < 2):
         return Miss(f"every expert of {len(every)} once", f"experts {', '.join(map(str, experts))}", root)
-    return merged
+    # Whether these are all, is asked when all else is known.
+    return dataclasses.replace(merged, visits=[tuple(sorted(numbers))] if numbers else [])
 
 
 def _step(root: Node, found: Match, loop: loops.Loop) -> Region | Miss:

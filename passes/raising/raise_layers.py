@@ -268,7 +268,7 @@ def _layer(
         node, region.body, fqn, region.form, region.num_experts, region.top_k, router,
         in_range, distinct, result.error if work.config.validate else None, result.seconds,
         originals=[p for p in region.params if p in work.program.weights], bytes_before=size, bytes_after=size,
-        ids=region.ids.name, output=(region.root.name, ""), parts=parts,
+        ids=region.ids.name, output=(region.root.name, ""), parts=parts, visits=region.visits,
     )  # fmt: skip
 
 

@@ -91,5 +91,6 @@ def merge_slots(regions: Sequence[Region], root: Node, in_order: bool = False) -
     return dataclasses.replace(
         first, root=root, ids=ids, slots=slots, interior=interior, size=(first.size[0], len(numbers)),
         features=features, distinct=any(region.distinct for region in regions),
+        visits=[visited for region in regions for visited in region.visits],
         bindings={name: bound for name, bound in first.bindings.items() if name not in ("ids", "top_k", "perm")},
     )  # fmt: skip
