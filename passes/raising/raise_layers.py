@@ -160,7 +160,8 @@ def _prove_and_rewrite(work: Work, region: Region) -> Miss | None:
     given_ids = region.ids.args[0] if region.ids in region.views else region.ids
     assert isinstance(given_ids, Node)
     selection = selection_of(given_ids, region.num_experts)
-    if region.distinct and region.top_k > 1 and not selection.distinct:
+    # What some of the experts are traced for is compared, and never run: fewer experts than ids may name.
+    if region.distinct and region.top_k > 1 and not selection.distinct and not work.partial:
         return Miss("ids that are certainly distinct for each token", f"{given_ids.name}, which may repeat", given_ids)
     if not region.slots and region.top_k == 1 and selection.chooser is None:
         # Adapters that requests name are the same equation, and no experts.
@@ -184,7 +185,7 @@ def _prove_and_rewrite(work: Work, region: Region) -> Miss | None:
         or (loops and region.bindings.get("num_classes") != region.num_experts)
     )
     in_range = selection.in_range or not skips or "looked_up" in region.bindings
-    if "counts_beyond" in region.bindings and not selection.in_range:
+    if "counts_beyond" in region.bindings and not selection.in_range and not work.partial:
         return Miss("ids that certainly name an expert", f"{given_ids.name}, which may be counted beyond", given_ids)
     wraps = "indexed" in region.bindings and region.bindings.get("lowest_expert") != 0
     if wraps and not selection.in_range and selection.computed is not None:
@@ -195,7 +196,7 @@ def _prove_and_rewrite(work: Work, region: Region) -> Miss | None:
     for visited in region.visits:
         if visited != every and not work.partial:
             return Miss(f"every expert of {len(every)} once", f"experts {', '.join(map(str, visited))}", region.root)
-    if region.tables and not in_range:
+    if region.tables and not in_range and not work.partial:
         return Miss("ids that certainly name an expert", f"{given_ids.name}, looked up in a table", given_ids)
     result = CheckResult(float("nan"), 0, 0.0)
     if work.config.validate:
