@@ -165,6 +165,20 @@ def test_where_the_aten_op_does_not_fit_the_report_says_why(options, reason):
     assert program.graph.find_nodes(op="call_function", target=torch.ops.moe_fx.grouped_mm.default)
 
 
+def test_auto_takes_the_cpu_kernel_where_there_is_one(monkeypatch):
+    monkeypatch.setattr("moe_fx.kernels.grouped_amx.unavailable", lambda: None)
+
+    def chosen(dtype=torch.bfloat16, quantize=None, **sizes):
+        program = export(Gathered(dtype=dtype, **sizes), tokens=1, dynamic=False, hidden=32)
+        return moe_fx.report(moe_fx.transform(program, moe_fx.Config(quantize=quantize))).layers[0].lowering
+
+    fitting = dict(hidden=32, inner=64)
+    assert chosen(**fitting) == "grouped_mm"
+    assert chosen(**fitting, quantize=moe_fx.Int4WeightOnly(32)) == "grouped_mm"
+    assert chosen(**fitting, dtype=torch.float32) == "gather"
+    assert chosen(hidden=32, inner=24) == "gather"
+
+
 def test_auto_chooses_by_token_count_and_format():
     def chosen(quantize=None, **options):
         program = moe_fx.transform(export(Gathered(), **options), moe_fx.Config(quantize=quantize))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from moe_fx.formats import Int4WeightOnly
+from moe_fx.kernels.grouped_amx import grouped_mm_amx, unfit
 
 __all__ = ["grouped_mm_int4"]
 
@@ -26,6 +27,10 @@ def grouped_mm_int4(
     """
     form = Int4WeightOnly(2 * qdata.shape[-1] // scale.shape[-1], symmetric=zero is None)
     out = rows.new_empty(rows.shape[0], qdata.shape[1])
+    if scale.dtype is torch.bfloat16 and unfit(rows, qdata, form.group_size) is None:
+        grouped_mm_amx(rows, qdata, offsets, out, scale, zero)
+        out[offsets[-1] :] = 0
+        return out
     start = 0
     for expert, end in enumerate(offsets.tolist()):
         if end > start:

@@ -3,12 +3,14 @@
 ``aten::_grouped_mm`` goes through Inductor in bf16 only (torch 2.11 to 2.13; in 2.15 in other dtypes too on a CPU,
 where nothing is gained; not tried on a GPU). This op takes any float dtype and int8 weights, reads one expert's
 matrix at a time, and is opaque to the compiler. It reads the group sizes on the host: free on CPU, a synchronisation
-on a GPU.
+on a GPU. On a CPU with AMX, bfloat16 rows have a kernel of their own: grouped_amx.py.
 """
 
 from __future__ import annotations
 
 import torch
+
+from moe_fx.kernels.grouped_amx import grouped_mm_amx, unfit
 
 __all__ = ["grouped_mm"]
 
@@ -26,6 +28,10 @@ def grouped_mm(rows: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor
         ``[S, N]`` in the dtype of ``rows``.
     """
     out = rows.new_empty(rows.shape[0], matrices.shape[2])
+    if unfit(rows, matrices.mT) is None:
+        grouped_mm_amx(rows, matrices.mT, offsets, out)
+        out[offsets[-1] :] = 0
+        return out
     start = 0
     for expert, end in enumerate(offsets.tolist()):
         if end > start:

@@ -24,7 +24,7 @@ from moe_fx.formats import (
     Unquantized,
     WeightFormat,
 )  # fmt: skip
-from moe_fx.kernels import fused_experts, grouped_int4, grouped_mm, kept
+from moe_fx.kernels import fused_experts, grouped_amx, grouped_int4, grouped_mm, kept
 from moe_fx.kernels.triton_or_none import unavailable
 from moe_fx.rewrite import Emitter
 from moe_fx.shapes import shape_of, tensor_of
@@ -116,9 +116,17 @@ def _native_unfit(rows: Node, tensors: Sequence[Node], form: WeightFormat) -> st
     if dtype is not torch.bfloat16:
         name = str(dtype).removeprefix("torch.")
         return f"aten._grouped_mm compiles in bfloat16 only (before torch 2.15), not {name}: moe_fx::grouped_mm"
+    if tensor_of(rows).device.type == "cpu" and _amx_unfit(rows, tensors, form) is None:
+        return "on this CPU moe_fx::grouped_mm multiplies in AMX tiles, from weights as they are stored"
     if any(size % 8 for size in _sizes(tensors, form)):
         return f"aten._grouped_mm needs strides of 16 bytes, weights are {_shape(tensors, form)}: moe_fx::grouped_mm"
     return None
+
+
+def _amx_unfit(rows: Node, tensors: Sequence[Node], form: WeightFormat) -> str | None:
+    if isinstance(form, Unquantized) and form.transposed:
+        return "the AMX kernel reads weights [E, N, K], not [E, K, N]"
+    return grouped_amx.unfit(tensor_of(rows), tensor_of(tensors[0]))
 
 
 def _widening_unfit(rows: Node, tensors: Sequence[Node], form: WeightFormat) -> str | None:

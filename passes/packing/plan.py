@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import torch
+from moe_fx.passes.packing.parameters import parameters
 from torch.fx import Node
 
 from moe_fx.config import Config, FormatRules
-from moe_fx.formats import AnyLinear, Float8WeightOnly, Int4WeightOnly, Unquantized, WeightFormat, stored_form
+from moe_fx.formats import (
+    AnyLinear,
+    Int4WeightOnly,
+    Int8Dynamic,
+    Int8WeightOnly,
+    Unquantized,
+    WeightFormat,
+    stored_form,
+)
+from moe_fx.kernels import grouped_amx
 from moe_fx.kernels.triton_or_none import unavailable
+from moe_fx.matcher import op_name
 from moe_fx.pipeline import Layer, Work
 from moe_fx.report import short_name
 from moe_fx.shapes import Dim, shape_of, tensor_of, upper_bound
@@ -15,15 +26,17 @@ from moe_fx.shapes import Dim, shape_of, tensor_of, upper_bound
 __all__ = ["choose_lowering", "plan_layers"]
 
 
+#: what the CPU kernel reads
+AMX_FORMATS = (Unquantized, Int8WeightOnly, Int8Dynamic, Int4WeightOnly)
 #: up to how many routed slots per expert gather is the fastest, by device and format (the widest of a layer's); on a
 #: GPU, where the fused kernels are not for a layer.
 #: Measured with benchmarks/lowerings.py: a GPU on an H200 (others are taken to be alike), a CPU of two cores.
 GATHER_LIMIT: dict[str, dict[type, float]] = {
     "cuda": {Unquantized: 0.5},
-    "cpu": {Unquantized: 1.0, Float8WeightOnly: 0.25, Int4WeightOnly: 0.25},
+    "cpu": {Unquantized: 1.0},
 }
 #: the same for all other formats
-GATHER_LIMIT_QUANTIZED = {"cuda": 4.0, "cpu": 0.0}
+GATHER_LIMIT_QUANTIZED = {"cuda": 4.0, "cpu": 0.25}
 
 
 def plan_layers(work: Work) -> None:
@@ -62,6 +75,8 @@ def choose_lowering(layer: Layer, config: Config, formats: list[WeightFormat], t
             return "fused", f"{how_many} tokens: rows are gathered, multiplied and weighed by the fused kernels"
         lowering, why = _by_slots(layer, formats, most, how_many, "cuda")
         return lowering, f"{unfit}; {why}"
+    if value.device.type == "cpu" and not trains and _amx_takes(layer, value.dtype, formats):
+        return "grouped_mm", f"{how_many} tokens: moe_fx::grouped_mm reads the chosen experts' weights once, as stored"
     return _by_slots(layer, formats, most, how_many, value.device.type if value.device.type == "cpu" else "cuda")
 
 
@@ -72,6 +87,26 @@ def _fused_unfit(tokens: torch.Tensor, trains: bool) -> str | None:
     if tokens.dtype not in (torch.bfloat16, torch.float16):
         return f"the fused kernels multiply in bfloat16 and float16, not {str(tokens.dtype).removeprefix('torch.')}"
     return unavailable(tokens.device)
+
+
+def _amx_takes(layer: Layer, dtype: torch.dtype, formats: list[WeightFormat]) -> bool:
+    """Whether the CPU kernel takes all of a layer's linears: it wins at every number of tokens."""
+    if dtype is not torch.bfloat16 or not all(isinstance(form, AMX_FORMATS) for form in formats):
+        return False
+    groups = {form.group_size if isinstance(form, Int4WeightOnly) else None for form in formats}
+    params, given = parameters(layer), layer.node.args[3]
+    for linear in layer.body.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
+        weight = linear.args[1]
+        transposed = op_name(weight) == "aten::transpose"
+        param = weight.args[0] if transposed else weight
+        if param not in params or (transposed and any(isinstance(form, Unquantized) for form in formats)):
+            return False
+        *_, outputs, inputs = tensor_of(given[params.index(param)]).shape
+        if transposed:
+            outputs, inputs = inputs, outputs
+        if any(grouped_amx.unfit_sizes(outputs, inputs, group) for group in groups):
+            return False
+    return grouped_amx.unavailable() is None
 
 
 def _trains(work: Work, layer: Layer) -> bool:
