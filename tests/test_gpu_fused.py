@@ -197,6 +197,22 @@ def test_weights_may_lie_anywhere():
     torch.testing.assert_close(actual, expected, rtol=2**-6, atol=2**-6)
 
 
+@pytest.mark.parametrize("form", ["none", "int8", "float8 dynamic", "int4"])
+@pytest.mark.parametrize("tokens", [1, 4, 16, 60])
+def test_kernels_set_up_while_the_one_before_runs_give_what_kernels_in_turn_give(tokens, form):
+    layers = [
+        Layer(
+            FORMATS[form], torch.bfloat16, tokens=tokens, hidden=1024, inner=768, experts=32, top_k=4, how=how, seed=i
+        )
+        for i, how in enumerate(["all on one", "idle experts", "ids of no expert"])
+    ]
+    layers[-1].ids = layers[-1].ids if tokens > 1 else torch.full_like(layers[-1].ids, -1)
+    expected = [torch.ops.moe_fx.fused_experts(*layer.arguments("silu")) for layer in layers]
+    torch.cuda.synchronize()
+    results = [torch.ops.moe_fx.fused_experts_any(*layer.arguments("silu")) for _ in range(60) for layer in layers]
+    assert all(torch.equal(result, expected[i % 3]) for i, result in enumerate(results))
+
+
 def test_rows_need_not_be_contiguous():
     layer = Layer(FORMATS["none"], torch.bfloat16)
     for tokens in (layer.tokens.mT.contiguous().mT, torch.cat([layer.tokens] * 2, 1)[:, : layer.tokens.shape[1]]):

@@ -11,7 +11,7 @@ from moe_fx.kernels.fused_large import run_large, run_linear_large, takes_descri
 from moe_fx.kernels.fused_projection import Projection, Routing, operands, output_width, widened
 from moe_fx.kernels.fused_tiles import FEW_SLOTS, Product, Tile, tile_of, widens_first
 from moe_fx.kernels.triton_gemm import expert_gemm_kernel
-from moe_fx.kernels.triton_or_none import INTERPRETED, wrapped
+from moe_fx.kernels.triton_or_none import INTERPRETED, overlapped, overlaps
 from moe_fx.kernels.triton_rows import quantize_rows, split_pairs, sum_slots
 
 __all__ = ["expert_gemm", "run_experts", "run_linear"]
@@ -66,7 +66,7 @@ def expert_gemm(
     else:
         slots, tile_expert, tile_group, tile_count = routing.tiles
         row_tiles = slots.shape[0]
-    wrapped(expert_gemm_kernel)[(row_tiles * columns,)](
+    overlapped(expert_gemm_kernel)[(row_tiles * columns,)](
         rows, given.weight, given.other, out, row_scale, given.scale, given.other_scale, given.zero, given.other_zero,
         given.bias, given.other_bias, ids if slot is None else slot,
         sums if shifted else ids, out_sums, ids, slots, tile_expert, tile_group, tile_count,
@@ -76,7 +76,7 @@ def expert_gemm(
         GATED="halves" if projection.gated in ("gate_up", "up_gate") else projection.gated, ACT=activation,
         SLOT=0 if slot is None else 1 if slot_before else 2, BIAS=bool(projection.bias),
         PAIRS_APART=result_sums is not None, GROUP_BYTES=group_bytes, UNROLL=unroll, SHIFTED=shifted, SUM_BLOCK=block,
-        EVEN_N=given.width % tile.block_n == 0, EVEN_K=inputs % block_k == 0, ASM=not INTERPRETED,
+        EVEN_N=given.width % tile.block_n == 0, EVEN_K=inputs % block_k == 0, ASM=not INTERPRETED, OVERLAP=overlaps(),
         ROUTED="tiles" if routing.tiles is not None else "alone" if ids.shape[0] == 1 else "leader",
         SP=FEW_SLOTS,
         BM=routing.block, BN=tile.block_n, BK=block_k, GROUP_M=tile.group_m, SWAP=tile.swap,

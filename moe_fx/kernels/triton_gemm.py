@@ -11,7 +11,7 @@ The definition is :func:`moe_fx.kernels.fused_experts.slot_linear_reference`.
 from __future__ import annotations
 
 from moe_fx.kernels.triton_epilogue import activated, gated, rescaled
-from moe_fx.kernels.triton_or_none import jit, tl
+from moe_fx.kernels.triton_or_none import after_previous, before_next, jit, tl
 from moe_fx.kernels.triton_unpack import dot, int4_step, widened
 
 __all__ = ["expert_gemm_kernel", "tile_place"]
@@ -45,7 +45,8 @@ def expert_gemm_kernel(
     ALPHA: tl.constexpr, LIMIT: tl.constexpr, FMT: tl.constexpr, ZERO: tl.constexpr, TRANSPOSED: tl.constexpr,
     GATED: tl.constexpr, ACT: tl.constexpr, SLOT: tl.constexpr, BIAS: tl.constexpr, PAIRS_APART: tl.constexpr,
     GROUP_BYTES: tl.constexpr, UNROLL: tl.constexpr, SHIFTED: tl.constexpr, SUM_BLOCK: tl.constexpr,
-    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, ASM: tl.constexpr, ROUTED: tl.constexpr, SP: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, ASM: tl.constexpr, OVERLAP: tl.constexpr, ROUTED: tl.constexpr,
+    SP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
     """out[s, n] for the slots s of every tile.
@@ -57,6 +58,7 @@ def expert_gemm_kernel(
     blocks of SUM_BLOCK columns in out_sums, if that is not 0. SHIFTED: such sums of the rows of a are in row_sums, one
     for each group's even inputs, then one for each group's odd ones.
     """
+    after_previous(OVERLAP)
     pid = tl.program_id(0)
     num_n = tl.cdiv(N, BN)
     m = tl.arange(0, BM)
@@ -199,6 +201,8 @@ def expert_gemm_kernel(
             a_ptrs += BK
             w_ptrs += BK * w_stride if TRANSPOSED else BK
 
+    # Not before: programs of the next kernel that were set up while some of this one's had ended would crowd there.
+    before_next(OVERLAP)
     if SWAP:
         acc = tl.trans(acc)
         acc_up = tl.trans(acc_up)

@@ -5,6 +5,7 @@ Kernels are annotated with strings (``from __future__ import annotations``), so 
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["AVAILABLE", "INTERPRETED", "is_opaque", "jit", "opaque", "tl", "triton", "unavailable", "wrapped"]
+__all__ = [
+    "AVAILABLE", "INTERPRETED", "after_previous", "before_next", "is_opaque", "jit", "opaque", "overlapped", "overlaps",
+    "tl", "triton", "unavailable", "wrapped",
+]  # fmt: skip
 
 try:
     triton: Any = importlib.import_module("triton")
@@ -52,6 +56,42 @@ def is_opaque() -> bool:
 def wrapped(kernel: Any) -> Any:
     """A kernel that torch.compile can see through."""
     return kernel if is_opaque() else torch.library.wrap_triton(kernel)
+
+
+def overlaps() -> bool:
+    """Whether kernels are launched so that one may be set up while the one before still runs: in opaque ops.
+
+    torch.compile has no way to ask for programmatic dependent launch; and instructions that have an effect keep it from
+    seeing which operands a kernel writes (it would copy all of them), so that there they must not be in the kernel.
+    """
+    return AVAILABLE and not INTERPRETED and _OPAQUE.get()
+
+
+def overlapped(kernel: Any) -> Any:
+    """As :func:`wrapped`, for a kernel that begins with :func:`after_previous`, and is told of :func:`overlaps`."""
+    return _Overlapped(kernel) if overlaps() else wrapped(kernel)
+
+
+class _Overlapped:
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        return functools.partial(self.kernel[grid], launch_pdl=True)
+
+
+@jit()
+def after_previous(OVERLAP: tl.constexpr):
+    """Wait for the kernels before: no memory may be touched until then, and no program may end."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+
+
+@jit()
+def before_next(OVERLAP: tl.constexpr):
+    """The next kernel may be set up, once all programs are here: after :func:`after_previous`."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 def unavailable(device: torch.device) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moe_fx.kernels.triton_or_none import jit, tl, wrapped
+from moe_fx.kernels.triton_or_none import after_previous, before_next, jit, overlapped, overlaps, tl, wrapped
 
 __all__ = ["Tiles", "max_tiles", "route", "route_reference"]
 
@@ -50,8 +50,10 @@ def route_reference(ids: torch.Tensor, num_experts: int, block: int) -> Tiles:
 
 @jit(do_not_specialize=("S",))
 def route_few_kernel(ids, slots, tile_expert, tile_group, tile_count, S, E, SP: tl.constexpr, EP: tl.constexpr,
-                     BM: tl.constexpr):  # fmt: skip
+                     BM: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """One program per expert: it counts the slots of all, and places its own in their order."""
+    after_previous(OVERLAP)
+    before_next(OVERLAP)
     expert = tl.program_id(0)
     s = tl.arange(0, SP)
     some = tl.load(ids + s, mask=s < S, other=-1).to(tl.int32)
@@ -142,9 +144,9 @@ def route(ids: torch.Tensor, num_experts: int, block: int) -> Tiles:
     tile_group = ids.new_empty((count, 2), dtype=torch.int32)
     tile_count = ids.new_empty((1,), dtype=torch.int32)
     if num_slots <= ONE_KERNEL:
-        wrapped(route_few_kernel)[(num_experts,)](
+        overlapped(route_few_kernel)[(num_experts,)](
             ids, slots, tile_expert, tile_group, tile_count, num_slots, num_experts,
-            SP=max(_power_of_two(num_slots), 256), EP=padded, BM=block, num_warps=8,
+            SP=max(_power_of_two(num_slots), 256), EP=padded, BM=block, OVERLAP=overlaps(), num_warps=8,
         )  # fmt: skip
         return slots, tile_expert, tile_group, tile_count
     start = ids.new_empty((padded,), dtype=torch.int32)

@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 
 from moe_fx.formats.per_channel import LARGEST_ACTIVATION, SMALLEST_SCALE, quantize_activations
-from moe_fx.kernels.triton_or_none import INTERPRETED, jit, tl, wrapped
+from moe_fx.kernels.triton_or_none import (
+    INTERPRETED,
+    after_previous,
+    before_next,
+    jit,
+    overlapped,
+    overlaps,
+    tl,
+    wrapped,
+)
 
 __all__ = [
     "quantize_rows", "quantize_rows_reference", "sort_rows", "sort_rows_reference", "split_pairs",
@@ -42,11 +51,13 @@ def _steps(x, scale, BOUND: tl.constexpr, INT: tl.constexpr, ASM: tl.constexpr):
 @jit(do_not_specialize=("R", "S"))
 def quantize_rows_kernel(rows, values, scales, slots, R, S, N, stride, BOUND: tl.constexpr, SMALLEST: tl.constexpr,
                          SLOTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ONCE: tl.constexpr,
-                         ASM: tl.constexpr):  # fmt: skip
+                         ASM: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """ROWS rows per program, rounded as :func:`quantize_rows_reference` does; SLOTS: only rows that are a slot's.
 
     ONCE: a row fits into BLOCK. Otherwise it is read twice, the second time from a cache.
     """
+    after_previous(OVERLAP)
+    before_next(OVERLAP)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = r < R
     if SLOTS:
@@ -92,10 +103,10 @@ def quantize_rows(
     many = count >= 1024
     once = block <= 4096 or not many
     at_once = max(1, 4096 // block) if many else 1
-    wrapped(quantize_rows_kernel)[(-(-count // at_once),)](
+    overlapped(quantize_rows_kernel)[(-(-count // at_once),)](
         rows, values, scales, rows if slots is None else slots, count, num_slots, width, rows.stride(0),
         BOUND=LARGEST_ACTIVATION[dtype], SMALLEST=SMALLEST_SCALE, SLOTS=slots is not None, ROWS=at_once,
-        BLOCK=block if once else 2048, ONCE=once, ASM=not INTERPRETED,
+        BLOCK=block if once else 2048, ONCE=once, ASM=not INTERPRETED, OVERLAP=overlaps(),
         num_warps=4 if not once or (block <= 2048 and not many) else 8 if block <= 4096 else 16,
     )  # fmt: skip
     return values, scales
@@ -108,8 +119,10 @@ def split_pairs_reference(rows: torch.Tensor, block: int) -> tuple[torch.Tensor,
 
 
 @jit()
-def split_pairs_kernel(rows, out, sums, N, stride, BLOCK: tl.constexpr, SUM_BLOCK: tl.constexpr):
+def split_pairs_kernel(rows, out, sums, N, stride, BLOCK: tl.constexpr, SUM_BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """BLOCK pairs of one row per program."""
+    after_previous(OVERLAP)
+    before_next(OVERLAP)
     r = tl.program_id(0).to(tl.int64)
     half = N // 2
     j = tl.program_id(1) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
@@ -134,8 +147,8 @@ def split_pairs(rows: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Ten
     out = rows.new_empty((count, width))
     sums = rows.new_empty((count, width // block) if block else (1, 1), dtype=torch.float32)
     at_once = max(block, 512)
-    wrapped(split_pairs_kernel)[(count, -(-width // (2 * at_once)))](
-        rows, out, sums, width, rows.stride(0), BLOCK=at_once, SUM_BLOCK=block, num_warps=4
+    overlapped(split_pairs_kernel)[(count, -(-width // (2 * at_once)))](
+        rows, out, sums, width, rows.stride(0), BLOCK=at_once, SUM_BLOCK=block, OVERLAP=overlaps(), num_warps=4
     )
     return out, sums
 
@@ -183,7 +196,9 @@ def sum_slots_reference(rows: torch.Tensor, ids: torch.Tensor, num_experts: int,
 
 
 @jit()
-def sum_slots_kernel(rows, ids, out, E, H, K: tl.constexpr, BLOCK: tl.constexpr):
+def sum_slots_kernel(rows, ids, out, E, H, K: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    after_previous(OVERLAP)
+    before_next(OVERLAP)
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -200,7 +215,7 @@ def sum_slots(rows: torch.Tensor, ids: torch.Tensor, num_experts: int, dtype: to
     hidden = rows.shape[1]
     out = rows.new_empty((count, hidden), dtype=dtype)
     block = 512 if count < 64 else 1024
-    wrapped(sum_slots_kernel)[(count, -(-hidden // block))](
-        rows, ids, out, num_experts, hidden, K=top_k, BLOCK=block, num_warps=4
+    overlapped(sum_slots_kernel)[(count, -(-hidden // block))](
+        rows, ids, out, num_experts, hidden, K=top_k, BLOCK=block, OVERLAP=overlaps(), num_warps=4
     )
     return out
