@@ -12,7 +12,10 @@ Non-public torch API used here, tried on torch 2.11, 2.13 and 2.15:
 * ``torch._inductor.lowering.register_lowering`` and ``constant_folding.add_dont_constant_fold``: that
   ``moe_fx::kept`` costs nothing and is not folded;
 * ``Tensor._version``: whether a weight was written since it was quantized;
-* ``node.meta["grapharg"]``: where Dynamo notes which attribute of the model an input is.
+* ``node.meta["grapharg"]``: where Dynamo notes which attribute of the model an input is;
+* ``GraphModule.meta["dynamo_compile_id"]``, ``GraphModule._param_name_to_source``, ``node._dynamo_source`` and
+  ``node.meta["tensor_dict"]``: by these AOTAutograd knows which inputs stay where they are; CUDA graphs copy all others
+  at every call. ``torch._dynamo.source.ConstantSource``: of tensors that Dynamo has not seen.
 """
 
 from __future__ import annotations
@@ -119,6 +122,7 @@ class Backend:
         for name in [name for name, _ in traced.named_children() if name.startswith("moe_body_")]:
             delattr(traced, name)
         traced.recompile()
+        keep_origins(graph_module, traced)
         return traced, work_report(work)
 
 
@@ -184,6 +188,25 @@ def to_aten(graph_module: GraphModule, example_inputs: Sequence[Any]) -> GraphMo
     ]
     with fake_mode:
         return make_fx(graph_module, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+
+
+def keep_origins(graph_module: GraphModule, traced: GraphModule) -> None:
+    """Tell of the inputs of a graph what Dynamo told of the graph that it was traced from."""
+    from torch._dynamo.source import ConstantSource
+
+    pairs = list(zip(*(each.graph.find_nodes(op="placeholder") for each in (graph_module, traced)), strict=True))
+    compile_id = graph_module.meta.get("dynamo_compile_id")
+    if compile_id is None or not all(hasattr(node, "_dynamo_source") for node, _ in pairs):
+        return  # not from Dynamo
+    for known, node in pairs:
+        node._dynamo_source = known._dynamo_source  # type: ignore[attr-defined]
+        if "tensor_dict" in known.meta:
+            node.meta["tensor_dict"] = known.meta["tensor_dict"]
+    traced.meta["dynamo_compile_id"] = compile_id
+    known_names: dict[str, Any] = getattr(graph_module, "_param_name_to_source", None) or {}
+    own = [name for name, _ in [*traced.named_parameters(), *traced.named_buffers()]]
+    sources = {name: known_names.get(name, ConstantSource(name)) for name in own}
+    traced._param_name_to_source = sources
 
 
 def parameter_name(node: Node) -> str:

@@ -114,3 +114,26 @@ def test_weights_are_quantized_once_for_all_shapes_and_anew_when_they_change(mon
         x = torch.randn(7, 8)
         assert relative_error(compiled(x), model(x)) < 0.05
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("quantize", [None, moe_fx.Int8WeightOnly()], ids=["none", "int8"])
+def test_all_weights_are_inputs_that_stay_where_they_are(quantize):
+    """CUDA graphs copy every other input at every call."""
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    moving = {}
+
+    def compiled_by(name, compiler):
+        def inner(graph_module, example_inputs, **options):
+            fixed = set(options["static_input_idxs"])
+            moving[name] = [tuple(x.shape) for i, x in enumerate(example_inputs) if i not in fixed]
+            return compile_fx_inner(graph_module, example_inputs, **options)
+
+        return lambda graph_module, example_inputs: compiler(graph_module, example_inputs, inner_compile=inner)
+
+    model, own = Gathered().eval(), moe_fx.backend(moe_fx.Config(quantize=quantize, require=1))
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        for name, compiler in (("inductor", compile_fx), ("moe_fx", own)):
+            torch.compiler.reset()
+            torch.compile(model, backend=compiled_by(name, compiler), dynamic=False)(x(6))
+    assert moving["moe_fx"] == moving["inductor"] == [(6, 8)]
