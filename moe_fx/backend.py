@@ -199,14 +199,14 @@ def keep_origins(graph_module: GraphModule, traced: GraphModule) -> None:
     if compile_id is None or not all(hasattr(node, "_dynamo_source") for node, _ in pairs):
         return  # not from Dynamo
     for known, node in pairs:
-        node._dynamo_source = known._dynamo_source  # type: ignore[attr-defined]
+        node._dynamo_source = known._dynamo_source
         if "tensor_dict" in known.meta:
             node.meta["tensor_dict"] = known.meta["tensor_dict"]
     traced.meta["dynamo_compile_id"] = compile_id
     known_names: dict[str, Any] = getattr(graph_module, "_param_name_to_source", None) or {}
     own = [name for name, _ in [*traced.named_parameters(), *traced.named_buffers()]]
     sources = {name: known_names.get(name, ConstantSource(name)) for name in own}
-    traced._param_name_to_source = sources
+    traced._param_name_to_source = sources  # type: ignore[assignment]
 
 
 def parameter_name(node: Node) -> str:
