@@ -184,3 +184,54 @@ def test_refuses_one_row_of_those_that_hit_an_expert_as_all_of_them(what, part):
 
     program = torch.export.export(One(), (torch.randn(6, 8),))
     assert moe_fx.explain(program).layers == ()
+
+
+class ByMaskOfSlots(Unrolled):
+    """The weights of an expert by a mask of slots, beside rows by a mask of tokens."""
+
+    def chosen(self, ids, e):
+        return ids == e
+
+    def repeat(self, ids):
+        return ids
+
+    def experts(self, x, ids, weights):
+        ids, out = self.repeat(ids), torch.zeros_like(x)
+        for e in self.steps():
+            rows = (ids == e).any(1)
+            weight = weights[self.chosen(ids, e)]
+            out = out.index_put((rows,), out[rows] + self.expert(x[rows], e) * weight[:, None])
+        return out
+
+
+def test_refuses_weights_by_a_mask_of_slots_where_ids_may_repeat():
+    class Repeated(ByMaskOfSlots):
+        def repeat(self, ids):
+            return ids // 2
+
+    assert moe_fx.explain(export(ByMaskOfSlots())).layers
+    assert "may repeat" in refusal(Repeated())
+
+
+def test_refuses_weights_by_the_mask_of_another_expert():
+    class Another(ByMaskOfSlots):
+        def chosen(self, ids, e):
+            return ids == (e + 1) % self.E
+
+    assert moe_fx.explain(export(Another())).layers == ()
+
+
+def test_refuses_weights_by_a_mask_in_another_order_than_the_rows():
+    class SlotsFirst(Unrolled):
+        def experts(self, x, ids, weights):
+            masks, out = F.one_hot(ids, self.E).permute(2, 1, 0).bool(), torch.zeros_like(x)
+            for e in self.steps():
+                _, token = torch.where(masks[e])
+                weight = self.flat(weights)[masks[e].reshape(-1)]
+                out = out.index_add(0, token, self.expert(x[token], e) * weight[:, None])
+            return out
+
+        def flat(self, weights):
+            return weights.reshape(-1)
+
+    assert moe_fx.explain(export(SlotsFirst())).layers == ()

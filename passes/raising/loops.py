@@ -39,8 +39,10 @@ one_hot = one_hot_of(Var("ids", rank=2))
 inner_dims = OneOfValues([-1, -2], [-2, -1], [1, 2], [2, 1])
 #: an expert of an unrolled loop: its number
 literal = As("expert", AtLeast(0))
-zero = either(aten.scalar_tensor(0, dtype=ANY), 0)
+zero = either(aten.scalar_tensor(0, dtype=ANY), 0, aten.zeros_like(ANY), aten.full_like(ANY, 0))
 slot_value, base, summed = Var("slot", rank=(2, 3)), Var("base"), Var("summed", rank=2)
+#: a number for each token: a column of what has one for each slot
+one_wide = either(Var("slot", rank=1), As("slot", aten.slice(ANY, Last(-1), AtLeast(0), ANY)))
 
 
 def expert_of(ids: Var, expert: Pattern) -> Pattern:
@@ -87,7 +89,9 @@ def by_slot(expert: Pattern, mask: Pattern, token_dim: int) -> tuple[Loop, ...]:
     """Loops over the slots of an expert; ``mask`` is true at ``[token, slot]``, or the other way round."""
     token, slot = places(mask, token_dim), places(mask, 1 - token_dim)
     weight = aten.index(optional(lambda s: aten.unsqueeze(s, Last(2)), slot_value), [token, slot])
-    pieces = (Slot(HITS, weight), *columns(expert, token, mask), *dispatch(token))
+    # By a mask [K, T], weights [T, K] would be chosen in another order than the rows.
+    chosen = chosen_weights(mask) if token_dim == 0 else ()
+    pieces = (Slot(HITS, weight), *columns(expert, token, mask), *chosen, *dispatch(token))
     own = aten.select(Var("param"), 0, expert)
     return Loop(adds(token), pieces, own, once=False), Loop(adds_and_assigns(token), pieces, own, once=True)
 
@@ -96,9 +100,10 @@ def by_token(expert: Pattern, mask: Pattern, slots: Pattern | None) -> tuple[Loo
     """Loops over the tokens of an expert; ``mask`` is true at ``[token]``, and ``slots`` at ``[token, slot]``."""
     found = []
     for token in (mask, *all_places(mask)):
+        by_row = (*sums_of_rows(expert, token), *chosen_weights(slots)) if slots is not None else ()
         # A column of a table of all experts, or of the weights of all slots: the steps together tell which it is.
-        for weights in (columns(expert, token, slots), (of_token(token, Var("slot", rank=1)),)):
-            pieces = (*weights, *dispatch(token))
+        for weights in (columns(expert, token, slots), (of_token(token, one_wide),)):
+            pieces = (*weights, *by_row, *dispatch(token))
             for step in (adds(token), adds_and_assigns(token)):
                 found.append(Loop(step, pieces, aten.select(Var("param"), 0, expert), once=True))
     return tuple(found)
@@ -150,15 +155,30 @@ def columns(expert: Pattern, token: Pattern, slots: Pattern | None) -> tuple[Pie
         Column(HITS, aten.select(aten.index(Var("table"), [token]), Last(1), expert)),
     ]
     if slots is not None:
-        pieces.append(of_token(token, sums(slots)))
+        pieces += [of_token(token, sums(slots)), of_token(token, sums(slots, keepdim=True))]
     return tuple(pieces)
 
 
-def sums(slots: Pattern, keepdim: bool = False) -> Pattern:
+def sums(slots: Pattern, keepdim: bool = False, weights: Pattern | None = None) -> Pattern:
     """A token's routing weights where ``slots`` is true, added up."""
     cast: Any = optional(lambda mask: aten.to(mask, ANY), slots)
-    kept = either(aten.mul(slot_value, cast), aten.where(slots, slot_value, zero))
+    weights = slot_value if weights is None else weights
+    kept = either(aten.mul(weights, cast), aten.where(slots, weights, zero))
     return aten.sum(kept, [Last(-1)], keepdim)
+
+
+def sums_of_rows(expert: Pattern, token: Pattern) -> tuple[Piece, ...]:
+    """The same at the tokens of an expert: of the ids and routing weights in their rows."""
+    mine = aten.eq(aten.index(Var("ids", rank=2), [token]), expert)
+    weights = aten.index(slot_value, [token])
+    narrow = sums(mine, weights=weights)
+    return Slot(HITS, sums(mine, True, weights)), Slot(HITS, narrow), Slot(HITS, aten.unsqueeze(narrow, Last(1)))
+
+
+def chosen_weights(slots: Pattern) -> tuple[Piece, ...]:
+    """The routing weights where ``slots [T, K]`` is true, in the order of its rows."""
+    flat = aten.index(aten.reshape(slot_value, [-1]), [aten.reshape(slots, [-1])])
+    return Slot(HITS, flat), Slot(HITS, aten.unsqueeze(flat, Last(1)))
 
 
 def masked(by_expert: Pattern, token_dim: int) -> tuple[Loop, ...]:

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import torch
 
-from styles.base import GeGLU, GroupLimited, H, Listed, ReLU2, Sorted, Stacked, style
+from styles.base import (
+    ASKS,
+    BATCHED,
+    BestThenSoftmax,
+    GeGLU,
+    GroupLimited,
+    H,
+    Listed,
+    ReLU2,
+    Sequence,
+    Sorted,
+    Stacked,
+    normal,
+    style,
+)
 
 
 @style("modulelist_nonzero_unbind")
@@ -63,3 +77,74 @@ class MaskedScatter(Listed):
             mask = flat == e
             out = out.masked_scatter(mask.unsqueeze(-1).expand_as(out), expert(rows[mask]))
         return (out.view(*ids.shape, H) * weights.unsqueeze(-1)).sum(dim=1)
+
+
+@style("modulelist_index_select_summed_mask")
+class IndexSelectSummed(Listed):
+    """The weights of all tokens by a mask, zero where another expert was chosen; then those of the expert's rows."""
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            mask = ids == e
+            token = mask.any(-1).nonzero().squeeze(-1)
+            weight = (weights * mask).sum(dim=-1, keepdim=True)
+            out.index_add_(0, token, expert(x.index_select(0, token)) * weight.index_select(0, token))
+        return out
+
+
+@style("modulelist_weights_by_mask_of_slots")
+class WeightsByMask(Listed):
+    """One mask for the weights, [T, K], and one for the rows, [T]; each expert has a scale."""
+
+    kind = Sequence
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = normal(self.E)
+
+    def expert(self, rows, e):
+        return self.experts[e](rows) * self.scale[e]
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        out = torch.zeros_like(x)
+        for e in range(self.E):
+            rows = (ids == e).any(dim=1)
+            out[rows] += self.expert(x[rows], e) * weights[ids == e][:, None]
+        return out
+
+
+@style("modulelist_slots_and_experts_if_mask_sum", **ASKS, **BATCHED)
+class SlotsAndExperts(Listed):
+    """A loop over the slots around one over the experts; the weights of a slot as a slice."""
+
+    def forward(self, x):
+        shape = x.shape
+        x = x.reshape(-1, shape[-1])
+        ids, weights = self.router(x)
+        out = torch.zeros_like(x)
+        for k in range(self.K):
+            for e in range(self.E):
+                mask = ids[:, k] == e
+                if mask.sum() > 0:
+                    out[mask] = out[mask] + weights[mask, k : k + 1] * self.experts[e](x[mask])
+        return out.reshape(shape)
+
+
+@style("modulelist_where_of_rows")
+class WhereOfRows(Listed):
+    """The weights of an expert's tokens: in their rows of ids, those where it stands."""
+
+    route = BestThenSoftmax
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token = torch.nonzero((ids == e).any(dim=1), as_tuple=True)[0]
+            mine = weights[token]
+            gate = torch.where(ids[token] == e, mine, torch.zeros_like(mine)).sum(1, keepdim=True)
+            out = out.index_add(0, token, gate * expert(x[token]))
+        return out
