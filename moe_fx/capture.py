@@ -31,7 +31,7 @@ from moe_fx.errors import ExportError
 from moe_fx.matcher import arguments, op_name
 from moe_fx.pipeline import Layer, Work, run_passes
 from moe_fx.program import ExportedWork
-from moe_fx.questions import EveryExpert
+from moe_fx.questions import EveryExpert, NothingJoined
 from moe_fx.report import source_line
 from moe_fx.rewrite import Outline, drop_dead_code, erase_dead, outline, same_graph
 from moe_fx.tracing import EachExpert
@@ -121,20 +121,25 @@ def _every_expert(given: Given) -> ExportedProgram | Work:
         return every
     if not every.layers:
         raise ExportError("\n".join([f"{_name(given)} asks which experts have rows, and {NO_LAYER}", *_misses(every)]))
-    if mode.questions and any("sorted_parts" in layer.source_form for layer in every.layers):
+    if mode.asked and any("sorted_parts" in layer.source_form for layer in every.layers):
         # Rows are cut into parts, which must be there for the rest of the program to have a meaning.
-        for idle in (_idle_but(range(0, MANY, 2)), _idle_but(range(1, MANY, 2))):
-            _check_some(given, every, idle)
+        for length, idle in enumerate((_idle_but(range(0, MANY, 2)), _idle_but(range(1, MANY, 2))), MANY):
+            _check_some(given, every, idle, length)
         return every
     if any(layer.num_experts < 3 and not layer.in_range for layer in every.layers):
         # Left after two experts of more, or has two: which of these, two steps do not tell.
         raise ExportError(f"{_name(given)} asks which of two experts have rows, and ids may name others")
-    for idle in _some_idle(every):
-        _check_some(given, every, idle)
+    for length, idle in enumerate(_some_idle(every), MANY):
+        _check_some(given, every, idle, length)
     others = [EveryExpert(hit=True, idle=lambda expert: True)] if mode.questions else []
     others += [EveryExpert(hit=False, idle=lambda expert: True)] if mode.lists else []
     for other in others:
-        none = _raised(given, other)
+        try:
+            none = _raised(given, other)
+        except NothingJoined:
+            if all(layer.in_range for layer in every.layers):
+                continue  # some expert has rows wherever there are tokens
+            raise
         assert isinstance(none, Work)
         looked_at = sum(layer.num_experts for layer in every.layers) - sum(layer.num_experts for layer in none.layers)
         # A loop that ends at the first expert without rows asks fewer questions than there are experts.
@@ -168,13 +173,13 @@ def _some_idle(every: Work) -> list[Idle]:
     return [_idle_but(some) for some in dict.fromkeys(hit) if sum(expert < count for expert in some) > 1]
 
 
-def _check_some(given: Given, every: Work, idle: Idle) -> None:
+def _check_some(given: Given, every: Work, idle: Idle, length: int) -> None:
     """The program traced with some experts idle must be the one traced without, but for their steps.
 
     Raises:
         ExportError: it is another.
     """
-    some = _raised(given, EveryExpert(hit=True, idle=idle), partial=True)
+    some = _raised(given, EveryExpert(hit=True, idle=idle, length=length), partial=True)
     assert isinstance(some, Work)
     one, other = _outline(every), _outline(some)
     layers = list(zip(every.layers, some.layers, strict=False))
@@ -226,7 +231,7 @@ def _raised(given: Given, mode: EachExpert | EveryExpert, partial: bool = False)
         sys.stderr.write(said.getvalue())
         mode.finish()
     except ExportError as error:
-        raise ExportError(f"{_name(given)}: {error}: the program would be wrong for other routing") from None
+        raise type(error)(f"{_name(given)}: {error}: the program would be wrong for other routing") from None
     except Exception as error:
         raise ExportError(f"torch.export cannot trace {type(model).__name__}: {error}") from error
     if not mode.asked:

@@ -1,57 +1,155 @@
-"""How many rows an expert has, as a number: what `tolist` of the experts' counts answers under `moe_fx.export`.
+"""How many rows experts have, as numbers: what `tolist` of the experts' counts answers under `moe_fx.export`.
 
-A number of rows is a symbol. Comparing it with zero is the question whether the expert has rows; everything else, such
-as adding up where its rows begin, is arithmetic on symbols.
+A number of rows is a symbol. Comparing it with zero is the question whether the expert has rows, and so is comparing
+where an expert's rows end with where they begin; everything else is arithmetic on symbols.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from moe_fx.shapes import depends_on_values
 
-__all__ = ["Count", "length_of", "plain_slices", "rows_between", "slice_bounds"]
+__all__ = ["Count", "Counts", "Part", "length_of", "plain_slices", "rows_between", "slice_bounds"]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The ``number`` of rows of one expert; ``has_rows`` is asked whether that is more than zero.
+
+    ``there``: whether the trace is one in which the expert has rows; ``meaning``: what was counted.
+    """
+
+    number: torch.SymInt
+    has_rows: Callable[[torch.SymInt], bool]
+    there: bool
+    meaning: Any
+
+    def more(self) -> bool:
+        return self.has_rows(self.number)
+
+
+class Nothing(int):
+    """No rows, where a model expects a tensor that holds a number."""
+
+    def item(self) -> int:
+        return 0
 
 
 class Count(torch.SymInt):
-    """The number of rows of an expert; ``has_rows`` is asked whether that is more than zero."""
+    """The number of rows of one expert, or of several together."""
 
-    has_rows: Callable[[Count], bool]
+    parts: tuple[Part, ...]
 
     @staticmethod
-    def of(number: torch.SymInt, has_rows: Callable[[Count], bool]) -> Count:
-        count = Count(number.node)
-        count.has_rows = has_rows
+    def of(part: Part) -> Count:
+        count = Count(part.number.node)
+        count.parts = (part,)
+        return count
+
+    @staticmethod
+    def sum(*parts: Part) -> Any:
+        """Several together: experts without rows have none."""
+        there = [part.number for part in parts if part.there]
+        if not there:
+            return Nothing(0)
+        count = Count(functools.reduce(operator.add, there).node)
+        count.parts = parts
         return count
 
     def item(self) -> Count:
         return self
 
     def __bool__(self) -> bool:
-        return self.has_rows(self)
+        return bool(self != 0)
+
+    def _more_than(self, other: object) -> bool | None:
+        """Whether this is more than a number that lacks the rows of one expert; None for any other."""
+        mine, theirs = self.parts, _parts(other)
+        if theirs is None or any(part not in mine for part in theirs):
+            return None
+        rest = [part for part in mine if part not in theirs]
+        there = [part for part in rest if part.there]
+        if not rest or len(there) > 1:
+            return None if rest else False
+        return (there or rest)[-1].more()
+
+    def _less_than(self, other: object) -> bool | None:
+        return other._more_than(self) if isinstance(other, Count) else None
 
     def __eq__(self, other: object) -> Any:
-        return not self.has_rows(self) if _is(other, 0) else super().__eq__(other)
+        more = self._more_than(other)
+        more = self._less_than(other) if more is None else more
+        return super().__eq__(other) if more is None else not more
 
     def __ne__(self, other: object) -> Any:
-        return self.has_rows(self) if _is(other, 0) else super().__ne__(other)
+        more = self._more_than(other)
+        more = self._less_than(other) if more is None else more
+        return super().__ne__(other) if more is None else more
 
     def __gt__(self, other: Any) -> Any:
-        return self.has_rows(self) if _is(other, 0) else super().__gt__(other)
+        more = self._more_than(other)
+        return super().__gt__(other) if more is None else more
 
     def __ge__(self, other: Any) -> Any:
-        return self.has_rows(self) if _is(other, 1) else super().__ge__(other)
+        more = self._more_than(0) if _is(other, 1) else None
+        return super().__ge__(other) if more is None else more
 
     def __lt__(self, other: Any) -> Any:
-        return not self.has_rows(self) if _is(other, 1) else super().__lt__(other)
+        less = self._less_than(other)
+        if _is(other, 1):
+            more = self._more_than(0)
+            less = None if more is None else not more
+        return super().__lt__(other) if less is None else less
 
     def __le__(self, other: Any) -> Any:
-        return not self.has_rows(self) if _is(other, 0) else super().__le__(other)
+        more = self._more_than(other)
+        return super().__le__(other) if more is None else not more
+
+    def __add__(self, other: Any) -> Any:
+        theirs = _parts(other)
+        known = theirs is not None and not any(part in self.parts for part in theirs)
+        return Count.sum(*self.parts, *(theirs or ())) if known else super().__add__(other)
+
+    def __radd__(self, other: Any) -> Any:
+        return self + other if _is(other, 0) else super().__radd__(other)
+
+    def __sub__(self, other: Any) -> Any:
+        theirs = _parts(other)
+        rest = [part for part in self.parts if part not in (theirs or ())]
+        known = theirs is not None and all(part in self.parts for part in theirs) and rest
+        return Count.sum(*rest) if known else super().__sub__(other)
 
     __hash__ = torch.SymInt.__hash__
+
+
+class Counts(list[Any]):
+    """How many rows the experts have, one after the other, where a model expects an array of numbers."""
+
+    def tolist(self) -> Counts:
+        return self
+
+    cpu = numpy = detach = tolist
+
+    def cumsum(self, *_: Any, **__: Any) -> Counts:
+        """Where the rows of each expert end."""
+        return Counts(Count.sum(*parts) for parts in _prefixes([count.parts for count in self]))
+
+
+def _prefixes(parts: Sequence[tuple[Part, ...]]) -> Sequence[tuple[Part, ...]]:
+    return [tuple(part for each in parts[: place + 1] for part in each) for place in range(len(parts))]
+
+
+def _parts(value: object) -> tuple[Part, ...] | None:
+    if isinstance(value, Count):
+        return value.parts
+    return () if _is(value, 0) else None
 
 
 def _is(value: object, literal: int) -> bool:

@@ -10,60 +10,31 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from moe_fx.counted import Count, length_of, plain_slices, rows_between, slice_bounds
+from moe_fx.counted import Count, Counts, Part, length_of, plain_slices, rows_between, slice_bounds
 from moe_fx.errors import ExportError
+from moe_fx.known import Known, is_counts
+from moe_fx.meaning import (
+    DESCRIPTIONS,
+    JOINS,
+    LISTS,
+    READS,
+    RESHAPES,
+    SIZES,
+    SPLITS,
+    UNIQUE,
+    Meaning,
+    Tensor,
+)
 from moe_fx.shapes import depends_on_values, known_equal
 from moe_fx.tracing import NONZERO, Number, Places, Row, is_vector
 
-__all__ = ["EveryExpert"]
-
-Tensor = torch.Tensor
-#: what a model asks to learn how many elements a tensor has
-SIZES = (
-    Tensor.numel, torch.numel, Tensor.nelement, Tensor.size, Tensor.__len__, Tensor.shape.__get__,  # type: ignore[attr-defined]
-)  # fmt: skip
-NEGATIONS = (torch.logical_not, Tensor.logical_not, torch.bitwise_not, Tensor.bitwise_not, Tensor.__invert__)
-EQUALS = (torch.eq, Tensor.eq, Tensor.__eq__)
-POSITIVE = (torch.gt, Tensor.gt, Tensor.__gt__, torch.greater, Tensor.greater, torch.ne, Tensor.ne, Tensor.__ne__)
-TOTALS = (torch.sum, Tensor.sum, torch.any, Tensor.any, torch.count_nonzero, Tensor.count_nonzero)
-RESHAPES = (
-    torch.squeeze, Tensor.squeeze, torch.unsqueeze, Tensor.unsqueeze, Tensor.reshape, torch.reshape, Tensor.view,
-    torch.flatten, Tensor.flatten, Tensor.bool, Tensor.long, Tensor.int, Tensor.to, Tensor.contiguous, Tensor.cpu,
-)  # fmt: skip
-LISTS = (Tensor.tolist, Tensor.numpy, Tensor.unbind, torch.unbind)
-BINS = (torch.bincount, Tensor.bincount, torch.histc, Tensor.histc)
-SCATTERS = (Tensor.scatter, Tensor.scatter_, torch.scatter)
-JOINS = (torch.cat, torch.concat, torch.concatenate)
-READS = (Tensor.__getitem__, Tensor.select, torch.select)
-
-
-@dataclass(frozen=True)
-class _Meaning:
-    """What a tensor says of the rows of an expert.
-
-    ``kind``: "mask" where they are, "rows" their places, "count" how many there are, or whether there are any (``no``:
-    whether there are none). ``source``: the tensor that it was read from, which says it of all experts. ``total``: of
-    counts, how many ids were counted, and ``bins`` how many experts there are, if that is known.
-    """
-
-    kind: str
-    source: Tensor
-    expert: int | None
-    no: bool = False
-    total: Any = None
-    bins: Any = None
-
-    def same_expert(self, other: _Meaning) -> bool:
-        return self.source is other.source and self.expert == other.expert
+__all__ = ["EveryExpert", "NothingJoined"]
 
 
 class _ListedNumber(Number):
@@ -72,49 +43,54 @@ class _ListedNumber(Number):
     source: Tensor
 
 
+class NothingJoined(ExportError):
+    """A model joins what no expert computed: where there are no tokens, an error of its own."""
+
+
 class EveryExpert(TorchFunctionMode):
     """Answers questions about the rows of an expert alike for all experts.
 
     Args:
         hit: a list of the experts that were hit names all; otherwise none.
         idle: which experts have no rows, if they are looked at.
+        length: what ``len`` of an expert's rows answers, which must be a number. Traces with different ones are
+            compared, so that it matters only whether that is zero.
     """
 
-    def __init__(self, hit: bool, idle: Callable[[int], bool]) -> None:
+    def __init__(self, hit: bool, idle: Callable[[int], bool], length: int = 1) -> None:
         super().__init__()
-        self.hit, self.idle = hit, idle
+        self.hit, self.idle, self.length = hit, idle, length
         #: how often it was asked which experts were hit, and whether one has rows
         self.lists = self.questions = 0
-        self._known: list[tuple[Tensor, _Meaning]] = []
+        self.known = Known()
         self._settled: list[Tensor] = []
-        #: the same tensors in another shape or dtype: what they were made of
-        self._views: list[tuple[Tensor, Tensor]] = []
-        #: masks by token and expert, and the ids that they were made of
-        self._masks: list[tuple[Tensor, Tensor]] = []
         #: sums of all numbers of rows, and what they come to
         self._totals: list[tuple[torch.SymInt, Any]] = []
-        self._last: _Meaning | None = None
-        self._number: Count | None = None
+        self._last: Meaning | None = None
+        self._number: torch.SymInt | None = None
         self._used = False
 
     @property
     def asked(self) -> bool:
         return self.lists + self.questions > 0
 
-    def meaning(self, tensor: object) -> _Meaning | None:
-        return next((meaning for known, meaning in self._known if known is tensor), None)
-
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        first = self.meaning(args[0]) if args else None
+        first = self.known.of(args[0]) if args else None
         if func in NONZERO and is_vector(args[0]) and first is not None and first.expert is None:
             return self.listed(args[0], first, kwargs.get("as_tuple", False))
         if func is Tensor.__bool__ and first is not None and first.kind == "count" and first.expert is not None:
             return self.answer(first) is not first.no
         if func in LISTS and first is not None and first.kind == "count" and is_counts(args[0], first):
             return self.numbers(args[0], first)
+        if func is Tensor.item and first is not None and first.kind == "count" and first.expert is not None:
+            if args[0].dtype is torch.bool:
+                return self.answer(first) is not first.no
+            return Count.of(self.part(first, func(*args)))
+        if func in UNIQUE and (found := self.unique(args[0], kwargs)) is not None:
+            return found
         self.hold_to_the_last(args, kwargs, func)
         if func in (Tensor.__getitem__, Tensor.__setitem__):
             args = (args[0], plain_slices(args[1]), *args[2:])
@@ -124,79 +100,29 @@ class EveryExpert(TorchFunctionMode):
             return rows_between(args[0], *bounds)
         if func in READS and isinstance(args[1], Row):
             result = args[0][int(args[1])].unsqueeze(0)
-            self.remember(result, self.of_expert(args[0], args[1][0]))
+            self.known.remember(result, self.known.of_expert(args[0], args[1][0]))
             return result
+        if func is Tensor.__len__ and self.has_rows_of_one(args[0], first):
+            return 0 if self.size(args[0], first, None) == 0 else self.length
+        if func in JOINS and not args[0]:
+            raise NothingJoined("no expert has rows, and what they compute is joined")
         result = func(*(int(arg) if isinstance(arg, Row) else arg for arg in args), **kwargs)
         if func in SIZES:
             return self.size(args[0], first, result)
         if func in JOINS and depends_on_values(result.shape[0]):
             return self.joined(result)
+        if func in SPLITS and isinstance(sizes := (*args, None)[1], list):
+            for rows, count in zip(result, sizes, strict=True):
+                if isinstance(count, Count) and len(count.parts) == 1:
+                    self.known.remember(rows, dataclasses.replace(count.parts[0].meaning, kind="rows"))
+            return result
         for each in result if isinstance(result, tuple) else (result,):
             if isinstance(each, Tensor):
-                self.remember(each, self.follow(func, args, kwargs, first, each))
+                self.known.remember(each, self.known.follow(func, args, kwargs, first, each))
+        self.known.choose(func, args, kwargs, result)
         return result
 
-    def remember(self, tensor: Tensor, meaning: _Meaning | None) -> None:
-        if meaning is not None:
-            self._known.append((tensor, meaning))
-
-    def of_expert(self, source: Tensor, expert: int) -> _Meaning:
-        return _Meaning("mask", source, expert)
-
-    def follow(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], first: _Meaning | None,
-        result: Tensor,
-    ) -> _Meaning | None:  # fmt: skip
-        """What a result says of an expert's rows, if that is known."""
-        if first is None:
-            return self.begin(func, args, kwargs, result)
-        literal = args[1] if len(args) > 1 and isinstance(args[1], int) else None
-        if func in RESHAPES:
-            return first
-        if first.kind == "mask" and ((func is torch.where and len(args) == 1) or func in NONZERO):
-            return dataclasses.replace(first, kind="rows")
-        if first.kind == "rows":
-            return first if func in READS else None
-        if first.kind == "mask" and func in TOTALS and (result.dim() == 0 or first.expert is None):
-            return dataclasses.replace(first, kind="count")
-        if first.kind == "mask" and func in TOTALS[2:4]:
-            return first  # over the slots of a token
-        if first.kind != "count":
-            return None
-        if func in POSITIVE and literal == 0:
-            return first
-        if func in NEGATIONS or (func in EQUALS and literal == 0):
-            return dataclasses.replace(first, no=not first.no)
-        return None
-
-    def begin(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor
-    ) -> _Meaning | None:
-        """What is read of an unknown tensor: one expert's part of a mask, or the rows that every expert has."""
-        if not args or not isinstance(args[0], Tensor):
-            return None
-        if func in RESHAPES and (self.origin(args[0]) is not args[0] or not args[0].is_floating_point()):
-            self._views.append((result, self.origin(args[0])))
-            return None
-        if (func in READS or func in EQUALS) and len(args) == 2 and isinstance(args[1], int):
-            return self.of_expert(self.origin(args[0]), args[1])
-        if func in BINS and result.dim() == 1:
-            bins = kwargs.get("minlength", args[2] if len(args) > 2 else None)
-            return _Meaning("count", self.origin(args[0]), None, total=args[0].numel(), bins=bins)
-        if func in SCATTERS:
-            self._masks += [(args[0], args[2]), (result, args[2])]
-        if func is F.one_hot:
-            self._masks.append((result, args[0]))
-        dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        if func in TOTALS and args[0].dim() == 3 and isinstance(dims, list | tuple):
-            inner = {dim % 3 for dim in dims} == {1, 2}
-            return _Meaning("count", args[0], None) if inner and result.dim() == 1 else None
-        if func in TOTALS and args[0].dim() == 2 and dims in (0, [0], (0,)) and result.dim() == 1:
-            ids = next((ids for mask, ids in self._masks if mask is args[0]), None)
-            return _Meaning("count", args[0], None, total=ids.numel() if ids is not None else None)
-        return None
-
-    def listed(self, hits: Tensor, meaning: _Meaning, as_tuple: bool) -> Any:
+    def listed(self, hits: Tensor, meaning: Meaning, as_tuple: bool) -> Any:
         """The places of a vector that says which experts have rows."""
         if meaning.kind != "count" or meaning.no:
             raise ExportError("a list of experts that is not known to name those that were hit")
@@ -209,22 +135,49 @@ class EveryExpert(TorchFunctionMode):
         rows = Places(places)
         return (rows.flatten(),) if as_tuple else rows
 
-    def origin(self, tensor: Tensor) -> Tensor:
-        return next((origin for view, origin in self._views if view is tensor), tensor)
+    def unique(self, ids: Tensor, kwargs: dict[str, Any]) -> Any:
+        """The experts that some ids name, and perhaps how often; None for ids of which that is not known."""
+        count = self.known.range(ids) if kwargs.get("dim") is None else None
+        if count is None or not kwargs.get("sorted", True) or kwargs.get("return_inverse"):
+            return None
+        self.lists += 1
+        there = [expert for expert in range(count) if self.hit and not self.idle(expert)]
+        experts = Places()
+        for expert in there:
+            experts.append(_ListedNumber(expert))
+            experts[-1].source = self.known.origin(ids)
+        if not kwargs.get("return_counts", False):
+            return experts
+        counted = Meaning("count", self.known.origin(ids), None, total=ids.numel(), ids=ids)
+        counts = self.numbers(ids, counted)
+        return experts, Counts(counts[expert] for expert in there)
 
-    def numbers(self, counts: Tensor, meaning: _Meaning) -> list[Count]:
+    def part(self, meaning: Meaning, number: Any) -> Part:
+        """How many rows one expert has."""
+        return Part(number, functools.partial(self.answer, meaning), not self.idle(meaning.expert or 0), meaning)
+
+    def numbers(self, counts: Tensor, meaning: Meaning) -> Counts:
         """How many rows the experts have, as numbers."""
-        found = []
+        counts = counts if meaning.ends is None else meaning.ends
+        bins = meaning.bins
+        if bins is None and meaning.ids is not None and (counts is meaning.ids or depends_on_values(counts.shape[0])):
+            # Counted up to the last expert that was hit: which that is, is answered like a question.
+            bins = self.known.range(meaning.ids)
+            if bins is None:
+                raise ExportError("experts counted up to the last that was hit, and not known how many there are")
+            self.lists += 1
+            counts = torch.bincount(meaning.ids.reshape(-1), minlength=bins)
         # bincount answers with more than it was asked for if an id is none of an expert: these are not looked at.
-        unsure = depends_on_values(counts.shape[0]) and meaning.bins is not None
-        numbers = [counts[expert].item() for expert in range(meaning.bins)] if unsure else counts.tolist()
-        for expert, number in enumerate(numbers):
-            of_expert = dataclasses.replace(meaning, expert=expert)
-            found.append(Count.of(number, functools.partial(self.answer, of_expert)))
-        there = [count for expert, count in enumerate(found) if not self.idle(expert)]
+        unsure = depends_on_values(counts.shape[0]) and bins is not None
+        numbers = [counts[expert].item() for expert in range(bins)] if unsure else counts.tolist()
+        parts = [self.part(dataclasses.replace(meaning, expert=at, ends=None), each) for at, each in enumerate(numbers)]
+        there = [part for part in parts if part.there]
         if meaning.total is not None and there:
-            self._totals.append((functools.reduce(operator.add, there), meaning.total))
-        return found
+            self._totals.append((Count.sum(*there), meaning.total))
+        found = Counts(Count.of(part) for part in parts)
+        if meaning.bins is None and bins is not None:
+            del found[1 + max((at for at, part in enumerate(parts) if part.there), default=-1) :]
+        return found.cumsum() if meaning.ends is not None else found
 
     def joined(self, rows: Tensor) -> Tensor:
         """Rows of which there are certainly as many as ids, in a shape that says so; an error where there are not."""
@@ -233,7 +186,7 @@ class EveryExpert(TorchFunctionMode):
                 return rows.split([known])[0]
         return rows
 
-    def answer(self, meaning: _Meaning, number: Count | None = None) -> bool:
+    def answer(self, meaning: Meaning, number: torch.SymInt | None = None) -> bool:
         """Whether an expert has rows."""
         self.finish()
         self.questions += 1
@@ -255,11 +208,11 @@ class EveryExpert(TorchFunctionMode):
         if self._last is not None and not self._used and not self.idle(self._last.expert or 0):
             raise ExportError(f"a question whether expert {self._last.expert} has rows, which are not used then")
 
-    def size(self, places: Tensor, meaning: _Meaning | None, size: Any) -> Any:
+    def size(self, places: Tensor, meaning: Meaning | None, size: Any) -> Any:
         """How many rows there are was asked: the answer."""
-        count = places.shape[0] if places.dim() else None
-        if meaning is None or meaning.kind != "rows" or not isinstance(count, torch.SymInt):
+        if meaning is None or not self.has_rows_of_one(places, meaning):
             return size
+        count = places.shape[0]
         idle = self.idle(meaning.expert or 0)
         if not any(places is known for known in self._settled):
             self.answer(meaning)
@@ -270,10 +223,15 @@ class EveryExpert(TorchFunctionMode):
             return torch.Size([0, *size[1:]]) if isinstance(size, torch.Size) else 0
         return size
 
+    def has_rows_of_one(self, places: Tensor, meaning: Meaning | None) -> bool:
+        """Whether a tensor has a row for each of one expert's, or where they are."""
+        known = meaning is not None and meaning.kind == "rows" and places.dim() > 0
+        return known and isinstance(places.shape[0], torch.SymInt)
+
     def hold_to_the_last(self, args: tuple[Any, ...], kwargs: dict[str, Any], func: Callable[..., Any]) -> None:
         """What follows a question concerns the expert that was asked for, and a listed expert the list's own mask."""
         for arg in _leaves((args, kwargs)):
-            meaning = self.meaning(arg)
+            meaning = self.known.of(arg)
             if meaning is None or meaning.kind == "count":
                 continue
             expert = meaning.expert
@@ -284,12 +242,12 @@ class EveryExpert(TorchFunctionMode):
                 continue
             if meaning.same_expert(self._last):
                 self._used = True
-            elif meaning.kind == "rows" and (meaning.source is self._last.source or expert == self._last.expert):
+            elif (
+                func not in (*JOINS, *READS, *RESHAPES, *DESCRIPTIONS)
+                and meaning.kind == "rows"
+                and (meaning.source is self._last.source or expert == self._last.expert)
+            ):
                 raise ExportError(f"rows of expert {expert}, after the question whether there are others")
-
-
-def is_counts(tensor: Tensor, meaning: _Meaning) -> bool:
-    return meaning.expert is None and not meaning.no and tensor.dim() == 1 and tensor.dtype is not torch.bool
 
 
 def _leaves(value: Any) -> Iterator[Tensor]:

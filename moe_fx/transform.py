@@ -16,6 +16,7 @@ from moe_fx.passes.normalize import (
     inline_regions,
     merge_equal_values,
     spell,
+    spell_parts,
 )
 from moe_fx.passes.normalize.spelling import leftover as not_normal
 from moe_fx.passes.packing import name_linears, plan_layers
@@ -37,6 +38,7 @@ def _normalize(work: Work) -> None:
     drop_no_ops(work.program.graph, work.written)
     merge_equal_values(work.program.graph, work.written)
     spell(work.program.graph)  # what a no-op stood between
+    spell_parts(work.program.graph)
 
 
 FIND = (

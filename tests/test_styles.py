@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lookalikes_bins import LOOKALIKES
+from lookalikes_asking import LOOKALIKES
 from styles import STYLES
 from torch.export import Dim
 

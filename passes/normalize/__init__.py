@@ -6,10 +6,13 @@ to = aten.to(view, f32)  # is f32        return reshape
 return to
 """
 
+from moe_fx.passes.normalize.cut_rows import spell_parts
 from moe_fx.passes.normalize.equal_values import merge_equal_values
 from moe_fx.passes.normalize.functional import functionalize
 from moe_fx.passes.normalize.masks import flatten_masks
 from moe_fx.passes.normalize.regions import inline_regions
 from moe_fx.passes.normalize.spelling import drop_no_ops, spell
 
-__all__ = ["drop_no_ops", "flatten_masks", "functionalize", "inline_regions", "merge_equal_values", "spell"]
+__all__ = [
+    "drop_no_ops", "flatten_masks", "functionalize", "inline_regions", "merge_equal_values", "spell", "spell_parts",
+]  # fmt: skip

@@ -26,7 +26,7 @@ MAY_RETURN_INPUT = frozenset({"aten::dropout", "aten::feature_dropout", "aten::a
 #: ops whose result has the dtype of their first operand, whatever the places they write to are given in
 INDEXED = frozenset({
     torch.ops.aten.index_put, torch.ops.aten.scatter, torch.ops.aten.index_add, torch.ops.aten.scatter_add,
-    torch.ops.aten.index_copy,
+    torch.ops.aten.index_copy, torch.ops.aten.scatter_reduce,
 })  # fmt: skip
 
 

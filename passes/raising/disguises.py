@@ -10,6 +10,7 @@ from moe_fx.passes.raising.dispatched import drop_tests
 from moe_fx.passes.raising.endings import Ending, endings, token_axes
 from moe_fx.passes.raising.loop_layers import loop_of_steps
 from moe_fx.passes.raising.parts import joined
+from moe_fx.passes.raising.parts_added import parts_added
 from moe_fx.passes.raising.region import Region, misfit
 from moe_fx.passes.raising.registry import known_pieces
 from moe_fx.passes.raising.selected import ids_selected, selected
@@ -51,7 +52,14 @@ def region_at(root: Node) -> tuple[Region | Miss, set[Node]] | None:
             near = step
     if misses:
         return max(misses, key=lambda miss: miss.depth), {root}
-    found = _rows_added(root) or _rows_put_back(root) or _rows_written(root) or sum_of_terms(root) or _sum(root)
+    found = (
+        _rows_added(root)
+        or _parts_added(root)
+        or _rows_put_back(root)
+        or _rows_written(root)
+        or sum_of_terms(root)
+        or _sum(root)
+    )
     if found is None and near is not None and near.depth > 1 and _adds_rows_of_an_expert(root):
         return near, {root}
     return found
@@ -94,6 +102,12 @@ def _rows_added(root: Node) -> tuple[Region | Miss, set[Node]] | None:
         wrong = misfit(region)
         return (region if wrong is None else wrong), anchors
     return region, anchors
+
+
+def _parts_added(root: Node) -> tuple[Region | Miss, set[Node]] | None:
+    """Rows sorted by expert, added to their tokens part by part."""
+    found = parts_added(root)
+    return (found, {root}) if found is not None else None
 
 
 def one_slot_at(root: Node) -> Region | Miss | None:

@@ -67,7 +67,7 @@ class Loop:
 
 def adds(token: Pattern) -> Pattern:
     """The rows of ``token`` are added to."""
-    wide = aten.unsqueeze(token, Last(1))
+    wide = either(aten.unsqueeze(token, Last(1)), aten.reshape(token, [-1, 1]))
     return either(
         aten.index_add(base, 0, token, summed),
         aten.index_put(base, [token], summed, True),
@@ -163,7 +163,8 @@ def sums(slots: Pattern, keepdim: bool = False, weights: Pattern | None = None) 
     """A token's routing weights where ``slots`` is true, added up."""
     cast: Any = optional(lambda mask: aten.to(mask, ANY), slots)
     weights = slot_value if weights is None else weights
-    kept = either(aten.mul(weights, cast), aten.where(slots, weights, zero))
+    others = either(aten.bitwise_not(slots), aten.logical_not(slots))
+    kept = either(aten.mul(weights, cast), aten.where(slots, weights, zero), aten.masked_fill(weights, others, 0))
     return aten.sum(kept, [Last(-1)], keepdim)
 
 

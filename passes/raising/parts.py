@@ -11,7 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from moe_fx.passes.raising.axes import HIT, ONE, SORTED_ROW, Place, features
@@ -26,10 +26,20 @@ from torch.fx import Node
 from moe_fx.matcher import Miss, arguments, op_name
 from moe_fx.shapes import same_shape, shape_of
 
-__all__ = ["FAR", "joined", "part_of_one"]
+__all__ = ["FAR", "Joined", "cut_of", "join", "joined", "part_of_one"]
 
 #: a mismatch within an expert's part says more than any outside
 FAR = 10**5
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """One expert's results among others: from ``start`` to ``end`` if that is said, or at a part of some places."""
+
+    value: Node
+    start: Any = None
+    end: Any = None
+    at: Node | None = None
 
 
 def joined(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
@@ -38,24 +48,31 @@ def joined(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
     parts = _parts(node)
     if parts is None or place[0] != (SORTED_ROW,):
         return None
-    values = [value for value, *_ in parts]
+    return join(walk, node, place, parts, {*_chain(node), node, whole, *whole.all_input_nodes})
+
+
+def join(walk: Walk, node: Node, place: Place, parts: Sequence[Joined], chain: set[Node]) -> Value | Miss | None:
+    """Parts of every expert, as the results of one; ``chain`` are the calls that join them."""
+    values = [part.value for part in parts]
     if not all(same_shape((shape_of(value) or ())[1:], features(place)) for value in values):
         return None
     counts = Counts(walk.bindings)
     own, regions = specific(values), []
     bounds: list[tuple[int, Any, Any]] = []
     cuts: dict[Node, Cut] = {}
-    for (value, begin, end), nodes in zip(parts, own, strict=True):
-        mine = {each: cut for each in nodes if (cut := _cut(each, counts)) is not None}
+    for part, nodes in zip(parts, own, strict=True):
+        value, read = part.value, {*nodes, *([part.at] if part.at is not None else [])}
+        mine = {each: cut for each in read if (cut := _cut(each, counts)) is not None}
         cuts |= mine
         experts = {cut.expert for cut in mine.values()}
         if len(experts) != 1:
             return walk.miss("rows of one expert, between sums of how many rows the experts have", value)
         (expert,) = experts
         bounds += [(expert, cut.start, cut.end) for cut in mine.values()]
-        if end is not None:
-            bounds.append((expert, counts.total(begin), counts.total(end)))
-        region = part_of_one(node, value, expert, {each: cut.source for each, cut in mine.items()}, nodes)
+        if part.end is not None:
+            bounds.append((expert, counts.total(part.start), counts.total(part.end)))
+        sources = {each: cut.source for each, cut in mine.items()}
+        region = part_of_one(node, value, expert, sources, nodes, chain)
         if isinstance(region, Miss):
             return walk.note(dataclasses.replace(region, bindings=counts.bindings, depth=FAR))
         regions.append(region)
@@ -76,9 +93,7 @@ def joined(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
     places = [visits.index(expert) if expert in visits else 0 for expert in range(counts.num_experts)]
     params = [tuple(param[place] for place in places) if isinstance(param, tuple) else param for param in merged.params]
     splits = {each.args[0] for each in cuts if each.target is operator.getitem}
-    interior = set().union(
-        *(region.interior for region in regions), splits, cuts, _chain(node), [node, whole, *whole.all_input_nodes]
-    )
+    interior = set().union(*(region.interior for region in regions), splits, cuts, chain)
     merged = dataclasses.replace(merged, root=node, interior=interior, form="sorted_parts", params=params)
     return walk.inlined(merged, node, place, rows=place[:1])
 
@@ -88,10 +103,12 @@ def _among(visits: list[int], bound: Total | None) -> Total | None:
     return None if bound is None else {expert: many for expert, many in bound.items() if expert in visits}
 
 
-def part_of_one(root: Node, value: Node, expert: int, sources: dict[Node, Node], nodes: set[Node]) -> Region | Miss:
-    """What one expert makes of its rows."""
+def part_of_one(
+    root: Node, value: Node, expert: int, sources: dict[Node, Node], nodes: set[Node], ends: Collection[Node] = ()
+) -> Region | Miss:
+    """What one expert makes of its rows; the ``root`` reads it, or ``ends``."""
     shape = shape_of(value) or ()
-    walk = Walk(root, {ONE: 1, HIT: shape[0]}, (HIT,), (), {"expert": expert}, OWN, [root], nodes, sources)
+    walk = Walk(root, {ONE: 1, HIT: shape[0]}, (HIT,), (), {"expert": expert}, OWN, [root, *ends], nodes, sources)
     output = walk.value(value, ((HIT,), *((size,) for size in shape[1:])))
     if isinstance(output, Miss):
         return output if walk.deepest is None else walk.deepest
@@ -106,6 +123,14 @@ class Cut:
     expert: int
     start: Total
     end: Total
+
+
+def cut_of(node: Node) -> Node | None:
+    """What a value may be one expert's rows of."""
+    if op_name(node) == "aten::slice":
+        return arguments(node)["self"]
+    split = node.args[0] if node.target is operator.getitem else None
+    return arguments(split)["self"] if op_name(split) == "aten::split_with_sizes" else None
 
 
 def _cut(node: Node, counts: Counts) -> Cut | None:
@@ -141,17 +166,17 @@ def _with_number(node: Node) -> Node:
     return rows if given["dim"] == 0 and len(given["split_sizes"]) == 1 else node
 
 
-def _parts(node: Node) -> list[tuple[Node, Any, Any]] | None:
+def _parts(node: Node) -> list[Joined] | None:
     """What is joined, each with where it begins and ends if that is said."""
     if op_name(node) == "aten::cat":
         given = arguments(node)
-        return [(part, None, None) for part in given["tensors"]] if given["dim"] == 0 else None
-    parts: list[tuple[Node, Any, Any]] = []
+        return [Joined(part) for part in given["tensors"]] if given["dim"] == 0 else None
+    parts: list[Joined] = []
     for step in _chain(node):
         given = arguments(step)
         if given["dim"] != 0 or given["step"] != 1:
             return None
-        parts.insert(0, (given["src"], given["start"] or 0, given["end"]))
+        parts.insert(0, Joined(given["src"], given["start"] or 0, given["end"]))
     return parts or None
 
 

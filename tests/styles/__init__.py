@@ -3,6 +3,7 @@
 from styles import (
     all_at_once,
     around,
+    asking,
     bins,
     found_rows,
     gathered,
@@ -19,6 +20,7 @@ __all__ = [
     "Style",
     "all_at_once",
     "around",
+    "asking",
     "bins",
     "found_rows",
     "gathered",

@@ -1,0 +1,132 @@
+"""Rows read and added part by part, in one spelling.
+
+x[places[a:b]]                                       =>     x[places][a:b]
+out.index_add(0, cat([i, j]), cat([y, z]))           =>     out.index_add(0, i, y).index_add(0, j, z)
+
+Parts are those of which only values tell how many rows they have. All places are read only if certainly none of them is
+out of range: as those of a sort.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from moe_fx.matcher import arguments, op_name
+from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
+from moe_fx.shapes import depends_on_values, known_equal, shape_of, tensor_of
+
+__all__ = ["spell_parts"]
+
+aten = torch.ops.aten
+
+
+def spell_parts(graph: Graph) -> None:
+    """Rewrite what is read by a part of some places, and what is added at joined places."""
+    values: FakeValues | None = None
+    for node in list(graph.nodes):
+        value: Any = tensor_of(node)
+        if value is None or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        given: dict[str, Any] = arguments(node)
+        places = given["indices"] if op_name(node) == "aten::index" else None
+        whole = _whole(places[0]) if places is not None and len(places) == 1 else None
+        if whole is not None and _in_range(whole, node.args[0]):
+            values = values or FakeValues(value.fake_mode)
+            _read_first(node, Emitter(graph, node, values))
+        elif (added := _added(node, given)) is not None:
+            parts = _joined(added[0]), _joined(added[1])
+            if _alike(*parts):
+                values = values or FakeValues(value.fake_mode)
+                emit = Emitter(graph, node, values)
+                out = given["self"]
+                for index, source in zip(*parts, strict=True):
+                    out = emit(aten.index_add.default, out, 0, index, source)
+                replace(node, out)
+                erase_dead(graph, [node])
+
+
+def _added(node: Node, given: dict[str, Any]) -> tuple[Node, Node] | None:
+    """The places at which rows are added, and the rows; None for any other op."""
+    if op_name(node) == "aten::index_add" and given["dim"] == 0 and given["alpha"] == 1:
+        return given["index"], given["source"]
+    if op_name(node) == "aten::index_put" and given["accumulate"] and len(given["indices"]) == 1:
+        return given["indices"][0], given["values"]
+    return None
+
+
+def _whole(part: Node) -> Node | None:
+    """The places of which a value is a part; None if that is not so."""
+    shape = shape_of(part) or ()
+    if len(shape) != 1 or not depends_on_values(shape[0]):
+        return None
+    if op_name(part) == "aten::slice":
+        given = arguments(part)
+        return given["self"] if given["step"] == 1 else None
+    if part.target is operator.getitem and op_name(part.args[0]) == "aten::split_with_sizes":
+        source = part.args[0]
+        return arguments(source)["self"] if isinstance(source, Node) else None
+    return None
+
+
+def _in_range(places: Any, rows: Any) -> bool:
+    """Whether places are those of a sort, or their tokens, and there is a row for each."""
+    many = 1
+    if op_name(places) in ("aten::floor_divide", "aten::div"):
+        given = arguments(places)
+        rounds = op_name(places) == "aten::floor_divide" or given.get("rounding_mode") in ("floor", "trunc")
+        places, many = given["self"], given["other"]
+        if not rounds or not isinstance(many, int) or many < 1:
+            return False
+    sorts = op_name(places) == "aten::argsort" or (
+        places.target is operator.getitem and op_name(places.args[0]) == "aten::sort" and places.args[1] == 1
+    )
+    count, known = (shape_of(places) or (0,))[0], (shape_of(rows) or (0,))[0]
+    return sorts and known_equal(known * many, count)
+
+
+def _read_first(node: Node, emit: Emitter) -> None:
+    """All rows are read, then the part is cut from them."""
+    indices: Any
+    rows, indices = node.args
+    (part,), whole = indices, _whole(indices[0])
+    assert whole is not None
+    before = [each for each in whole.users if op_name(each) == "aten::index" and each.args == (rows, [whole])]
+    every = next((each for each in before if each < node), None) or emit(aten.index.Tensor, rows, [whole])
+    graph, features = emit.graph, (shape_of(node) or ())[1:]
+    with graph.inserting_before(node):
+        if op_name(part) == "aten::slice":
+            given = arguments(part)
+            cut = graph.call_function(aten.slice.Tensor, (every, 0, given["start"], given["end"]))
+        else:
+            split: Any = part.args[0]
+            parts = graph.call_function(aten.split_with_sizes.default, (every, arguments(split)["split_sizes"], 0))
+            with emit.values.fake_mode:
+                parts.meta["val"] = [
+                    every.meta["val"].new_empty((each.shape[0], *features)) for each in split.meta["val"]
+                ]
+            cut = graph.call_function(operator.getitem, (parts, part.args[1]))
+    cut.meta.update(node.meta)
+    replace(node, cut)
+    erase_dead(graph, [node])
+
+
+def _joined(node: Node) -> Sequence[Node]:
+    while node.target is operator.getitem and op_name(node.args[0]) == "aten::split_with_sizes":
+        given = arguments(node.args[0])
+        if len(given["split_sizes"]) != 1:
+            return ()
+        node = given["self"]  # the same rows, whose number is spelled out
+    given = arguments(node) if op_name(node) == "aten::cat" else {"dim": 1}
+    return given["tensors"] if given["dim"] == 0 else ()
+
+
+def _alike(index: Sequence[Node], source: Sequence[Node]) -> bool:
+    """Whether parts of places and of rows belong together, one by one."""
+    sizes = [(shape_of(one) or (0,))[0] for one in index], [(shape_of(other) or (0,))[0] for other in source]
+    same = len(index) == len(source) > 1 and all(map(known_equal, *sizes))
+    return same and all(depends_on_values(size) for size in sizes[0])
