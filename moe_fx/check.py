@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,7 @@ def check_layer(
     each: Node | None = None,
     views: Sequence[Node] = (),
     base: Node | None = None,
+    not_negative: Collection[Node] = (),
 ) -> CheckResult:
     """Compare ``root`` with ``experts(*operands, body)``.
 
@@ -79,6 +80,7 @@ def check_layer(
         each: a symbolic expert number: what ``root`` means is its sum over all experts.
         views: operands that are made of those that the original layer reads.
         base: what the original layer adds the experts' sum to.
+        not_negative: tables that certainly hold no negative weight: zeros are tried instead.
     """
     started = time.perf_counter()
     tokens, ids, slots, params, shared = operands
@@ -104,6 +106,7 @@ def check_layer(
         if op_name(view) == "aten::gather":
             # A table holds nothing for the experts that a token was not routed to.
             table = _random(source, sizes, generator)
+            table = table.clamp_min(0) if source in not_negative else table
             env[source] = torch.zeros_like(table).scatter(-1, env[ids], table.gather(-1, env[ids]))
             env[view] = env[source].gather(-1, env[ids])
         else:
@@ -176,6 +179,8 @@ class _Sizes:
 
     def __init__(self, ids: Node, num_experts: int, wanted: int, shrink: bool) -> None:
         total, top_k = ids.meta["val"].shape
+        if isinstance(total, torch.SymInt) and not total.node.expr.free_symbols:
+            total = int(total.node.expr)  # a symbol that the trace came to know as a number
         self.symbols: dict[Any, int] = {}
         self.rows: dict[int, int] = {}
         self.num_experts = num_experts

@@ -63,6 +63,8 @@ class Known:
             return first if func in READS and _of_every_row(args[1]) else None
         if first.kind == "mask" and func in TOTALS and (result.dim() == 0 or first.expert is None):
             return dataclasses.replace(first, kind="count")
+        if first.kind == "mask" and func in POSITIVE and literal == 0:
+            return first
         if first.kind == "mask" and func in TOTALS[2:4]:
             return first  # over the slots of a token
         if first.kind != "count":
@@ -89,6 +91,10 @@ class Known:
             return None
         if (func in READS or func in EQUALS) and len(args) == 2 and isinstance(args[1], int):
             return self.of_expert(self.origin(args[0]), args[1])
+        if func is Tensor.__getitem__ and isinstance(args[1], tuple) and self.is_table(args[0]):
+            *rows, expert = args[1]
+            every = rows == [slice(None)] * (args[0].dim() - 1)
+            return self.of_expert(self.origin(args[0]), expert) if every and isinstance(expert, int) else None
         if func in READS and len(args) == 2 and (by := self.of(args[1])) is not None and by.expert is not None:
             return dataclasses.replace(by, kind="rows") if by.kind in ("mask", "rows") else None
         if func in BINS and result.dim() == 1:
@@ -101,6 +107,11 @@ class Known:
         if func in TOTALS:
             return self.counted(args[0], kwargs.get("dim", args[1] if len(args) > 1 else None), result)
         return None
+
+    def is_table(self, tensor: Tensor) -> bool:
+        """Whether the columns of a tensor may be those of experts: numbers of experts are integers themselves."""
+        known = any(mask is tensor for mask, _ in self._masks)
+        return tensor.dim() > 1 and (known or tensor.is_floating_point() or tensor.dtype is torch.bool)
 
     def counted(self, mask: Tensor, dims: Any, result: Tensor) -> Meaning | None:
         """The rows that every expert has, as a mask by token and expert says, or one by expert, token and slot."""

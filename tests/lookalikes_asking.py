@@ -152,3 +152,106 @@ class AnotherPart(Listed):
         results = [self.experts[e](rows) for e, rows in enumerate(parts) if parts[e - 1].shape[0] > 0]
         weighted = torch.cat(results) * weights.view(-1)[order, None]
         return torch.zeros_like(x).index_add(0, order // self.K, weighted)
+
+
+class ByGates(Listed):
+    """Rows by a table of routing weights."""
+
+    def forward(self, x):
+        gates = self.gates(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            rows = self.rows(gates[:, e])
+            out[rows] += self.weighted(gates[rows, e].unsqueeze(1), expert(x[rows]))
+        return out
+
+    def gates(self, x):
+        logits, ids = self.router.linear(x).topk(self.K, dim=-1)
+        return torch.zeros(x.shape[0], self.E).scatter(1, ids, logits.softmax(-1))
+
+    def rows(self, column):
+        return column > 0
+
+    def weighted(self, weight, rows):
+        return weight * rows
+
+
+@lookalike("positive_gates_of_raw_scores", "those that are negative are left out")
+class Negative(ByGates):
+    def gates(self, x):
+        logits, ids = self.router.linear(x).topk(self.K, dim=-1)
+        return torch.zeros(x.shape[0], self.E).scatter(1, ids, logits)
+
+
+@lookalike("positive_gates_above_a_threshold", "experts with little weight are left out")
+class Above(ByGates):
+    def rows(self, column):
+        return column > 0.4
+
+
+@lookalike("positive_gates_not_multiplied", "where a weight comes out as zero, nothing is added")
+class NotMultiplied(ByGates):
+    def weighted(self, weight, rows):
+        return rows
+
+
+@lookalike("slots_written_at_the_token", "written at the place of the token among all, not at its slot")
+class AtTheToken(Listed):
+    def forward(self, x):
+        ids, weights = self.router(x)
+        results = torch.zeros(x.shape[0], self.K, x.shape[1])
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            results[token, 1 - slot] = expert(x[token])
+        return (results * weights[..., None]).sum(1)
+
+
+@lookalike("slots_written_with_rows_of_slots", "the row of the token whose number is the slot's")
+class RowsOfSlots(Listed):
+    def forward(self, x):
+        ids, weights = self.router(x)
+        results = torch.zeros(x.shape[0], self.K, x.shape[1])
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            results[token, slot] = expert(x[slot])
+        return (results * weights[..., None]).sum(1)
+
+
+class Masked(Listed):
+    """One expert per token, whose results a mask keeps."""
+
+    K = 1
+
+    def forward(self, x):
+        weights, ids = self.router.linear(x).softmax(-1).max(-1)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            out = out + self.kept((ids == e)[:, None], expert(x), e)
+        return out * weights[:, None]
+
+
+@lookalike("masked_results_beside_all", "results of all experts are added too")
+class BesideAll(Masked):
+    def kept(self, mask, rows, e):
+        return torch.where(mask, rows, 0.0) + rows
+
+
+@lookalike("masked_results_shifted", "experts that a token was not routed to add a number")
+class Shifted(Masked):
+    def kept(self, mask, rows, e):
+        return torch.where(mask, rows, 0.0).cos()
+
+
+@lookalike("masked_results_by_the_wrong_side", "a token takes all results but its expert's")
+class WrongSide(Masked):
+    def kept(self, mask, rows, e):
+        return rows.masked_fill(mask, 0.0)
+
+
+@lookalike("table_by_places_of_one_row", "all weights are written to the first token's row")
+class FirstRow(Listed):
+    def forward(self, x):
+        ids, weights = self.router(x)
+        table = torch.zeros(x.shape[0], self.E)
+        table[torch.arange(1).unsqueeze(1), ids] = weights
+        return sum(table[:, e : e + 1] * expert(x) for e, expert in enumerate(self.experts))

@@ -187,6 +187,16 @@ def test_refuses_scores_that_are_zero_until_the_table_was_turned_around():
     assert_expected_inline(refusal(Turned()), """wanted a table that is zero for experts not chosen, found 0.5 there""")
 
 
+def test_a_table_times_itself_is_a_table():
+    class Squared(Dense):
+        def table(self, x):
+            table = super().table(x)
+            return table * table
+
+    (layer,) = moe_fx.explain(export(Squared())).layers
+    assert layer.error is not None and layer.error < 1e-12
+
+
 def test_scores_of_all_experts_are_no_near_miss():
     class Soft(Dense):
         def table(self, x):

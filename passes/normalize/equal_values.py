@@ -18,10 +18,11 @@ from moe_fx.shapes import depends_on_values, shape_of
 
 __all__ = ["merge_equal_values"]
 
-#: ops that cost nothing, or next to nothing
+#: ops that compute nothing, or next to nothing
 CHEAP = frozenset({
     "aten::select", "aten::slice", "aten::unsqueeze", "aten::squeeze", "aten::reshape", "aten::transpose",
     "aten::permute", "aten::expand", "aten::eq", "aten::ne", "aten::lt", "aten::ge", "aten::floor_divide",
+    "aten::repeat_interleave", "aten::repeat",
 })  # fmt: skip
 
 

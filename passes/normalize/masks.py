@@ -49,7 +49,11 @@ def _flatten(node: Node, mask: Node, emit: Emitter) -> None:
     source, rank = given["self"], len(shape_of(mask) or ())
     shape: tuple[Any, ...] = shape_of(source) or ()
     rows = emit(aten.reshape.default, source, [-1, *shape[rank:]])
-    flat = emit(aten.reshape.default, mask, [-1])
+    if op_name(mask) == "aten::eq" and not isinstance(mask.args[1], Node):
+        # The mask of one number is that of the same in one dimension.
+        flat = emit(mask.target, emit(aten.reshape.default, mask.args[0], [-1]), mask.args[1])
+    else:
+        flat = emit(aten.reshape.default, mask, [-1])
     with emit.graph.inserting_before(node):
         made = emit.graph.call_function(node.target, (rows, [flat], *node.args[2:]), dict(node.kwargs))
     made.meta.update(node.meta)

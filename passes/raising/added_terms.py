@@ -15,6 +15,7 @@ from moe_fx.passes.raising import each_expert as each_expert_loop
 from moe_fx.passes.raising.axes import EXPERT, SLOT, SORTED_ROW, Place, axes_of, size_of
 from moe_fx.passes.raising.each_expert import terms
 from moe_fx.passes.raising.endings import token_axes
+from moe_fx.passes.raising.pieces import Piece
 from moe_fx.passes.raising.region import Region, misfit, read_outside
 from moe_fx.passes.raising.registry import known_pieces
 from moe_fx.passes.raising.slot_by_slot import merge_slots, slot_number
@@ -24,7 +25,7 @@ from moe_fx.passes.raising.writer import Value
 from torch.fx import Node
 
 from moe_fx.matcher import Miss, arguments, op_name
-from moe_fx.shapes import shape_of, tensor_of
+from moe_fx.shapes import depends_on_values, shape_of, tensor_of
 
 __all__ = ["stacked", "sum_of_terms"]
 
@@ -33,8 +34,8 @@ aten = torch.ops.aten
 
 def sum_of_terms(root: Node) -> tuple[Region | Miss, set[Node]] | None:
     """A chain of additions, each of what one expert makes of every token; or of one slot of each token."""
-    if op_name(root) != "aten::add":
-        return None
+    if op_name(root) != "aten::add" or any(depends_on_values(size) for size in shape_of(root) or ()):
+        return None  # rows chosen by data are not every token's
     near: Miss | None = None
     for key_of, merge in ((each_expert_loop.expert_number, _experts_added), (slot_number, _slots_added)):
         if any(op_name(user) == "aten::add" and terms(user, key_of) for user in root.users):
@@ -129,6 +130,16 @@ def each_expert_on(root: Node, numbered: Sequence[tuple[int, Node]], shared: Col
     numbers = [number for number, _ in numbered]
     if sorted(numbers) != list(range(len(numbers))):
         return Miss(f"every expert of {len(numbers)} once", f"experts {', '.join(map(str, numbers))}", root)
+    by_slot = _steps(root, numbered, shared, each_expert_loop.PIECES)
+    if not isinstance(by_slot, Miss):
+        return by_slot
+    by_table = _steps(root, numbered, shared, each_expert_loop.BY_TABLE)
+    return by_slot if isinstance(by_table, Miss) else by_table
+
+
+def _steps(
+    root: Node, numbered: Sequence[tuple[int, Node]], shared: Collection[Node], pieces: tuple[Piece, ...]
+) -> Region | Miss:
     regions = []
     own = each_expert_loop.specific([value for _, value in numbered])
     for (number, value), nodes in sorted(zip(numbered, own, strict=True), key=lambda each: each[0][0]):
@@ -137,7 +148,7 @@ def each_expert_on(root: Node, numbered: Sequence[tuple[int, Node]], shared: Col
             return Miss("rows of fixed size for each token", value.name, value)
         sizes, tokens, place = axes
         bindings = {"expert": number}
-        walk = Walk(root, sizes, tokens, each_expert_loop.PIECES, bindings, each_expert_loop.OWN, root.users, nodes)
+        walk = Walk(root, sizes, tokens, pieces, bindings, each_expert_loop.OWN, root.users, nodes)
         output = walk.value(value, place)
         if isinstance(output, Miss):
             return output if walk.deepest is None else walk.deepest

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moe_fx.passes.raising.loops import any_slots_of, literal, one_slot_of, sums, zero
-from moe_fx.passes.raising.pieces import TOKENS, Column, Piece, Slot
+from moe_fx.passes.raising.pieces import TOKENS, Column, Mask, Piece, Slot
 from torch.fx import Node
 
 from moe_fx.constants import filled_with
@@ -23,7 +23,7 @@ from moe_fx.matcher import Match, match, op_name
 from moe_fx.pattern import ANY, Last, Pattern, Var, aten, either
 from moe_fx.shapes import known_equal, same_shape, shape_of
 
-__all__ = ["OWN", "PIECES", "computed_by", "expert_number", "specific", "terms"]
+__all__ = ["BY_TABLE", "OWN", "PIECES", "computed_by", "expert_number", "specific", "terms"]
 
 
 def cast(pattern: Pattern) -> Pattern:
@@ -41,13 +41,29 @@ kept_dim = sums(any_slots_of, keepdim=True)
 slot = Var("slot", rank=1)
 of_one = either(aten.mul(slot, cast(one_slot_of)), aten.where(one_slot_of, slot, zero))
 
+#: a column of a table of all experts, or the expert's results, where a token's ids name it
+named = either(one_slot_of, aten.any(any_slots_of, Last(-1)))
+named_wide = either(aten.any(any_slots_of, Last(-1), True), aten.unsqueeze(named, Last(-1)))
+not_named, rows = either(aten.bitwise_not(named), aten.logical_not(named)), Var("rows")
+not_named_wide = either(aten.bitwise_not(named_wide), aten.logical_not(named_wide), aten.unsqueeze(not_named, Last(-1)))
+wide_zero = either(zero, aten.zeros_like(ANY), aten.full_like(ANY, 0))
+of_table = either(
+    aten.mul(column, cast(named)), aten.where(named, column, wide_zero), aten.masked_fill(column, not_named, 0)
+)
+masked = either(
+    aten.mul(rows, cast(named_wide)), aten.where(named_wide, rows, wide_zero), aten.masked_fill(rows, not_named_wide, 0)
+)
+
 PIECES: tuple[Piece, ...] = (
     Slot(TOKENS, of_one),
     Column(TOKENS, column),
     Column(TOKENS, aten.slice(table, Last(-1), literal, ANY)),
     Slot(TOKENS, total),
     Slot(TOKENS, kept_dim),
+    Mask(TOKENS, masked),
 )
+#: the same, where what is masked is the column of an expert and not that of a slot
+BY_TABLE: tuple[Piece, ...] = (Column(TOKENS, of_table, masked=True), *PIECES)
 #: what tells one step from another: where an expert's number is read
 NUMBERED = (column, aten.slice(table, Last(-1), literal, ANY), any_slots_of, one_slot_of)
 #: how far back from a term its expert's number is looked for

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import torch
 from moe_fx.passes.raising import loops
 from moe_fx.passes.raising.axes import HIT, ONE, SLOT, TOKEN
+from moe_fx.passes.raising.not_negative import is_not_negative
 from moe_fx.passes.raising.region import Region, misfit
 from moe_fx.passes.raising.slot_by_slot import merge_slots
 from moe_fx.passes.raising.steps import merge_steps
+from moe_fx.passes.raising.tables import Slots, counts_zero, ids_of_mask, read_table
 from moe_fx.passes.raising.walk import Walk
 from torch.fx import Node
 
 from moe_fx.constants import is_zero
 from moe_fx.matcher import Match, Miss, match
-from moe_fx.shapes import shape_of
+from moe_fx.shapes import shape_of, tensor_of
 
 __all__ = ["loop_of_steps"]
 
@@ -30,6 +33,8 @@ def loop_of_steps(root: Node, loop: loops.Loop) -> Region | Miss:
     while isinstance(found := match(loop.step, node), Match):
         steps.insert(0, (node, found))
         node = found["base"]
+    if (told := _told_by_table(steps)) is not None:
+        return told
     if not is_zero(node):
         return Miss("a sum that starts with zeros", f"{node.name}, which need not be zero", node)
     reads = {root, *(step for step, _ in steps), *(each for _, found in steps for each in found.nodes)}
@@ -69,6 +74,30 @@ def loop_of_steps(root: Node, loop: loops.Loop) -> Region | Miss:
     return dataclasses.replace(whole, root=root, interior=interior, step=step)
 
 
+def _told_by_table(steps: list[tuple[Node, Match]]) -> Miss | None:
+    """Where a table of routing weights tells an expert's tokens, its ids are those of the layer. Why not, if not."""
+    known: dict[Node, Node | Miss] = {}
+    for place, (step, found) in enumerate(steps):
+        if "routed" not in found.bindings:
+            continue
+        table, bindings = found["routed"], dict(found.bindings)
+        if table not in known:
+            told = ids_of_mask(table) or read_table(table)
+            known[table] = told.ids if isinstance(told, Slots) else told
+        ids, value = known[table], tensor_of(table)
+        if isinstance(ids, Miss):
+            return ids
+        if "flag" in bindings and (value is None or value.dtype is not torch.bool):
+            return Miss("a mask of tokens, or places", table.name, table)
+        if ids_of_mask(table) is not None:
+            del bindings["routed"]
+        elif "positive" in bindings and not is_not_negative(table):
+            wanted = "routing weights that are certainly not negative, as those above zero are taken"
+            return Miss(wanted, table.name, table)
+        steps[place] = step, Match({**bindings, "ids": ids}, found.nodes)
+    return None
+
+
 def _all_experts(regions: list[Region], experts: list[int | Node], root: Node) -> Region | Miss:
     """The steps of a loop, one expert each, as one layer."""
     merged = merge_steps(regions)
@@ -97,4 +126,11 @@ def _step(root: Node, found: Match, loop: loops.Loop) -> Region | Miss:
     output = walk.value(summed, ((HIT,), (shape[1],)))
     if isinstance(output, Miss):
         return output if walk.deepest is None else walk.deepest
-    return walk.region(output)
+    region, table = walk.region(output), found.bindings.get("routed")
+    if table is None or isinstance(region, Miss):
+        return region
+    # Tokens whose weight is zero are left out, although their ids name the expert.
+    weight = walk.body.captured["s"].get(table)
+    if weight is None or not counts_zero(output.node, [weight]):
+        return Miss("an expert's output that is zero wherever its routing weight is", "one that need not be", root)
+    return dataclasses.replace(region, not_negative={table} if "positive" in found.bindings else set())

@@ -41,6 +41,8 @@ inner_dims = OneOfValues([-1, -2], [-2, -1], [1, 2], [2, 1])
 literal = As("expert", AtLeast(0))
 zero = either(aten.scalar_tensor(0, dtype=ANY), 0, aten.zeros_like(ANY), aten.full_like(ANY, 0))
 slot_value, base, summed = Var("slot", rank=(2, 3)), Var("base"), Var("summed", rank=2)
+#: routing weights by token and expert, which say themselves what tokens an expert has
+routed = Var("routed", rank=2)
 #: a number for each token: a column of what has one for each slot
 one_wide = either(Var("slot", rank=1), As("slot", aten.slice(ANY, Last(-1), AtLeast(0), ANY)))
 
@@ -90,7 +92,7 @@ def by_slot(expert: Pattern, mask: Pattern, token_dim: int) -> tuple[Loop, ...]:
     token, slot = places(mask, token_dim), places(mask, 1 - token_dim)
     weight = aten.index(optional(lambda s: aten.unsqueeze(s, Last(2)), slot_value), [token, slot])
     # By a mask [K, T], weights [T, K] would be chosen in another order than the rows.
-    chosen = chosen_weights(mask) if token_dim == 0 else ()
+    chosen = chosen_weights(expert, mask) if token_dim == 0 else ()
     pieces = (Slot(HITS, weight), *columns(expert, token, mask), *chosen, *dispatch(token))
     own = aten.select(Var("param"), 0, expert)
     return Loop(adds(token), pieces, own, once=False), Loop(adds_and_assigns(token), pieces, own, once=True)
@@ -100,7 +102,7 @@ def by_token(expert: Pattern, mask: Pattern, slots: Pattern | None) -> tuple[Loo
     """Loops over the tokens of an expert; ``mask`` is true at ``[token]``, and ``slots`` at ``[token, slot]``."""
     found = []
     for token in (mask, *all_places(mask)):
-        by_row = (*sums_of_rows(expert, token), *chosen_weights(slots)) if slots is not None else ()
+        by_row = (*sums_of_rows(expert, token), *chosen_weights(expert, slots)) if slots is not None else ()
         # A column of a table of all experts, or of the weights of all slots: the steps together tell which it is.
         for weights in (columns(expert, token, slots), (of_token(token, one_wide),)):
             pieces = (*weights, *by_row, *dispatch(token))
@@ -122,6 +124,23 @@ def by_flat_slot(expert: Pattern) -> tuple[Loop, ...]:
             *dispatch(token),
         )
         found.append(Loop(adds(token), pieces, aten.select(Var("param"), 0, expert), once=False))
+    return tuple(found)
+
+
+def by_table(expert: Pattern) -> tuple[Loop, ...]:
+    """Loops over the tokens for which a table of routing weights holds something."""
+    found = []
+    column = aten.select(routed, Last(-1), expert)
+    tests: list[Pattern] = [
+        aten.ne(column, 0),
+        aten.to(column, torch.bool),
+        As("positive", aten.gt(column, 0)),
+        aten.select(either(aten.ne(routed, 0), As("positive", aten.gt(routed, 0))), Last(-1), expert),
+    ]
+    for token in (either(*tests, As("flag", column)), *all_places(either(*tests, column))):
+        pieces = (*columns(expert, token, None), *dispatch(token))
+        for step in (adds(token), adds_and_assigns(token)):
+            found.append(Loop(step, pieces, aten.select(Var("param"), 0, expert), once=True))
     return tuple(found)
 
 
@@ -151,6 +170,7 @@ def columns(expert: Pattern, token: Pattern, slots: Pattern | None) -> tuple[Pie
     pieces: list[Piece] = [
         Column(HITS, aten.index(table, [token])),
         Column(HITS, aten.index(aten.unsqueeze(table, Last(1)), [token])),
+        Column(HITS, aten.index(aten.slice(Var("table"), Last(1), expert, ANY), [token])),
         Column(HITS, aten.index(aten.select(wide, 1, expert), [token])),
         Column(HITS, aten.select(aten.index(Var("table"), [token]), Last(1), expert)),
     ]
@@ -176,9 +196,10 @@ def sums_of_rows(expert: Pattern, token: Pattern) -> tuple[Piece, ...]:
     return Slot(HITS, sums(mine, True, weights)), Slot(HITS, narrow), Slot(HITS, aten.unsqueeze(narrow, Last(1)))
 
 
-def chosen_weights(slots: Pattern) -> tuple[Piece, ...]:
+def chosen_weights(expert: Pattern, slots: Pattern) -> tuple[Piece, ...]:
     """The routing weights where ``slots [T, K]`` is true, in the order of its rows."""
-    flat = aten.index(aten.reshape(slot_value, [-1]), [aten.reshape(slots, [-1])])
+    flat_mask = either(aten.reshape(slots, [-1]), aten.eq(aten.reshape(Var("ids", rank=(2, 3)), [-1]), expert))
+    flat = aten.index(aten.reshape(slot_value, [-1]), [flat_mask])
     return Slot(HITS, flat), Slot(HITS, aten.unsqueeze(flat, Last(1)))
 
 
@@ -205,4 +226,5 @@ LOOPS = (
     *by_slot(literal, slots_of, token_dim=0),
     *by_token(literal, token_of, slots_of),
     *by_flat_slot(literal),
+    *by_table(literal),
 )

@@ -85,6 +85,8 @@ class Outside:
         self.visits: list[tuple[int, ...]] = []
         #: values of the body that are zero for a token's row where it was not routed to the expert
         self.zeros: list[Node] = []
+        #: copies that stand for what a mask leaves of a value
+        self.marks: list[Node] = []
 
     def value(self, node: Node, place: Place) -> Value | Miss:
         """A value, written into the body."""
@@ -262,16 +264,23 @@ class Outside:
             return self.value(found["results"], before)
         return None
 
-    def inlined(self, found: Region, node: Node, place: Place, rows: Place = ()) -> Value | Miss:
-        """What another walk found, written into this body. Its rows are tokens, or ``rows`` of this walk."""
+    def inlined(
+        self, found: Region, node: Node, place: Place, rows: Place = (), by_token: Collection[Node] = ()
+    ) -> Value | Miss:
+        """What another walk found, written into this body. Its rows are tokens, or ``rows`` of this walk.
+
+        Some are read ``by_token``: for a slot, the row of its token.
+        """
         given = []
-        for kind, outer_rows in (("x", [found.tokens]), ("s", found.slots)):
-            for each in outer_rows:
+        for kind, outside in (("x", [found.tokens]), ("s", found.slots)):
+            for each in outside:
                 shape = found.features[each]
                 row: Value | Miss
                 if rows:
                     rank = len(shape_of(each) or ())
-                    row = self.value(each, (*rows, *((size,) for size in (*shape, 1, 1)[: rank - len(rows)])))
+                    outer_rows = (self.tokens,) if each in by_token else rows
+                    inner: Place = tuple((size,) if size > 1 else () for size in shape)
+                    row = self.value(each, (*outer_rows, *(*inner, (), ())[: rank - len(outer_rows)]))
                     if isinstance(row, Miss):
                         return row
                     row = self.body.reshaped(row, shape)

@@ -53,7 +53,12 @@ class Slot(Piece):
 
 @dataclass(frozen=True)
 class Column(Piece):
-    """An expert's column of a table of routing weights, at the rows routed to it: captures ``table [T, E]``."""
+    """An expert's column of a table of routing weights, at the rows routed to it: captures ``table [T, E]``.
+
+    ``masked``: it is zero at all other rows because a mask says so, whatever the table holds there.
+    """
+
+    masked: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class ExpertRow(Piece):
 
 @dataclass(frozen=True)
 class Mask(Piece):
-    """Rows of no expert are set to zero: captures ``rows``."""
+    """Rows of no expert, or of all other experts, are set to zero: captures ``rows``."""
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,10 @@ def _prove_and_rewrite(work: Work, region: Region) -> Miss | None:
         operands = (region.tokens, region.ids, region.slots, region.params, region.shared)
         each = region.bindings["expert"] if region.step is not None else None
         root = region.step or region.root
-        result = check_layer(root, operands, region.body, in_range, selection.distinct, each, region.views, region.base)
+        result = check_layer(
+            root, operands, region.body, in_range, selection.distinct, each, region.views, region.base,
+            region.not_negative,
+        )  # fmt: skip
         if not result.passed:
             wanted = "the same numbers from the layer and its experts node"
             found = result.problem or f"a difference of {result.error:.1e} of the output's range"

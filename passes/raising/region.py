@@ -27,7 +27,7 @@ class Region:
     how many tokens there are, and slots for each. ``features`` are the sizes that a row of tokens and slots has, which
     need not stand as ``[T, ...]`` and ``[T, K, ...]`` in the program; ``views`` are written to make them so. Slots
     among ``tables [T, E]`` are looked up by ids. The experts' sum is added to ``base``, if there is one. ``visits``
-    are the experts whose rows were joined, where they were cut apart.
+    are the experts whose rows were joined, where they were cut apart. Some tables are certainly ``not_negative``.
     """
 
     root: Node
@@ -48,6 +48,7 @@ class Region:
     tables: set[Node] = field(default_factory=set)
     base: Node | None = None
     visits: list[tuple[int, ...]] = field(default_factory=list)
+    not_negative: set[Node] = field(default_factory=set)
 
     @property
     def num_experts(self) -> int:

@@ -17,27 +17,35 @@ import torch
 from moe_fx.passes.raising.contraction import contraction
 from moe_fx.passes.raising.pieces import arange
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from moe_fx.constants import filled_with
 from moe_fx.matcher import Match, Miss, match, op_name
-from moe_fx.pattern import ANY, Last, Pattern, Var, aten, either, optional
-from moe_fx.shapes import tensor_of
+from moe_fx.pattern import ANY, As, Last, Pattern, Var, aten, either, optional
+from moe_fx.shapes import known_equal, shape_of, tensor_of
 
-__all__ = ["Slots", "counts_zero", "is_step", "read_table"]
+__all__ = ["Slots", "counts_zero", "ids_of_mask", "is_step", "read_table"]
 
 
 def cast(pattern: Pattern) -> Pattern:
     return optional(lambda value: aten.to(value, ANY), pattern)
 
 
+widened_numbers = either(aten.unsqueeze(arange(), Last(1)), aten.reshape(arange(), [-1, 1]))
 scattered = (Var("base"), Last(-1), Var("ids"), Var("values"))
-SCATTERED = either(aten.scatter(*scattered), aten.scatter_add(*scattered))
+SCATTERED = either(
+    aten.scatter(*scattered),
+    aten.scatter_add(*scattered),
+    aten.index_put(Var("base", rank=2), [As("each_row", widened_numbers), Var("ids")], Var("values")),
+)
 ids, column = Var("ids"), aten.unsqueeze(Var("values"), Last(-1))
 #: one_hot(ids) * values, added up over the slots
 chosen = either(aten.one_hot(ids, ANY), aten.eq(aten.unsqueeze(ids, Last(-1)), arange()))
 #: the same of one value for all: a mask
 SCATTERED_VALUE = aten.scatter(Var("base"), Last(-1), Var("ids"), ANY)
+SCATTERED_NUMBER = aten.scatter(Var("base"), Last(-1), Var("ids"), Var("number"))
 COUNTED = aten.sum(cast(cast(chosen)), [Last(-2)])
+SOME = either(COUNTED, aten.any(cast(cast(chosen)), Last(-2)), aten.amax(cast(cast(chosen)), [Last(-2)]))
 #: of one expert per token
 ONE_EACH = aten.one_hot(Var("ids", rank=1), ANY)
 ADDED = aten.sum(aten.mul(cast(cast(chosen)), column), [Last(-2)])
@@ -58,7 +66,7 @@ class Slots:
     def write(self, graph: Graph, value: Node) -> Node:
         """The steps applied to ``value``, in a body."""
         for step in reversed(self.steps):
-            args = (value, *step.args[1:])
+            args: Any = map_arg(step.args, dict.fromkeys(step.all_input_nodes, value).__getitem__)  # perhaps twice
             value = graph.call_function(step.target, args, dict(step.kwargs))
         return value
 
@@ -73,7 +81,7 @@ def read_table(table: Node, after: Sequence[Node] = ()) -> Slots | Miss:
     while is_step(node):
         steps.append(node)
         (node,) = node.all_input_nodes
-    found = next((each for each in (match(SCATTERED, node), _added(node)) if isinstance(each, Match)), None)
+    found = next((each for each in (_scattered(node), _added(node)) if isinstance(each, Match)), None)
     filled = _elsewhere(table)
     if isinstance(filled, Miss):
         return filled
@@ -87,12 +95,24 @@ def read_table(table: Node, after: Sequence[Node] = ()) -> Slots | Miss:
     return Slots(ids_of_table, found["values"], tuple(steps))
 
 
+def ids_of_mask(table: Node) -> Node | None:
+    """The ids of a table that says yes for exactly these, whatever its dtype; None for any other."""
+    while op_name(table) in ("aten::to", "aten::clone"):
+        (table,) = table.all_input_nodes
+    found = match(SCATTERED_NUMBER, table)
+    if isinstance(found, Match):
+        number = isinstance(found["number"], int | float) and found["number"] != 0
+        return found["ids"] if number and filled_with(found["base"]) == 0 else None
+    found = match(SOME, table)
+    return found["ids"] if isinstance(found, Match) else None
+
+
 def _elsewhere(node: Node) -> tuple[Node, float] | Miss:
     """The ids of a table, and what it holds for all other experts."""
     value = tensor_of(node)
     if value is None:
         return Miss("a table of routing weights", _describe(node), node)
-    found = match(SCATTERED, node)
+    found = _scattered(node)
     if isinstance(found, Match) or isinstance(found := match(SCATTERED_VALUE, node), Match):
         filled = filled_with(found["base"])
         if filled is None:
@@ -126,6 +146,16 @@ def _elsewhere(node: Node) -> tuple[Node, float] | Miss:
     return found if name == "aten::scatter" else Miss("aten::scatter", _describe(node), node)
 
 
+def _scattered(node: Node) -> Match | Miss:
+    """Values scattered to their experts, in the row of each token."""
+    found = match(SCATTERED, node)
+    if isinstance(found, Match) and "each_row" in found.bindings:
+        rows = (shape_of(found["each_row"]) or (0,))[0]
+        if not known_equal(rows, (shape_of(node) or (1,))[0]):
+            return Miss("a row for each token", _describe(found["each_row"]), node)
+    return found
+
+
 def _added(node: Node) -> Match | Miss:
     """``one_hot(ids) * values``, added up over the slots: written out, or as a product like einsum('tke,tk->te')."""
     product = contraction(node)
@@ -150,7 +180,8 @@ def _through(step: Node, source: Node) -> tuple[Node, float] | Miss:
 def _applied(step: Node, number: float) -> float:
     source: Any = tensor_of(step.args[0])
     kwargs: Any = {name: given for name, given in step.kwargs.items() if name not in ("device", "pin_memory")}
-    return float(step.target(torch.tensor([number], dtype=source.dtype), *step.args[1:], **kwargs))  # type: ignore
+    args: Any = map_arg(step.args, lambda _: torch.tensor([number], dtype=source.dtype))
+    return float(step.target(*args, **kwargs))  # type: ignore[operator]
 
 
 def _describe(node: Node) -> str:
@@ -196,7 +227,7 @@ def _is_zero(node: Node, zero: set[Node]) -> bool:
     if torch.Tag.pointwise not in node.target.tags or not operands or not all(arg in zero for arg in operands):
         return False
     # An elementwise op of zeros and literals: what it makes of them is the same everywhere.
-    given: Any = torch.fx.node.map_arg(node.args, lambda _: torch.zeros(1, dtype=torch.float64))
-    kwargs: Any = torch.fx.node.map_arg(dict(node.kwargs), lambda _: torch.zeros(1, dtype=torch.float64))
+    given: Any = map_arg(node.args, lambda _: torch.zeros(1, dtype=torch.float64))
+    kwargs: Any = map_arg(dict(node.kwargs), lambda _: torch.zeros(1, dtype=torch.float64))
     target: Any = node.target
     return float(target(*given, **kwargs)) == 0

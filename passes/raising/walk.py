@@ -143,11 +143,13 @@ class Walk(Outside):
                 if any(size > 1 for size in shape):
                     return self.miss("a number for each token and expert", node)
                 self.bind(found)
-                if piece.layout == kinds.TOKENS:
+                if piece.layout == kinds.TOKENS and not piece.masked:
                     weight = self.column_of(found["table"], layout)
                     return weight if isinstance(weight, Miss) else self.body.reshaped(weight, shape)
                 self.tables.add(found["table"])
-                return self.body.reshaped(self.row("s", found["table"], ()), shape)
+                row = self.row("s", found["table"], ())
+                self.zeros += [row.node] if piece.masked else []
+                return self.body.reshaped(row, shape)
             case kinds.View():
                 self.bind(found)
                 self.interior.add(node)
@@ -155,7 +157,14 @@ class Walk(Outside):
             case kinds.Mask():
                 self.bind(found)
                 self.interior.add(node)
-                return self.value(found["rows"], place)
+                kept = self.value(found["rows"], place)
+                if piece.layout != kinds.TOKENS or isinstance(kept, Miss):
+                    return kept
+                # What is masked is zero for other experts' rows; what it was before need not be.
+                kept = Value(self.body.write(aten.clone.default, kept.node), kept.kind, kept.shape)
+                self.zeros.append(kept.node)
+                self.marks.append(kept.node)
+                return kept
             case kinds.ExpertRow():
                 self.bind(found)
                 param = found["param"]
@@ -312,6 +321,8 @@ class Walk(Outside):
             return Miss(wanted, "one that need not be", self.root, dict(self.bindings), 10**6)
         graph = self.body.graph
         graph.output(output.node)
+        for mark in self.marks:
+            mark.replace_all_uses_with(mark.args[0])
         ordered = [node for kind in captured.values() for node in kind.values()]
         # Walks that led nowhere left calls that nobody reads, and perhaps inputs.
         graph.eliminate_dead_code()

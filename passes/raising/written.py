@@ -5,6 +5,11 @@ for e in range(E):
     y[flat_ids == e] = body(rows[flat_ids == e], weight[e])      # also at the places where the mask is true
 out = (y.view(T, K, H) * s[:, :, None]).sum(1)                   # with one expert per token, y is all there is
 
+y = torch.zeros(T, K, H)
+for e in range(E):
+    token, slot = torch.where(ids == e)
+    y[token, slot] = body(x[token], weight[e])
+
 A row is one expert's, so it is written once or, if its id names no expert, never.
 """
 
@@ -14,7 +19,7 @@ import dataclasses
 
 from moe_fx.passes.raising.axes import Place
 from moe_fx.passes.raising.each_expert import specific
-from moe_fx.passes.raising.loops import all_places, expert_of, literal
+from moe_fx.passes.raising.loops import all_places, expert_of, literal, places
 from moe_fx.passes.raising.parts import FAR, part_of_one
 from moe_fx.passes.raising.region import Region
 from moe_fx.passes.raising.steps import merge_steps
@@ -25,13 +30,20 @@ from torch.fx import Node
 from moe_fx.constants import filled_with
 from moe_fx.matcher import Match, Miss, match
 from moe_fx.pattern import As, Var, aten, either
+from moe_fx.shapes import shape_of
 
 __all__ = ["ids_written", "written"]
 
 mask = As("mask", expert_of(Var("flat_ids", rank=1), literal))
+slots = expert_of(Var("flat_ids", rank=2), literal)
 at = either(mask, *all_places(mask))
-STEP = aten.index_put(Var("base"), [As("at", at)], Var("written"))
+token, slot = As("at", places(slots, 0)), As("slot_at", places(slots, 1))
+STEP = either(
+    aten.index_put(Var("base"), [As("at", at)], Var("written")),
+    aten.index_put(Var("base"), [token, slot], Var("written")),
+)
 CUT = aten.index(Var("rows"), [Var("at")])
+CUT_BY_SLOT = aten.index(Var("rows"), [Var("at"), Var("slot_at")])
 
 
 def ids_written(node: Node) -> Node | None:
@@ -51,13 +63,15 @@ def written(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
         base = found["base"]
     if not steps:
         return None
-    ids = walk.ids_of(steps[0][1]["flat_ids"], place[:1])
+    rank = len(shape_of(steps[0][1]["flat_ids"]) or ())
+    ids = walk.ids_of(steps[0][1]["flat_ids"], place[:rank])
     if ids is None or walk.bindings.setdefault("ids", ids) is not ids:
         return walk.miss("rows written by the layer's own ids", steps[0][1]["flat_ids"])
     experts = [found["expert"] for _, found in steps]
     if any(found["flat_ids"] is not steps[0][1]["flat_ids"] for _, found in steps):
         return walk.miss("rows written by the same ids at every step", node)
-    cuts = [_cuts(found["at"]) for _, found in steps]
+    cuts = [_cuts(found) for _, found in steps]
+    by_token = {rows for _, found in steps if "slot_at" in found.bindings for rows in _cuts_at(found["at"]).values()}
     values = [found["written"] for _, found in steps]
     regions: list[Region] = []
     for (step, _), expert, value, own, mine in zip(steps, experts, values, specific(values), cuts, strict=True):
@@ -76,10 +90,19 @@ def written(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
     chain = {step for step, _ in steps}
     interior = set().union(*(region.interior for region in regions), *map(set, cuts), chain)
     merged = dataclasses.replace(merged, root=node, interior=interior, form="written_rows")
-    return walk.inlined(merged, node, place, rows=place[:1])
+    return walk.inlined(merged, node, place, rows=place[:rank], by_token=by_token)
 
 
-def _cuts(at: Node) -> dict[Node, Node]:
+def _cuts(found: Match) -> dict[Node, Node]:
     """What is read at the places where rows are written, and of what."""
+    cuts = _cuts_at(found["at"])
+    if "slot_at" in found.bindings:
+        both = {"at": found["at"], "slot_at": found["slot_at"]}
+        read = {user: match(CUT_BY_SLOT, user, both) for user in found["slot_at"].users}
+        cuts |= {user: cut["rows"] for user, cut in read.items() if isinstance(cut, Match)}
+    return cuts
+
+
+def _cuts_at(at: Node) -> dict[Node, Node]:
     found = {user: match(CUT, user, {"at": at}) for user in at.users}
     return {user: cut["rows"] for user, cut in found.items() if isinstance(cut, Match)}

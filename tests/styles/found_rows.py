@@ -148,3 +148,113 @@ class WhereOfRows(Listed):
             gate = torch.where(ids[token] == e, mine, torch.zeros_like(mine)).sum(1, keepdim=True)
             out = out.index_add(0, token, gate * expert(x[token]))
         return out
+
+
+@style("modulelist_positive_gates")
+class PositiveGates(Listed):
+    """A table of routing weights, of which those above zero say which rows an expert has."""
+
+    route = BestThenSoftmax
+
+    def gates(self, x):
+        ids, weights = self.router(x)
+        return torch.zeros(x.shape[0], self.E, dtype=x.dtype).scatter(1, ids, weights)
+
+    def forward(self, x):
+        gates = self.gates(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            mask = gates[:, e] > 0
+            out[mask] += gates[mask, e].unsqueeze(1) * expert(x[mask])
+        return out
+
+
+@style("modulelist_nonzero_gates", **ASKS)
+class NonzeroGates(PositiveGates):
+    """The places of what is not zero, if there are any; the weights as a slice."""
+
+    kind = ReLU2
+
+    def forward(self, x):
+        gates = self.gates(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            rows = gates[:, e].nonzero(as_tuple=True)[0]
+            if rows.numel() == 0:
+                continue
+            out.index_add_(0, rows, expert(x[rows]) * gates[rows, e : e + 1])
+        return out
+
+
+@style("modulelist_normed_masked_gates")
+class NormedMaskedGates(Listed):
+    """Probabilities times a mask of the best, made to add up to one."""
+
+    def forward(self, x):
+        probs = self.router.linear(x).softmax(dim=-1)
+        mask = torch.zeros_like(probs).scatter_(1, probs.topk(self.K, dim=-1).indices, 1.0)
+        gates = probs * mask
+        gates = gates / gates.sum(dim=-1, keepdim=True)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            rows = torch.where(gates[:, e] > 0)[0]
+            out.index_add_(0, rows, expert(x[rows]) * gates[rows, e].unsqueeze(-1))
+        return out
+
+
+@style("modulelist_columns_of_a_mask")
+class ColumnsOfMask(Listed):
+    """A mask by token and expert says which rows an expert has; experts with bias."""
+
+    kind = Sequence
+
+    def forward(self, x):
+        probs = self.router.linear(x).sigmoid()
+        mask = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, probs.topk(self.K, dim=-1).indices, True)
+        gates = probs * mask
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            rows = mask[:, e]
+            out[rows] += expert(x[rows]) * gates[rows, e, None]
+        return out
+
+
+@style("modulelist_slots_written_by_places")
+class SlotsWritten(Listed):
+    """Results written where a token's slot is; weighted and added up afterwards."""
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        results = x.new_empty(x.shape[0], self.K, H)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            results[token, slot] = expert(x[token])
+        return torch.einsum("tkh,tk->th", results, weights)
+
+
+@style("stacked_weighted_slots_written_by_places", **ASKS)
+class WeightedSlotsWritten(Stacked):
+    def forward(self, x):
+        ids, weights = self.router(x)
+        results = torch.zeros(x.shape[0], self.K, H)
+        for e in range(self.E):
+            token, slot = (ids == e).nonzero(as_tuple=True)
+            if token.numel() > 0:
+                results[token, slot] = self.expert(x[token], e) * weights[token, slot, None]
+        return results.sum(dim=1)
+
+
+@style("modulelist_slots_written_by_a_mask")
+class SlotsWrittenByMask(Listed):
+    """Tokens repeated for each slot; a mask over tokens and slots reads and writes."""
+
+    route = Sorted
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        rows = x[:, None].expand(-1, self.K, -1)
+        results = torch.zeros(x.shape[0], self.K, H)
+        for e, expert in enumerate(self.experts):
+            mask = ids == e
+            results[mask] = expert(rows[mask])
+        return (results * weights[..., None]).sum(dim=1)

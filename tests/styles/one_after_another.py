@@ -240,3 +240,61 @@ class WhereSlots(Simple):
                 chosen = torch.where(ids[:, k : k + 1] == e, every[e], chosen)
             out = out + weights[:, k : k + 1] * chosen
         return out
+
+
+@style("dense_loop_where_results_top1")
+class WhereResults(Listed):
+    """One expert per token: what each expert computes, or zero, added up; weighted at the end."""
+
+    K = 1
+    route = MaxOfSoftmax
+
+    def forward(self, x):
+        weights, ids = self.router.linear(x).softmax(-1).max(-1)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            out = out + torch.where((ids == e)[:, None], expert(x), 0.0)
+        return out * weights[:, None]
+
+
+@style("dense_loop_masked_probability_top1")
+class MaskedProbability(Simple):
+    """One expert per token: its probability from among all, where it was chosen."""
+
+    K = 1
+    route = MaxOfSoftmax
+
+    def forward(self, x):
+        probs = self.router.linear(x).softmax(-1)
+        ids = probs.argmax(-1)
+        out = torch.zeros_like(x)
+        for e in range(self.E):
+            out = out + ((ids == e) * probs[:, e])[:, None] * self.expert(x, e)
+        return out
+
+
+@style("dense_loop_masked_results")
+class MaskedResults(Listed):
+    """Results times weights, masked by whether the expert is among a token's; experts with bias."""
+
+    kind = Sequence
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            chosen = (ids == e).any(dim=-1, keepdim=True)
+            weight = (weights * (ids == e)).sum(dim=-1, keepdim=True)
+            out = out + torch.where(chosen, expert(x) * weight, torch.zeros_like(x))
+        return out
+
+
+@style("dense_loop_table_by_places")
+class TableByPlaces(Listed):
+    """The table of routing weights written at [token, expert]."""
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        table = torch.zeros(x.shape[0], self.E)
+        table[torch.arange(x.shape[0]).unsqueeze(1), ids] = weights
+        return sum(table[:, e : e + 1] * expert(x) for e, expert in enumerate(self.experts))

@@ -1,0 +1,56 @@
+"""Whether a value is certainly nowhere below zero, as a softmax and what it is chosen, scaled and normed to."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any
+
+from torch.fx import Node
+
+from moe_fx.constants import filled_with
+from moe_fx.matcher import arguments, op_name
+
+__all__ = ["is_not_negative"]
+
+#: ops whose result is nowhere below zero
+ALWAYS = frozenset({
+    "aten::softmax", "aten::sigmoid", "aten::relu", "aten::exp", "aten::softplus", "aten::abs", "aten::square",
+    "aten::one_hot", "aten::hardsigmoid",
+})  # fmt: skip
+#: ops that make no negative numbers of others, in the arguments named
+KEEPS = {
+    "aten::to": ("self",), "aten::reshape": ("self",), "aten::unsqueeze": ("self",), "aten::squeeze": ("self",),
+    "aten::expand": ("self",), "aten::transpose": ("self",), "aten::permute": ("self",), "aten::clone": ("self",),
+    "aten::select": ("self",), "aten::slice": ("self",), "aten::gather": ("self",), "aten::index": ("self",),
+    "aten::sum": ("self",), "aten::amax": ("self",), "aten::sqrt": ("self",), "aten::topk": ("self",),
+    "aten::sort": ("self",), "aten::max": ("self",), "aten::add": ("self", "other"), "aten::mul": ("self", "other"),
+    "aten::div": ("self", "other"), "aten::scatter": ("self", "src"), "aten::scatter_add": ("self", "src"),
+    "aten::masked_fill": ("self", "value"), "aten::index_put": ("self", "values"), "aten::dropout": ("input",),
+}  # fmt: skip
+#: how many calls there are at most between
+DEEPEST = 30
+
+
+def is_not_negative(value: Any, depth: int = 0) -> bool:
+    """Whether a value is certainly zero or more everywhere, or not a number."""
+    if not isinstance(value, Node):
+        return isinstance(value, int | float) and bool(value >= 0)
+    filled: float | None = filled_with(value)
+    if filled is not None:
+        return bool(filled >= 0)
+    if value.op != "call_function" or depth > DEEPEST:
+        return False
+    if value.target is operator.getitem:
+        source, place = value.args
+        return bool(place == 0) and is_not_negative(source, depth + 1)  # the values, before the places
+    name = op_name(value) or ""
+    if name in ALWAYS:
+        return True
+    if name not in KEEPS:
+        return False
+    given = arguments(value)
+    if name == "aten::add" and given["alpha"] != 1:
+        return False
+    kept = [given.get(argument, given.get("value")) for argument in KEEPS[name]]
+    return all(map(functools.partial(is_not_negative, depth=depth + 1), kept))
