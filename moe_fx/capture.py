@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
+import traceback
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -36,10 +38,13 @@ from moe_fx.report import source_line
 from moe_fx.rewrite import Outline, drop_dead_code, erase_dead, outline, same_graph
 from moe_fx.tracing import EachExpert
 from moe_fx.transform import FIND, WRITE, work_report
+from moe_fx.vmaps import without_vmaps
 
 __all__ = ["export"]
 
 aten = torch.ops.aten
+#: where statements are none of the model's
+LIBRARIES = tuple(f"{os.path.dirname(os.path.abspath(file))}{os.sep}" for file in (torch.__file__, __file__))
 
 
 def export(
@@ -233,10 +238,12 @@ def _raised(given: Given, mode: EachExpert | EveryExpert, partial: bool = False)
     except ExportError as error:
         raise type(error)(f"{_name(given)}: {error}: the program would be wrong for other routing") from None
     except Exception as error:
-        raise ExportError(f"torch.export cannot trace {type(model).__name__}: {error}") from error
+        raise ExportError(f"torch.export cannot trace {type(model).__name__}: {error}{_statement(error)}") from error
     if not mode.asked:
         return traced
-    work = Work(ExportedWork(traced), Config(experts="grouped_mm", validate=not partial), partial=partial)
+    work = Work(
+        ExportedWork(without_vmaps(traced)), Config(experts="grouped_mm", validate=not partial), partial=partial
+    )
     run_passes(FIND, work)
     # That bincount answers at least with what it was asked for, torch.export asserts even where nobody reads it.
     erase_dead(work.program.graph, work.program.graph.find_nodes(op="call_function", target=aten.bincount.default))
@@ -245,6 +252,13 @@ def _raised(given: Given, mode: EachExpert | EveryExpert, partial: bool = False)
     if left:
         raise ExportError(_explanation(left, work))
     return work
+
+
+def _statement(error: BaseException) -> str:
+    """The model's own statement at which an error was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith((*LIBRARIES, "<"))]
+    return f"\n  at {own[-1].filename}:{own[-1].lineno}: {own[-1].line}" if own else ""
 
 
 def _same(one: Work, other: Work) -> bool:

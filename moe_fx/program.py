@@ -136,6 +136,7 @@ class Program(ABC):
 
     graph_module: GraphModule
     weights: dict[Node, Weight]
+    _apart: dict[Node, list[Node]] | None = None
 
     @property
     def graph(self) -> Graph:
@@ -156,6 +157,14 @@ class Program(ABC):
         name = f"moe_body_{number}"
         self.graph_module.add_module(name, body)
         return name
+
+    def apart(self, stack: Node, names: Sequence[str]) -> list[Node]:
+        """A stacked weight as one for each expert; layers that share it share these."""
+        self._apart = self._apart if self._apart is not None else {}
+        if stack not in self._apart:
+            tensor = self.weights[stack].tensor
+            self._apart[stack] = [self.add_weight(name, tensor[expert]) for expert, name in enumerate(names)]
+        return self._apart[stack]
 
     def derive(self, node: Node) -> None:
         """Name what the program casts or reshapes of a weight after it, so that it is quantized as the weight is."""

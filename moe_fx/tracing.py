@@ -43,8 +43,22 @@ class _Place(torch.SymInt):
         return self
 
 
-class Row(list[Any]):
+class _Answer(list[Any]):
+    """What stands where a model expects a tensor; what it cannot answer is said in the model's words."""
+
+    what: str
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"'.{name}' of {self.what}: which these are depends on the routing, so that torch.export knows no tensor "
+            "of them; loop over them, or index with them, as they are"
+        )
+
+
+class Row(_Answer):
     """A row of what ``nonzero`` answers: a tensor of one place, which also counts as that place."""
+
+    what = "an expert that was hit"
 
     def __index__(self) -> int:
         return int(self[0])
@@ -57,7 +71,7 @@ class Row(list[Any]):
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     def squeeze(self, dim: int = -1) -> Any:
         return self[0]
@@ -65,15 +79,21 @@ class Row(list[Any]):
     def item(self) -> Any:
         return self[0]
 
-    def tolist(self) -> Row:
+    def tolist(self, *_: Any, **__: Any) -> Row:
         return self
 
+    cpu = to = long = tolist
 
-class Places(list[Any]):
+
+class Places(_Answer):
     """What ``nonzero`` of a vector answers: rows of one column, ``[[e], [e]]``; or, flattened, the column."""
 
+    what = "the experts that were hit"
+
     def __getitem__(self, place: Any) -> Any:
-        if isinstance(place, slice):
+        if isinstance(place, tuple) and place == (slice(None), 0):
+            return self.flatten()
+        if not isinstance(place, int):
             raise ExportError("some of the experts that were hit are taken, not all")
         return super().__getitem__(place)
 
@@ -85,11 +105,26 @@ class Places(list[Any]):
 
     view = reshape = lambda self, *_: self.flatten()
 
-    def tolist(self) -> Places:
+    def tolist(self, *_: Any, **__: Any) -> Places:
         return self
 
-    def cpu(self) -> Places:
-        return self
+    cpu = to = long = int = contiguous = detach = tolist
+
+    def numel(self) -> Any:
+        return len(self)
+
+    def dim(self) -> Any:
+        return 2 if any(isinstance(place, Row) for place in self) else 1
+
+    def size(self, dim: Any = None) -> Any:
+        sizes = torch.Size([len(self), 1][: self.dim()])
+        return sizes if dim is None else sizes[dim]
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self.size())
+
+    ndim = property(dim)
 
 
 def is_vector(tensor: torch.Tensor) -> bool:

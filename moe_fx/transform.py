@@ -26,6 +26,7 @@ from moe_fx.passes.raising import raise_layers, register
 from moe_fx.pipeline import Layer, Pass, Stage, Work, run_passes
 from moe_fx.program import META_KEY, ExportedWork, check_inference
 from moe_fx.report import LayerReport, LinearReport, Report
+from moe_fx.vmaps import without_vmaps
 
 __all__ = ["FIND", "WRITE", "check_requirement", "explain", "register", "report", "transform", "work_report"]
 
@@ -73,7 +74,7 @@ def transform(ep: ExportedProgram, config: Config | None = None) -> ExportedProg
     config = config if config is not None else Config()
     if not isinstance(config, Config):
         raise ProgramError(f"the configuration is a moe_fx.Config, not {type(config).__name__}")
-    program = ExportedWork(ep, config.consume)
+    program = ExportedWork(without_vmaps(ep), config.consume)
     earlier = report(ep)
     if earlier is not None and (earlier.layers or earlier.linears):
         return _transformed_again(program, earlier, config)
@@ -97,7 +98,7 @@ def explain(ep: ExportedProgram, config: Config | None = None) -> Report:
     earlier = report(ep)
     if earlier is not None and earlier.layers:
         return earlier
-    work = Work(ExportedWork(ep), config if config is not None else Config())
+    work = Work(ExportedWork(without_vmaps(ep)), config if config is not None else Config())
     check_inference(work.program.graph)
     run_passes(FIND, work)
     plan_layers(work)

@@ -183,3 +183,33 @@ def test_an_expert_of_another_kind_is_named():
             self.experts[2] = torch.nn.Identity()
 
     assert "steps that differ" in refusal(Uneven())
+
+
+def test_an_error_names_the_statement_and_what_was_asked_of_the_experts_that_were_hit():
+    class Sorted(Hit):
+        def forward(self, x):
+            ids = self.router(x).topk(2, dim=-1).indices
+            mask = F.one_hot(ids, NUM_EXPERTS).permute(2, 1, 0)
+            hit = torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero()
+            return sum(self.experts[e](x) for e in hit.argsort(0))
+
+    message = refusal(Sorted())
+    assert "'.argsort' of the experts that were hit: which these are depends on the routing" in message
+    assert "test_export_modules.py" in message
+    assert "for e in hit.argsort(0)" in message
+
+
+def test_the_experts_that_were_hit_are_counted_and_read_by_their_number():
+    class Numbered(Hit):
+        def forward(self, x):
+            weights, ids = self.router(x).softmax(-1).topk(2, dim=-1)
+            mask, out = F.one_hot(ids, NUM_EXPERTS).permute(2, 1, 0), torch.zeros_like(x)
+            hit = torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero()[:, 0]
+            for place in range(hit.numel()):
+                e = hit[place]
+                slot, token = torch.where(mask[e])
+                out.index_add_(0, token, self.experts[e](x[token]) * weights[token, slot, None])
+            return out
+
+    model = Numbered()
+    assert error(exported(model), model) < 1e-6

@@ -194,7 +194,8 @@ def test_a_table_times_itself_is_a_table():
             return table * table
 
     (layer,) = moe_fx.explain(export(Squared())).layers
-    assert layer.error is not None and layer.error < 1e-12
+    assert layer.error is not None
+    assert layer.error < 1e-12
 
 
 def test_scores_of_all_experts_are_no_near_miss():

@@ -88,6 +88,16 @@ def test_a_style_is_raised(name):
     check_raised(name, *exported(STYLES[name]))
 
 
+@torch.no_grad()
+def test_layers_that_share_their_experts_share_what_these_are_quantized_to():
+    model, program = exported(STYLES["dense_loop_called_twice"])
+    config = moe_fx.Config(quantize=moe_fx.Int8WeightOnly(), storage="per_expert")
+    after = moe_fx.transform(program, config)
+    assert len(moe_fx.report(after).layers) == 2
+    x = given((5, 16), 4, model)
+    assert (after.module()(x) - model(x)).abs().max() < 0.05 * model(x).abs().max()
+
+
 @pytest.mark.parametrize("name", products(name for name in STYLES if name not in NOT_YET))
 @torch.no_grad()
 def test_a_style_is_raised_from_core_aten(name):

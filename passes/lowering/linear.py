@@ -147,7 +147,7 @@ def _split(layer: Layer, program: Program, param: Node) -> Callable[[int], Node]
     origin = next((old for old, new in layer.names.items() if weight.fqn in new), weight.fqn)
     if origin in layer.parts:  # the model itself holds one per expert
         names = [held + weight.fqn.removeprefix(origin) for held in layer.parts[origin]]
-    nodes = [program.add_weight(new, weight.tensor[expert]) for expert, new in enumerate(names)]
+    nodes = program.apart(param, names)
     earlier = layer.names.get(origin, (weight.fqn,))
     layer.names[origin] = tuple(new for each in earlier for new in (names if each == weight.fqn else [each]))
     return nodes.__getitem__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from styles.base import (
     BATCHED,
@@ -13,6 +14,7 @@ from styles.base import (
     I,
     Interleaved,
     MoE,
+    Sequence,
     SigmoidWithBias,
     Simple,
     geglu,
@@ -173,3 +175,59 @@ class MaskedRows(Apart):
         h = F.silu(torch.einsum("teh,ehi->tei", rows, self.w_gate)) * torch.einsum("teh,ehi->tei", rows, self.w_up)
         y = torch.einsum("tei,eih->teh", h, self.w_down)
         return torch.einsum("teh,te->th", y, (hot * weights.unsqueeze(-1)).sum(1))
+
+
+@style("vmap_over_experts")
+class VmapExperts(Apart):
+    """One expert as a function of its weights, mapped over all."""
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+
+        def expert(gate, up, down):
+            return self.act(x @ gate, x @ up) @ down
+
+        every = torch.vmap(expert)(self.w_gate, self.w_up, self.w_down)
+        table = torch.zeros(x.shape[0], self.E).scatter(1, ids, weights)
+        return torch.einsum("eth,te->th", every, table)
+
+
+@style("vmap_functional_call")
+class VmapModules(MoE):
+    """One module, called with the stacked parameters of all experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        experts = [Sequence() for _ in range(self.E)]
+        stacked, _ = torch.func.stack_module_state(experts)
+        self.keys = list(stacked)
+        self.stacks = nn.ParameterList(nn.Parameter(each.detach()) for each in stacked.values())
+        self.__dict__["one"] = experts[0].to("meta").eval()
+
+    def expert(self, rows, e):
+        parameters = {key: stack[e] for key, stack in zip(self.keys, self.stacks, strict=True)}
+        return torch.func.functional_call(self.__dict__["one"], parameters, (rows,))
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        every = torch.vmap(lambda given: torch.func.functional_call(self.__dict__["one"], given, (x,)))(
+            dict(zip(self.keys, self.stacks, strict=True))
+        )
+        table = torch.zeros(x.shape[0], self.E).scatter(1, ids, weights)
+        return (every * table.t().unsqueeze(-1)).sum(dim=0)
+
+
+@style("vmap_over_tokens")
+class VmapTokens(Apart):
+    """One token, its experts' weights gathered, mapped over all."""
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+
+        def token(row, chosen, scale):
+            h = self.act(
+                torch.einsum("h,khi->ki", row, self.w_gate[chosen]), torch.einsum("h,khi->ki", row, self.w_up[chosen])
+            )
+            return torch.einsum("ki,kih,k->h", h, self.w_down[chosen], scale)
+
+        return torch.vmap(token)(x, ids, weights)
