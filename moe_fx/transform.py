@@ -16,6 +16,7 @@ from moe_fx.passes.normalize import (
     inline_regions,
     merge_equal_values,
     spell,
+    spell_nonzero_lists,
     spell_parts,
 )
 from moe_fx.passes.normalize.spelling import leftover as not_normal
@@ -40,6 +41,7 @@ def _normalize(work: Work) -> None:
     merge_equal_values(work.program.graph, work.written)
     spell(work.program.graph)  # what a no-op stood between
     spell_parts(work.program.graph)
+    spell_nonzero_lists(work.program.graph)
 
 
 FIND = (

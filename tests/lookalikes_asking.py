@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from lookalikes_bins import LOOKALIKES, lookalike
 from styles.base import ASKS, Listed
+from styles.dispatcher import Gated, SparseDispatcher
 
 __all__ = ["LOOKALIKES"]
 
@@ -255,3 +256,34 @@ class FirstRow(Listed):
         table = torch.zeros(x.shape[0], self.E)
         table[torch.arange(1).unsqueeze(1), ids] = weights
         return sum(table[:, e : e + 1] * expert(x) for e, expert in enumerate(self.experts))
+
+
+class Dispatched(Gated, Listed):
+    """Rows in parts, by a list of the places where gates are not zero."""
+
+    def forward(self, x):
+        dispatcher = SparseDispatcher(self.E, self.gates(x))
+        rows = dispatcher.dispatch(x)
+        return dispatcher.combine(self.results(rows, dispatcher))
+
+    def results(self, rows, dispatcher):
+        return [self.experts[e](rows[e]) for e in range(self.E)]
+
+
+@lookalike("dispatcher_first_expert_twice", "the second expert does what the first does")
+class FirstTwice(Dispatched):
+    def results(self, rows, dispatcher):
+        return [self.experts[0](rows[0]), *(self.experts[e // 2](rows[e]) for e in range(1, self.E))]
+
+
+@lookalike("dispatcher_rows_turned_around", "a token takes the result of another")
+class TurnedAround(Dispatched):
+    def results(self, rows, dispatcher):
+        return [self.experts[e](rows[e].flip(0)) for e in range(self.E)]
+
+
+@lookalike("dispatcher_gates_twice", "results are scaled by the weights of others")
+class GatesTwice(Dispatched):
+    def results(self, rows, dispatcher):
+        gates = dispatcher.expert_to_gates()
+        return [self.experts[e](rows[e]) * gates[(e + 1) % self.E].sum() for e in range(self.E)]

@@ -21,6 +21,7 @@ NOT_DECOMPOSED = (
     "all_experts_einsum_gate_in_contraction",
     "all_experts_gather_arange_scatter_add_llama4",
     "gathered_top1_baddbmm",
+    "modulelist_sparse_dispatcher",
     "one_hot_dispatch_combine_tec_gshard",
     "one_hot_dispatch_switch_mesh",
     "one_hot_dispatch_without_weights_tec",
@@ -28,6 +29,7 @@ NOT_DECOMPOSED = (
     "one_hot_sec_top1_deepspeed",
     "one_hot_switch_mesh_capacity",
     "one_hot_weights_per_slot_matmul",
+    "stacked_sparse_dispatcher",
 )
 
 #: decomposed, one for each spelling that decompositions have of their own; the rest is the exhaustive product

@@ -10,9 +10,11 @@ from moe_fx.passes.normalize.cut_rows import spell_parts
 from moe_fx.passes.normalize.equal_values import merge_equal_values
 from moe_fx.passes.normalize.functional import functionalize
 from moe_fx.passes.normalize.masks import flatten_masks
+from moe_fx.passes.normalize.nonzero_lists import spell_nonzero_lists
 from moe_fx.passes.normalize.regions import inline_regions
 from moe_fx.passes.normalize.spelling import drop_no_ops, spell
 
 __all__ = [
-    "drop_no_ops", "flatten_masks", "functionalize", "inline_regions", "merge_equal_values", "spell", "spell_parts",
+    "drop_no_ops", "flatten_masks", "functionalize", "inline_regions", "merge_equal_values", "spell",
+    "spell_nonzero_lists", "spell_parts",
 ]  # fmt: skip

@@ -1,0 +1,114 @@
+"""All places where a table holds something, sorted by its columns and cut by their counts: column after column.
+
+order = nonzero(table).sort(0)[1][:, 1]
+token = nonzero(table)[order, 0]                      => token_e = where(table[:, e] != 0)[0], for each column e
+rows = x[token].split((table > 0).sum(0).tolist())    => rows_e = x[token_e]
+out.index_add(0, token, cat(f_e(rows_e)) * weight)    => out.index_add(0, token_e, f_e(rows_e) * table[token_e, e])
+
+Which of a column's places come first, a sort that is not stable leaves open: one order is as good as another.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from moe_fx.matcher import Match, arguments, match, op_name
+from moe_fx.pattern import ANY, As, Last, OneOfValues, Var, aten, call, either, item, optional
+from moe_fx.rewrite import Emitter, FakeValues, erase_dead, only_asserted, replace
+from moe_fx.shapes import shape_of, tensor_of
+
+__all__ = ["spell_nonzero_lists"]
+
+_aten = torch.ops.aten
+
+table = Var("table", rank=2)
+ordered = As("sorted", aten.sort(aten.nonzero(table), 0))
+order = As("order", aten.select(item(ordered, 1), 1, 1))
+token = As("token", aten.index(aten.select(aten.nonzero(table), 1, 0), [order]))
+column = As("column", item(aten.split_with_sizes(item(ordered, 0), [1, 1], Last(1)), 1))
+weights = As("weights", aten.gather(As("looked_up", aten.index(table, [token])), 1, column))
+weighted = As("weighted", aten.mul(As("joined", aten.cat(ANY, 0)), weights))
+ADDED = aten.index_add(Var("base"), 0, token, optional(lambda rows: aten.to(rows, Var("dtype")), weighted))
+#: how many places a column has: of a table that holds negative numbers, the two would not be equal, and cut nothing
+counts = aten.sum(either(aten.gt(table, 0), aten.ne(table, 0)), [OneOfValues(0, -2)])
+
+
+def spell_nonzero_lists(graph: Graph) -> None:
+    """Rewrite every sum of rows that are read and added by such a list."""
+    for node in list(graph.nodes):
+        found = match(ADDED, node) if op_name(node) == "aten::index_add" else None
+        if not isinstance(found, Match):
+            continue
+        columns, parts = (shape_of(found["table"]) or (0, 0))[1], arguments(found["joined"])["tensors"]
+        splits = _splits(found, node, columns)
+        if splits is not None and len(parts) == columns:
+            _rewrite(found, node, parts, splits)
+
+
+def _splits(found: Match, root: Node, columns: Any) -> list[Node] | None:
+    """The calls that cut the rows read; None where the list is read in any other way."""
+    inner = {root, found["looked_up"]}
+    readers = [user for user in found["token"].users if user not in inner]
+    cut = [user for reader in readers for user in reader.users if not only_asserted(user)]
+    plain = all(op_name(reader) == "aten::index" and reader.args[1] == [found["token"]] for reader in readers)
+    # Nothing else may go by the order that the sort chose.
+    alone = all(
+        only_asserted(user) or user is found[reader]
+        for value, reader in (("order", "token"), ("looked_up", "weights"), ("weights", "weighted"))
+        for user in found[value].users
+    )
+    by_counts = all(op_name(split) == "aten::split_with_sizes" and _by_counts(split, found, columns) for split in cut)
+    return cut if cut and plain and alone and by_counts else None
+
+
+def _by_counts(split: Node, found: Match, columns: Any) -> bool:
+    given = arguments(split)
+    number = call("aten::item", "aten::_local_scalar_dense", args=(ANY,))
+    sizes = given["split_sizes"]
+    if given["dim"] != 0 or len(sizes) != columns:
+        return False
+    for place, size in enumerate(sizes):
+        each = either(item(aten.unbind(counts), place), aten.select(counts, 0, place))
+        told = match(number, size)
+        if not isinstance(told, Match) or not isinstance(match(each, size.args[0], {"table": found["table"]}), Match):
+            return False
+    return True
+
+
+def _rewrite(found: Match, root: Node, parts: list[Node], splits: list[Node]) -> None:
+    graph, held = root.graph, found["table"]
+    values = FakeValues(held.meta["val"].fake_mode)
+    emit = Emitter(graph, found["token"], values)
+    tokens, ones = [], []
+    for place in range(len(parts)):
+        one = emit(_aten.select.int, held, 1, place)
+        ones.append(one)
+        mask = emit(_aten.ne.Scalar, one, 0)
+        size = tensor_of(parts[place]).shape[0]
+        with graph.inserting_before(found["token"]):
+            where = graph.call_function(_aten.where.default, (mask,))
+            tokens.append(graph.call_function(operator.getitem, (where, 0)))
+        with values.fake_mode:
+            tokens[-1].meta["val"] = found["token"].meta["val"].new_empty((size,))
+        where.meta["val"] = [tokens[-1].meta["val"]]
+    for split in splits:
+        rows = split.args[0].args[0]
+        for part in [user for user in split.users if user.target is operator.getitem]:
+            at: Any = part.args[1]
+            with graph.inserting_before(split):
+                read = graph.call_function(_aten.index.Tensor, (rows, [tokens[at]]))
+            read.meta.update(part.meta)
+            replace(part, read)
+    emit = Emitter(graph, root, values)
+    out = found["base"]
+    for one, at, part in zip(ones, tokens, parts, strict=True):
+        result = emit(_aten.mul.Tensor, part, emit(_aten.index.Tensor, emit(_aten.unsqueeze.default, one, 1), [at]))
+        if "dtype" in found.bindings:
+            result = emit(_aten.to.dtype, result, found["dtype"])
+        out = emit(_aten.index_add.default, out, 0, at, result)
+    replace(root, out)
+    erase_dead(graph, [root])
