@@ -287,3 +287,30 @@ class GatesTwice(Dispatched):
     def results(self, rows, dispatcher):
         gates = dispatcher.expert_to_gates()
         return [self.experts[e](rows[e]) * gates[(e + 1) % self.E].sum() for e in range(self.E)]
+
+
+@lookalike("tokens_by_number_of_another_count", "slots are counted through in another order than ids stand")
+class OtherNumbers(Listed):
+    def forward(self, x):
+        ids, weights = self.router(x)
+        flat, scale = ids.reshape(-1), weights.reshape(-1)
+        number = torch.arange(x.shape[0]).repeat(self.K)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            mask = flat == e
+            out.index_add_(0, number[mask], expert(x[number[mask]]) * scale[mask].unsqueeze(-1))
+        return out
+
+
+@lookalike("column_of_the_next_expert", "rows are weighted by the probability of another expert")
+class NextColumn(Listed):
+    K = 1
+
+    def forward(self, x):
+        probs = self.router.linear(x).softmax(dim=-1)
+        ids = probs.argmax(dim=-1)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            mask = ids == e
+            out[mask] = expert(x[mask]) * probs[mask, (e + 1) % self.E].unsqueeze(-1)
+        return out

@@ -48,10 +48,10 @@ def _flatten(node: Node, mask: Node, emit: Emitter) -> None:
     given = arguments(node)
     source, rank = given["self"], len(shape_of(mask) or ())
     shape: tuple[Any, ...] = shape_of(source) or ()
-    rows = emit(aten.reshape.default, source, [-1, *shape[rank:]])
+    rows = emit(aten.reshape.default, source, [-1, *shape[rank:]]) if shape[rank:] else _in_one(source, emit)
     if op_name(mask) == "aten::eq" and not isinstance(mask.args[1], Node):
         # The mask of one number is that of the same in one dimension.
-        flat = emit(mask.target, emit(aten.reshape.default, mask.args[0], [-1]), mask.args[1])
+        flat = emit(mask.target, _in_one(mask.args[0], emit), mask.args[1])
     else:
         flat = emit(aten.reshape.default, mask, [-1])
     with emit.graph.inserting_before(node):
@@ -63,3 +63,12 @@ def _flatten(node: Node, mask: Node, emit: Emitter) -> None:
         made = emit(aten.reshape.default, made, sizes)
     replace(node, made)
     erase_dead(emit.graph, [node])
+
+
+def _in_one(value: Node, emit: Emitter) -> Node:
+    """A value in one dimension; a column of it stays a column."""
+    if op_name(value) == "aten::select":
+        given, shape = arguments(value), shape_of(value.args[0]) or ()
+        if given["dim"] in (-1, len(shape) - 1) and isinstance(shape[-1], int) and isinstance(given["index"], int):
+            return emit(aten.select.int, emit(aten.reshape.default, given["self"], [-1, shape[-1]]), 1, given["index"])
+    return emit(aten.reshape.default, value, [-1])

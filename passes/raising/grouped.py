@@ -118,6 +118,7 @@ PIECES: tuple[Piece, ...] = (
     Dispatch(SORTED, aten.gather(Var("tokens", rank=2), 0, wide)),
     Slot(SORTED, aten.index(aten.reshape(Var("slot", rank=(2, 3)), ANY), [perm])),
     Slot(SORTED, aten.index(aten.unsqueeze(aten.reshape(Var("slot", rank=2), ANY), Last(1)), [perm])),
+    Slot(SORTED, aten.index(Var("slot", rank=1), [perm])),  # one for each token
     View(SORTED, aten.index(rows, [perm]), to=TOKEN_MAJOR),
     ExpertLinear(SORTED, grouped_mm(transposed), "sort_grouped_mm"),
     ExpertLinear(SORTED, grouped_mm(weight), "sort_grouped_mm", transposed=True),

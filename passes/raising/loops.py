@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from moe_fx.passes.raising.pieces import HITS, Column, Dispatch, Piece, Slot
+from moe_fx.passes.raising.pieces import HITS, Column, Dispatch, Piece, Slot, arange, widened_arange
 
 from moe_fx.pattern import ANY, As, AtLeast, Last, OneOfValues, Pattern, Var, aten, call, either, item, optional
 
@@ -114,13 +114,17 @@ def by_token(expert: Pattern, mask: Pattern, slots: Pattern | None) -> tuple[Loo
 def by_flat_slot(expert: Pattern) -> tuple[Loop, ...]:
     """Loops over the slots of an expert, numbered through: slot ``i`` is one of token ``i // top_k``."""
     found = []
+    top_k = Var("top_k")
+    numbers = either(*(aten.repeat_interleave(arange(), top_k, *dim) for dim in ((), (ANY,))), widened_arange())
     mask = aten.eq(aten.reshape(Var("ids", rank=2), ANY), expert)
-    for slot in all_places(mask):
-        token = aten.floor_divide(slot, Var("top_k"))
+    for slot in (mask, *all_places(mask)):
+        token: Pattern = aten.index(numbers, [slot])
+        token = token if slot is mask else either(aten.floor_divide(slot, top_k), token)
         weight = aten.reshape(slot_value, ANY)
         pieces = (
             Slot(HITS, aten.index(optional(lambda s: aten.unsqueeze(s, Last(1)), weight), [slot])),
-            Dispatch(HITS, aten.index(aten.repeat_interleave(Var("tokens", rank=2), Var("top_k"), 0), [slot])),
+            Slot(HITS, aten.unsqueeze(aten.index(weight, [slot]), Last(1))),
+            Dispatch(HITS, aten.index(aten.repeat_interleave(Var("tokens", rank=2), top_k, 0), [slot])),
             *dispatch(token),
         )
         found.append(Loop(adds(token), pieces, aten.select(Var("param"), 0, expert), once=False))
@@ -176,6 +180,7 @@ def columns(expert: Pattern, token: Pattern, slots: Pattern | None) -> tuple[Pie
     ]
     if slots is not None:
         pieces += [of_token(token, sums(slots)), of_token(token, sums(slots, keepdim=True))]
+        pieces.append(of_token(token, aten.reshape(sums(slots), [-1])))
     return tuple(pieces)
 
 
@@ -224,7 +229,7 @@ LOOPS = (
     *masked(aten.transpose(one_hot, 0, 2), token_dim=1),  # [E, K, T]
     *masked(aten.permute(one_hot, [2, 0, 1]), token_dim=0),  # [E, T, K]
     *by_slot(literal, slots_of, token_dim=0),
-    *by_token(literal, token_of, slots_of),
+    *by_token(literal, token_of, any_slots_of),
     *by_flat_slot(literal),
     *by_table(literal),
 )

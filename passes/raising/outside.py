@@ -265,18 +265,22 @@ class Outside:
         return None
 
     def inlined(
-        self, found: Region, node: Node, place: Place, rows: Place = (), by_token: Collection[Node] = ()
-    ) -> Value | Miss:
+        self, found: Region, node: Node, place: Place, rows: Place = (), by_token: Collection[Node] = (),
+        tables: Collection[Node] = (),
+    ) -> Value | Miss:  # fmt: skip
         """What another walk found, written into this body. Its rows are tokens, or ``rows`` of this walk.
 
-        Some are read ``by_token``: for a slot, the row of its token.
+        Some are read ``by_token``: for a slot, the row of its token. Of ``tables`` it is what they hold for its id.
         """
         given = []
         for kind, outside in (("x", [found.tokens]), ("s", found.slots)):
             for each in outside:
                 shape = found.features[each]
                 row: Value | Miss
-                if rows:
+                if each in tables:
+                    self.tables.add(each)
+                    row = self.body.reshaped(self.row(kind, each, ()), shape)
+                elif rows:
                     rank = len(shape_of(each) or ())
                     outer_rows = (self.tokens,) if each in by_token else rows
                     inner: Place = tuple((size,) if size > 1 else () for size in shape)

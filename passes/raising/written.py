@@ -29,7 +29,7 @@ from torch.fx import Node
 
 from moe_fx.constants import filled_with
 from moe_fx.matcher import Match, Miss, match
-from moe_fx.pattern import As, Var, aten, either
+from moe_fx.pattern import As, AtLeast, Last, Var, aten, either, optional
 from moe_fx.shapes import shape_of
 
 __all__ = ["ids_written", "written"]
@@ -43,6 +43,9 @@ STEP = either(
     aten.index_put(Var("base"), [token, slot], Var("written")),
 )
 CUT = aten.index(Var("rows"), [Var("at")])
+COLUMN = optional(
+    lambda column: aten.unsqueeze(column, Last(1)), aten.select(Var("table", rank=2), Last(1), As("expert", AtLeast(0)))
+)
 CUT_BY_SLOT = aten.index(Var("rows"), [Var("at"), Var("slot_at")])
 
 
@@ -79,6 +82,7 @@ def written(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
         if isinstance(region, Miss):
             return walk.note(dataclasses.replace(region, bindings=dict(walk.bindings), depth=FAR))
         regions.append(region)
+    regions, tables = _by_table(regions, experts)
     merged = merge_steps(regions)
     if isinstance(merged, Miss):
         return walk.note(dataclasses.replace(merged, bindings=dict(walk.bindings), depth=FAR))
@@ -90,7 +94,25 @@ def written(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
     chain = {step for step, _ in steps}
     interior = set().union(*(region.interior for region in regions), *map(set, cuts), chain)
     merged = dataclasses.replace(merged, root=node, interior=interior, form="written_rows")
-    return walk.inlined(merged, node, place, rows=place[:rank], by_token=by_token)
+    return walk.inlined(merged, node, place, rows=place[:rank], by_token=by_token, tables=tables)
+
+
+def _by_table(regions: list[Region], experts: list[int]) -> tuple[list[Region], set[Node]]:
+    """Where each expert's rows take its own column of one table, they take what it holds for their id."""
+    tables: set[Node] = set()
+    for place in range(min(len(region.slots) for region in regions)):
+        columns = [match(COLUMN, region.slots[place]) for region in regions]
+        told = [(each["table"], each["expert"]) for each in columns if isinstance(each, Match)]
+        if len(told) < len(regions) or [at for _, at in told] != experts or len({table for table, _ in told}) > 1:
+            continue
+        table, changed = told[0][0], []
+        tables.add(table)
+        for region in regions:
+            slots = [*region.slots[:place], table, *region.slots[place + 1 :]]
+            features = {**region.features, table: region.features[region.slots[place]]}
+            changed.append(dataclasses.replace(region, slots=slots, features=features))
+        regions = changed
+    return regions, tables
 
 
 def _cuts(found: Match) -> dict[Node, Node]:

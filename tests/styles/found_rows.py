@@ -12,6 +12,7 @@ from styles.base import (
     GroupLimited,
     H,
     Listed,
+    MaxOfSoftmax,
     ReLU2,
     Sequence,
     Sorted,
@@ -258,3 +259,100 @@ class SlotsWrittenByMask(Listed):
             mask = ids == e
             results[mask] = expert(rows[mask])
         return (results * weights[..., None]).sum(dim=1)
+
+
+@style("modulelist_tokens_by_number")
+class TokensByNumber(Listed):
+    """Slots numbered through, and the number of each one's token, both by a mask."""
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        flat, scale = ids.reshape(-1), weights.reshape(-1)
+        number = torch.arange(x.shape[0]).repeat_interleave(self.K)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            mask = flat == e
+            token = number[mask]
+            out.index_add_(0, token, expert(x[token]) * scale[mask].unsqueeze(-1))
+        return out
+
+
+@style("stacked_tokens_by_number_expanded", **ASKS)
+class TokensByNumberExpanded(Stacked):
+    K = 3
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        flat, scale = ids.view(-1), weights.view(-1)
+        number = torch.arange(x.shape[0]).unsqueeze(1).expand(-1, self.K).reshape(-1)
+        out = torch.zeros_like(x)
+        for e in range(self.E):
+            mask = flat == e
+            if mask.any():
+                out.index_add_(0, number[mask], self.expert(x[number[mask]], e) * scale[mask, None])
+        return out
+
+
+@style("modulelist_where_weights_batched", **ASKS, **BATCHED)
+class WhereBatched(Listed):
+    """[B, S, H] all the way; an expert's weight is chosen by ``torch.where``."""
+
+    def forward(self, x):
+        ids, weights = self.router(x.flatten(0, 1))
+        ids, weights = ids.unflatten(0, x.shape[:2]), weights.unflatten(0, x.shape[:2])
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            mask = (ids == e).any(dim=-1)
+            if mask.any():
+                weight = torch.where(ids == e, weights, torch.zeros_like(weights)).sum(dim=-1)
+                out[mask] += expert(x[mask]) * weight[mask].unsqueeze(-1)
+        return out
+
+
+@style("modulelist_slots_and_experts_batched", **BATCHED)
+class SlotsBatched(Listed):
+    kind = ReLU2
+
+    def forward(self, x):
+        ids, weights = self.router(x.flatten(0, 1))
+        ids, weights = ids.unflatten(0, x.shape[:2]), weights.unflatten(0, x.shape[:2])
+        out = torch.zeros_like(x)
+        for k in range(self.K):
+            for e, expert in enumerate(self.experts):
+                mask = ids[..., k] == e
+                out[mask] += expert(x[mask]) * weights[..., k][mask].unsqueeze(-1)
+        return out
+
+
+@style("modulelist_weighted_rows_written_top1", **ASKS)
+class WeightedRowsWritten(Listed):
+    """One expert per token, whose weight is a vector."""
+
+    K = 1
+    route = MaxOfSoftmax
+
+    def forward(self, x):
+        weights, ids = self.router.linear(x).softmax(dim=-1).max(dim=-1)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            rows = (ids == e).nonzero(as_tuple=True)[0]
+            if rows.numel() > 0:
+                out[rows] = expert(x[rows]) * weights[rows].unsqueeze(-1)
+        return out
+
+
+@style("modulelist_column_rows_written_top1")
+class ColumnRowsWritten(Listed):
+    """One expert per token, whose weight stands in its column of all probabilities."""
+
+    K = 1
+    route = MaxOfSoftmax
+
+    def forward(self, x):
+        probs = self.router.linear(x).softmax(dim=-1)
+        ids = probs.argmax(dim=-1)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            mask = ids == e
+            out[mask] = expert(x[mask]) * probs[mask, e].unsqueeze(-1)
+        return out
