@@ -61,10 +61,13 @@ class Known:
             return dataclasses.replace(first, kind="rows")
         if first.kind == "rows":
             return first if func in READS and _of_every_row(args[1]) else None
+        if first.kind == "mask" and func in TOTALS[:2] and args[0].is_floating_point():
+            return None  # weights of either sign may add up to anything
         if first.kind == "mask" and func in TOTALS and (result.dim() == 0 or first.expert is None):
             return dataclasses.replace(first, kind="count")
         if first.kind == "mask" and func in POSITIVE and literal == 0:
-            return first
+            signed = func not in POSITIVE[-3:] and args[0].is_floating_point()
+            return dataclasses.replace(first, positive=True) if signed else first
         if first.kind == "mask" and func in TOTALS[2:4]:
             return first  # over the slots of a token
         if first.kind != "count":
@@ -100,11 +103,17 @@ class Known:
         if func in BINS and result.dim() == 1:
             bins = kwargs.get("minlength", args[2] if len(args) > 2 else None)
             return Meaning("count", self.origin(args[0]), None, total=args[0].numel(), bins=bins, ids=args[0])
-        if func in SCATTERS:
+        if func in SCATTERS and isinstance((*args, None, None)[3], int | float):
             self._masks += [(args[0], args[2]), (result, args[2])]
         if func is F.one_hot:
             self._masks.append((result, args[0]))
         if func in TOTALS:
+            if (
+                func in TOTALS[:2]
+                and args[0].is_floating_point()
+                and not any(args[0] is mask for mask, _ in self._masks)
+            ):
+                return None
             return self.counted(args[0], kwargs.get("dim", args[1] if len(args) > 1 else None), result)
         return None
 
@@ -132,6 +141,8 @@ class Known:
         if func in CHOICES:
             place, default = CHOICES[func], 2 if func in (torch.topk, Tensor.topk) else 1
             dim = kwargs.get("dim", args[default] if len(args) > default else None)
+            if not isinstance(dim, int | None):
+                return  # the larger of two tensors
             last = dim in (-1, args[0].dim() - 1) or (dim is None and func not in (torch.argmax, Tensor.argmax))
             if last and isinstance(args[0].shape[-1], int) and (place is None or isinstance(result, tuple)):
                 self._ranges.append((result if place is None else result[place], args[0].shape[-1]))

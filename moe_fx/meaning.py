@@ -46,19 +46,22 @@ class Meaning:
     """What a tensor says of the rows of an expert.
 
     ``kind``: "mask" where they are, "rows" their places, "count" how many there are, or whether there are any (``no``:
-    whether there are none). ``source``: the tensor that it was read from, which says it of all experts. ``total``: of
-    counts, how many ids were counted, and ``bins`` how many experts there are, if that is known. ``ids``:
-    what was counted. ``ends``: the counts were added up, one expert after the other; this is what they were.
+    whether there are none). ``positive``: of weights, those above zero only. ``source``: the tensor that it was read
+    from, which says it of all experts. ``total``: of counts, how many ids were counted, and ``bins`` how many experts
+    there are, if that is known. ``ids``: what was counted. ``ends``: the counts were added up, one expert after the
+    other; this is what they were.
     """
 
     kind: str
     source: Tensor
     expert: int | None
     no: bool = False
+    positive: bool = False
     total: Any = None
     bins: Any = None
     ids: Tensor | None = None
     ends: Tensor | None = None
 
     def same_expert(self, other: Meaning) -> bool:
-        return self.source is other.source and self.expert == other.expert
+        same = self.source is other.source and self.expert == other.expert
+        return same and self.positive == other.positive

@@ -314,3 +314,47 @@ class NextColumn(Listed):
             mask = ids == e
             out[mask] = expert(x[mask]) * probs[mask, (e + 1) % self.E].unsqueeze(-1)
         return out
+
+
+class ByRawGates(Listed):
+    """Gates of either sign; what is asked of them is not what chooses the rows."""
+
+    def forward(self, x):
+        scores, ids = self.router.linear(x).topk(self.K, dim=-1)
+        gates = torch.zeros(x.shape[0], self.E).scatter(1, ids, scores)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            rows = gates[:, e].nonzero(as_tuple=True)[0]
+            if self.asked(gates, e):
+                out.index_add_(0, rows, expert(x[rows]) * gates[rows, e, None])
+        return out
+
+
+@lookalike("raw_gates_with_a_positive_sum", "an expert is left out if its weights add up to less than zero", **ASKS)
+class PositiveSum(ByRawGates):
+    def asked(self, gates, e):
+        return gates[:, e].sum() > 0
+
+
+@lookalike("raw_gates_with_a_positive_total", "the same, of the totals of all experts", **ASKS)
+class PositiveTotal(ByRawGates):
+    def asked(self, gates, e):
+        return gates.sum(0)[e] > 0
+
+
+@lookalike("raw_gates_with_any_above_zero", "an expert is left out if all of its weights are negative", **ASKS)
+class AnyAboveZero(ByRawGates):
+    def asked(self, gates, e):
+        return (gates[:, e] > 0).any()
+
+
+@lookalike("mask_of_halves", "cast to whole numbers, a half is no yes")
+class Halves(Listed):
+    def forward(self, x):
+        probs = self.router.linear(x).softmax(dim=-1)
+        mask = torch.zeros_like(probs).scatter(1, probs.topk(self.K, dim=-1).indices, 0.5).long().bool()
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            rows = mask[:, e]
+            out[rows] += expert(x[rows]) * probs[rows, e, None]
+        return out

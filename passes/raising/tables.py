@@ -101,8 +101,8 @@ def ids_of_mask(table: Node) -> Node | None:
         (table,) = table.all_input_nodes
     found = match(SCATTERED_NUMBER, table)
     if isinstance(found, Match):
-        number = isinstance(found["number"], int | float) and found["number"] != 0
-        return found["ids"] if number and filled_with(found["base"]) == 0 else None
+        one = isinstance(found["number"], int | float) and found["number"] == 1  # a cast may make others zero
+        return found["ids"] if one and filled_with(found["base"]) == 0 else None
     found = match(SOME, table)
     return found["ids"] if isinstance(found, Match) else None
 
