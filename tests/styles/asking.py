@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from styles.base import ASKS, BestThenSoftmax, GeGLU, H, Listed, ReLU2, Sorted, Stacked, style
+from styles.base import ASKS, Apart, BestThenSoftmax, GeGLU, H, Listed, ReLU2, Sorted, Stacked, style
 
 
 @style("modulelist_len_of_places", **ASKS)
@@ -201,3 +201,28 @@ class ResultsJoined(Stacked):
             tokens.append(token)
             results.append(self.expert(x[token], e) * weights[token, slot, None])
         return torch.zeros_like(x).index_add(0, torch.cat(tokens), torch.cat(results))
+
+
+@style("stacked_sequential_gemm_index_copy_aria", **ASKS)
+class Aria(Apart):
+    """Aria of transformers 4.57: each product apart, written to slices of a buffer; put back by ``index_copy_``."""
+
+    def sequential_gemm(self, tokens, weight, counts):
+        out = torch.zeros(tokens.shape[0], weight.shape[-1], dtype=tokens.dtype)
+        ends = torch.cumsum(counts, dim=0)
+        ends = torch.cat((torch.zeros(1, dtype=torch.long), ends))
+        for e in range(weight.shape[0]):
+            start, end = ends[e], ends[e + 1]
+            out[start:end] = torch.matmul(tokens[start:end], weight[e])
+        return out
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        counts = torch.histc(ids.flatten().float(), bins=self.E, min=0, max=self.E - 1).long()
+        order = torch.argsort(ids.view(-1))
+        rows = x.index_select(0, order // self.K)
+        h = self.act(self.sequential_gemm(rows, self.w_gate, counts), self.sequential_gemm(rows, self.w_up, counts))
+        results = self.sequential_gemm(h, self.w_down, counts)
+        back = torch.zeros(x.shape[0] * self.K, H)
+        back.index_copy_(0, order, results)
+        return (back.view(-1, self.K, H) * weights.unsqueeze(-1)).sum(dim=1)
