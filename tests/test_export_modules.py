@@ -213,3 +213,22 @@ def test_the_experts_that_were_hit_are_counted_and_read_by_their_number():
 
     model = Numbered()
     assert error(exported(model), model) < 1e-6
+
+
+def test_a_layer_that_asks_nothing_may_stand_beside_one_that_does():
+    class Silent(Asking):
+        def empty(self, token, mask):
+            return False
+
+    class Both(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = Silent(), Asking()
+
+        def forward(self, x):
+            return self.second(x + self.first(x))
+
+    model = Both()
+    program = exported(model)
+    assert len(moe_fx.explain(program).layers) == 2
+    assert error(program, model) < 1e-6
