@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from moe_fx.passes.lowering.slots import flat, operands, rows_by_slot, sum_over_slots
+from moe_fx.passes.lowering.slots import beside, flat, operands, rows_by_slot, sum_over_slots
 from moe_fx.passes.lowering.table import RoutedRows, expert_linear_call
 from torch.fx import Node
 
@@ -60,7 +60,7 @@ def lower_to_linear(layer: Layer, program: Program, emit: Emitter) -> tuple[Node
         weights = [parts(expert) for parts in split]
         own = [slot(expert) for slot in own_slots] if by_token else flat_slots
         output = emit.inline(layer.body, [tokens, *own, *weights, *shared], {expert_linear: linear, per_row: shown})
-        hit = met(expert) if by_token else emit(aten.unsqueeze.default, emit(aten.eq.Scalar, ids, expert), -1)
+        hit = beside(emit, met(expert) if by_token else emit(aten.eq.Scalar, ids, expert), output)
         value = tensor_of(output)
         zero[:] = zero or [emit(aten.scalar_tensor.default, 0.0, dtype=value.dtype, device=value.device)]
         output = emit(aten.where.self, hit, output, zero[0])

@@ -12,7 +12,7 @@ from moe_fx.pipeline import Layer
 from moe_fx.rewrite import Emitter
 from moe_fx.shapes import shape_of, tensor_of
 
-__all__ = ["flat", "operands", "rows_by_slot", "sum_over_slots", "zero_unless"]
+__all__ = ["beside", "flat", "operands", "rows_by_slot", "sum_over_slots", "zero_unless"]
 
 aten = torch.ops.aten
 
@@ -46,9 +46,16 @@ def sum_over_slots(emit: Emitter, rows: Node, top_k: int) -> Node:
     return emit(aten.sum.dim_IntList, emit(aten.reshape.default, rows, [-1, top_k, *shape[1:]]), [1])
 
 
+def beside(emit: Emitter, condition: Node, rows: Node) -> Node:
+    """``condition [R]``, or ``[R, 1]``, with as many dimensions as ``rows [R, ...]`` has."""
+    for _ in range(len(shape_of(rows) or ()) - len(shape_of(condition) or ())):
+        condition = emit(aten.unsqueeze.default, condition, -1)
+    return condition
+
+
 def zero_unless(emit: Emitter, condition: Node, rows: Node) -> Node:
-    """``rows [R, N]`` where ``condition [R]`` holds, elsewhere zero (whatever stands there, NaN too)."""
-    wide = emit(aten.unsqueeze.default, condition, -1)
+    """``rows [R, ...]`` where ``condition [R]`` holds, elsewhere zero (whatever stands there, NaN too)."""
+    wide = beside(emit, condition, rows)
     dtype = tensor_of(rows).dtype
     zero = emit(aten.scalar_tensor.default, 0.0, dtype=dtype, device=tensor_of(rows).device)
     return emit(aten.where.self, wide, rows, zero)

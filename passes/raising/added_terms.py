@@ -166,7 +166,8 @@ def _steps(
     if isinstance(merged, Miss):
         return merged
     interior = set().union(*(region.interior for region in regions))
-    return dataclasses.replace(merged, root=root, interior=interior)
+    # Experts of one stack may be fewer than the stack holds: whether these are all, is asked when all else is known.
+    return dataclasses.replace(merged, root=root, interior=interior, visits=[tuple(sorted(numbers))])
 
 
 def _between(root: Node, value: Node) -> set[Node]:

@@ -23,7 +23,7 @@ from moe_fx.passes.raising.axes import (
     size_of,
 )
 from moe_fx.passes.raising.pieces import LOCAL
-from moe_fx.passes.raising.region import Region
+from moe_fx.passes.raising.region import Region, told_of_ids
 from moe_fx.passes.raising.tables import Slots, is_step, read_table
 from moe_fx.passes.raising.through import Through, is_view, through
 from moe_fx.passes.raising.writer import EXPERTS_OWN, ROWS, SHARED, Value, Writer
@@ -272,6 +272,11 @@ class Outside:
 
         Some are read ``by_token``: for a slot, the row of its token. Of ``tables`` it is what they hold for its id.
         """
+        for name, told in told_of_ids(found.bindings).items():
+            known = self.bindings.setdefault(name, told)
+            if known != told and not (isinstance(known, Node) and isinstance(told, Node)):
+                return self.miss("the same for the ids of all slots", node, f"{name} = {known}, and {told}")
+        self.visits += [visited for visited in found.visits if visited not in self.visits]
         given = []
         for kind, outside in (("x", [found.tokens]), ("s", found.slots)):
             for each in outside:

@@ -11,9 +11,11 @@ import torch
 from moe_fx.passes.normalize.functional import memory_of
 from moe_fx.passes.raising.anchors import anchors_behind, anchors_near, is_anchor
 from moe_fx.passes.raising.disguises import one_slot_at, region_at
+from moe_fx.passes.raising.negatives import may_be_negative
 from moe_fx.passes.raising.one_slot import ends_of_one_slot
 from moe_fx.passes.raising.region import Region
 from moe_fx.passes.raising.routing import describe_router, foreign_slot, selection_of
+from moe_fx.passes.raising.rows_of_linears import several_rows_at_once
 from torch.fx import Node
 
 from moe_fx.check import CheckResult, check_layer
@@ -187,17 +189,22 @@ def _prove_and_rewrite(work: Work, region: Region) -> Miss | None:
     in_range = selection.in_range or not skips or "looked_up" in region.bindings
     if "counts_beyond" in region.bindings and not selection.in_range and not work.partial:
         return Miss("ids that certainly name an expert", f"{given_ids.name}, which may be counted beyond", given_ids)
-    wraps = "indexed" in region.bindings and region.bindings.get("lowest_expert") != 0
-    if wraps and not selection.in_range and selection.computed is not None:
+    indexed = "indexed" in region.bindings or "looked_up" in region.bindings
+    if indexed and region.bindings.get("lowest_expert") != 0 and not selection.in_range:
         # An index counts from the end where it is negative.
-        wanted, computed = "ids that are certainly not negative", selection.computed
-        return Miss(wanted, f"{computed.name} ({op_name(computed) or computed.op})", given_ids)
+        computed = may_be_negative(given_ids, lambda node: _values(program, node))
+        if computed is not None:
+            wanted = "ids that are certainly not negative"
+            return Miss(wanted, f"{computed.name} ({op_name(computed) or computed.op})", given_ids)
     every = tuple(range(region.num_experts))
     for visited in region.visits:
         if visited != every and not work.partial:
             return Miss(f"every expert of {len(every)} once", f"experts {', '.join(map(str, visited))}", region.root)
     if region.tables and not in_range and not work.partial:
         return Miss("ids that certainly name an expert", f"{given_ids.name}, looked up in a table", given_ids)
+    wide = several_rows_at_once(region)
+    if wide is not None:
+        return wide
     result = CheckResult(float("nan"), 0, 0.0)
     if work.config.validate:
         operands = (region.tokens, region.ids, region.slots, region.params, region.shared)
@@ -215,6 +222,12 @@ def _prove_and_rewrite(work: Work, region: Region) -> Miss | None:
     node = _rewrite(program, region, clamps and not selection.in_range)
     work.layers.append(_layer(work, region, node, router, in_range, selection.distinct, result))
     return None
+
+
+def _values(program: Program, node: Node) -> torch.Tensor | None:
+    """The values of one of the model's own tensors, if it has any."""
+    weight = program.weights.get(node)
+    return weight.values() if weight is not None and weight.has_values else None
 
 
 def _rewrite(program: Program, region: Region, clamp_ids: bool) -> Node:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,13 @@ from moe_fx.matcher import Miss, op_name
 from moe_fx.rewrite import only_asserted
 from moe_fx.shapes import Dim, known_equal, shape_of
 
-__all__ = ["Region", "misfit", "read_outside"]
+__all__ = ["Region", "misfit", "read_outside", "told_of_ids"]
+
+#: what pieces say of ids that name no expert, and of how an id was changed before it was used
+OF_IDS = frozenset({
+    "last_expert", "lowest_expert", "num_compared", "num_classes", "num_experts", "counts_beyond", "rows_skipped",
+    "indexed", "looked_up",
+})  # fmt: skip
 
 
 @dataclass
@@ -73,6 +79,11 @@ class Region:
     def inputs(self) -> list[Node]:
         params = [node for param in self.params for node in (param if isinstance(param, tuple) else (param,))]
         return [self.tokens, self.ids, *self.slots, *params, *self.shared]
+
+
+def told_of_ids(bindings: Mapping[str, Any]) -> dict[str, Any]:
+    """What was captured that says what becomes of an id; of nodes, only that there is one."""
+    return {name: bindings[name] for name in OF_IDS & bindings.keys()}
 
 
 def read_outside(interior: Collection[Node], ends: Collection[Node]) -> Miss | None:

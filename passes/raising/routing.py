@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Collection, Iterator
 
+import torch
 from torch.fx import Node
 
 from moe_fx.matcher import arguments, op_name
@@ -15,11 +16,6 @@ __all__ = ["Selection", "describe_router", "foreign_slot", "selection_of"]
 
 #: ops that choose experts by score
 CHOOSING = frozenset({"aten::topk", "aten::sort", "aten::argsort", "aten::argmax", "aten::max"})
-#: ops that make numbers of numbers, which may be negative
-ARITHMETIC = frozenset({
-    "aten::sub", "aten::rsub", "aten::neg", "aten::add", "aten::mul", "aten::where", "aten::masked_fill",
-    "aten::floor_divide", "aten::fmod", "aten::minimum",
-})  # fmt: skip
 #: ops that move integers about without making new ones
 MOVING = frozenset({
     "aten::reshape", "aten::slice", "aten::to", "aten::clone", "aten::unsqueeze", "aten::squeeze", "aten::select",
@@ -36,11 +32,10 @@ class Selection:
         chooser: the op that made them (a ``topk``, ...), or None if that is not known.
         in_range: every id is certainly one of ``0..E-1``.
         distinct: the ids of one token are certainly different experts.
-        computed: the op that computes them as numbers, rather than choosing them or reading them from a table.
     """
 
-    def __init__(self, chooser: Node | None, in_range: bool, distinct: bool, computed: Node | None = None) -> None:
-        self.chooser, self.in_range, self.distinct, self.computed = chooser, in_range, distinct, computed
+    def __init__(self, chooser: Node | None, in_range: bool, distinct: bool) -> None:
+        self.chooser, self.in_range, self.distinct = chooser, in_range, distinct
 
 
 def selection_of(ids: Node, num_experts: int) -> Selection:
@@ -53,6 +48,8 @@ def selection_of(ids: Node, num_experts: int) -> Selection:
             given = arguments(node)
             clamped |= given["min"] == 0 and given["max"] == num_experts - 1
             moved = True
+        elif name == "aten::to" and not _holds(node, num_experts):
+            return Selection(None, clamped, False)
         elif name in MOVING:
             # Slicing, casting and adding dimensions of size 1 keep a token's ids together.
             before, after = shape_of(node.args[0]) or (0,), shape_of(node) or (0,)
@@ -69,7 +66,7 @@ def selection_of(ids: Node, num_experts: int) -> Selection:
     if op_name(node) == "aten::cat":
         return _maxima(node, num_experts, clamped) or Selection(None, clamped, False)
     if op_name(node) not in CHOOSING:
-        return Selection(None, clamped, False, node if op_name(node) in ARITHMETIC else None)
+        return Selection(None, clamped, False)
     if element != (None if op_name(node) in ("aten::argsort", "aten::argmax") else 1):
         return Selection(None, clamped, False)  # the values, not the places
     given = arguments(node)
@@ -106,10 +103,20 @@ def _left_out(scores: Node) -> set[Node]:
     found: set[Node] = set()
     while op_name(scores) == "aten::scatter":
         given = arguments(scores)
-        if given.get("value") == -math.inf and given["dim"] in (-1, len(shape_of(scores) or ()) - 1):
-            found.add(given["index"])
+        if given.get("value") != -math.inf or given["dim"] not in (-1, len(shape_of(scores) or ()) - 1):
+            break  # what was left out before may have been put back
+        found.add(given["index"])
         scores = given["self"]
     return found
+
+
+def _holds(cast: Node, num_experts: int) -> bool:
+    """Whether a dtype has every expert's number: others would become one."""
+    value = tensor_of(cast)
+    if value is None or value.dtype is torch.bool:
+        return value is not None and num_experts <= 2
+    exact = 2 / torch.finfo(value.dtype).eps if value.is_floating_point() else torch.iinfo(value.dtype).max
+    return num_experts - 1 <= exact
 
 
 def ancestors(node: Node, limit: int = 200, through: Collection[str] = ()) -> Iterator[Node]:

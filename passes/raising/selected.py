@@ -41,12 +41,15 @@ def selected(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
             return walk.miss("rows selected by the layer's own ids", step.ids)
     numbered = [(step.expert, step.value) for step in steps]
     missing = set(range(len(steps) + 1)) - {step.expert for step in steps}
-    if len(missing) == 1 and missing != {len(steps)}:
-        numbered.append((min(missing), base))  # what no other expert takes is the last one's
+    if len(missing) == 1 and not starts_with_zeros(base):
+        numbered.append((min(missing), base))  # what no other expert takes is this one's
     # What no step takes stays as it was: nothing, if that is zero.
     walk.bindings["rows_skipped" if starts_with_zeros(base) else "counts_beyond"] = node
     chain = {step.step for step in steps}
-    merged = each_expert_on(node, numbered, shared={*walk.ending, *chain, walk.root})
+    ends = {*walk.ending, *chain, walk.root}
+    merged = each_expert_on(node, numbered, shared=ends)
+    if isinstance(merged, Miss) and missing == {len(steps)} and len(numbered) > len(steps):
+        merged = each_expert_on(node, numbered[:-1], shared=ends)  # the experts are all there: this is none of theirs
     if isinstance(merged, Miss):
         return walk.note(dataclasses.replace(merged, bindings=dict(walk.bindings)))
     merged = dataclasses.replace(merged, interior=merged.interior | chain, form="selected_rows")

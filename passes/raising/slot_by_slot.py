@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from moe_fx.passes.raising.region import Region
+from moe_fx.passes.raising.region import Region, told_of_ids
 from torch.fx import Node
 
 from moe_fx.matcher import Match, Miss, match
@@ -66,6 +66,8 @@ def merge_slots(regions: Sequence[Region], root: Node, in_order: bool = False) -
         same = (first.tokens, first.params, first.shared) == (region.tokens, region.params, region.shared)
         if not same or len(first.slots) != len(region.slots) or not same_graph(first.body.graph, region.body.graph):
             return Miss("the same for each of a token's slots", "slots that differ", region.root)
+        if _of_ids(first) != _of_ids(region):
+            return Miss("the same for each slot's ids", "ids that are changed, or skipped, for some slots", region.root)
     columns = [[_column(each) for each in (region.ids, *region.slots)] for region in regions]
     wholes: list[Node] = []
     for place, given in enumerate(zip(*columns, strict=True)):
@@ -88,9 +90,18 @@ def merge_slots(regions: Sequence[Region], root: Node, in_order: bool = False) -
     columns_of = dict(zip((first.ids, *first.slots), wholes, strict=True))
     features = {columns_of.get(node, node): sizes for node, sizes in first.features.items()}
     interior = set().union(*(region.interior for region in regions))
+    bindings = {name: bound for name, bound in first.bindings.items() if name not in ("ids", "top_k", "perm")}
+    if "perm" in first.bindings:
+        bindings["rows_skipped"] = first.bindings["perm"]
     return dataclasses.replace(
         first, root=root, ids=ids, slots=slots, interior=interior, size=(first.size[0], len(numbers)),
         features=features, distinct=any(region.distinct for region in regions),
         visits=[visited for region in regions for visited in region.visits],
-        bindings={name: bound for name, bound in first.bindings.items() if name not in ("ids", "top_k", "perm")},
+        bindings=bindings,
     )  # fmt: skip
+
+
+def _of_ids(region: Region) -> dict[str, Any]:
+    """What becomes of ids that name no expert; the nodes that say so are each slot's own."""
+    told = told_of_ids(region.bindings) | {name: True for name in ("perm",) if name in region.bindings}
+    return {name: None if isinstance(value, Node) else value for name, value in told.items()}

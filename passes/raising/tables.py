@@ -190,8 +190,9 @@ def _describe(node: Node) -> str:
 
 def is_step(node: Node) -> bool:
     """An elementwise op of one tensor."""
-    if not isinstance(node.target, torch._ops.OpOverload) or len(node.all_input_nodes) != 1:
-        return False
+    given = [arg for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, Node)]
+    if not isinstance(node.target, torch._ops.OpOverload) or len(given) != 1 or len(node.all_input_nodes) != 1:
+        return False  # a tensor times itself has two
     pointwise = torch.Tag.pointwise in node.target.tags or op_name(node) in ("aten::to", "aten::clone")
     return pointwise and isinstance(node.args[0], Node) and not node.target._schema.is_mutable
 
