@@ -35,7 +35,7 @@ def fill(program: ExportedProgram, tensors: Mapping[str, torch.Tensor]) -> Expor
     work = ExportedWork(program)
     filled: set[str] = set()
     meta = False
-    for weight in {weight.fqn: weight for weight in work.weights.values()}.values():
+    for weight in {weight.fqn: weight for weight in work.held.values()}.values():
         if weight.fqn not in tensors:
             if not weight.has_values:
                 raise ProgramError(f"moe_fx.fill: {weight.fqn} has no values, and none are given")

@@ -18,7 +18,14 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputSpec, TensorArgument
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
 from torch.fx import Graph, GraphModule, Node
 
 from moe_fx.errors import ProgramError
@@ -35,6 +42,8 @@ DERIVING = frozenset({
     "aten::to", "aten::reshape", "aten::unsqueeze", "aten::squeeze", "aten::transpose", "aten::permute",
 })  # fmt: skip
 
+#: outputs that are new values of the program's own tensors
+MUTATIONS = tuple(kind for kind in OutputKind if kind.name in ("BUFFER_MUTATION", "PARAMETER_MUTATION"))
 WEIGHT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
@@ -244,11 +253,15 @@ class ExportedWork(Program):
         self.constants = dict(ep.constants)
         placeholders = self.graph.find_nodes(op="placeholder")
         self.inputs = list(zip(placeholders, ep.graph_signature.input_specs, strict=True))
-        self.weights = {}
+        #: every tensor of the program's own
+        self.held: dict[Node, Weight] = {}
         for node, spec in self.inputs:
             if spec.kind in WEIGHT_KINDS and spec.target is not None:
                 tensors = self.state_dict if spec.target in self.state_dict else self.constants
-                self.weights[node] = Weight(spec.target, tensors[spec.target])
+                self.held[node] = Weight(spec.target, tensors[spec.target])
+        # What the program itself writes is no constant to quantize, or to keep in other tensors.
+        changed = {spec.target for spec in ep.graph_signature.output_specs if spec.kind in MUTATIONS}
+        self.weights = {node: weight for node, weight in self.held.items() if weight.fqn not in changed}
 
     def add_weight(self, fqn: str, tensor: torch.Tensor, device: torch.device | None = None) -> Node:
         if fqn in self.state_dict or fqn in self.constants:

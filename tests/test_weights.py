@@ -1,5 +1,7 @@
 """The weights of a program: filled later, saved and loaded, given up while they are quantized."""
 
+import copy
+
 import pytest
 import torch
 from models import exported, logits
@@ -170,3 +172,37 @@ def test_a_consumed_model_is_the_quantized_one():
 )
 def test_a_stack_has_a_name_of_its_own(names, taken, expected):
     assert stacked_name(names, [*names, *taken]) == expected
+
+
+class Fading(Gathered):
+    """The experts' weights are a buffer that every call halves."""
+
+    def __init__(self):
+        super().__init__()
+        up = self.up.detach().clone()
+        del self.up
+        self.register_buffer("up", up)
+
+    def forward(self, x):
+        y = super().forward(x)
+        self.up.mul_(0.5)
+        return y
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("storage", ["stacked", "per_expert"])
+def test_weights_that_the_program_writes_are_read_where_it_writes_them(storage, decomposed):
+    model, x = Fading().eval(), torch.randn(6, 8)
+    program = torch.export.export(copy.deepcopy(model), (x,))
+    if decomposed:
+        program = program.run_decompositions()
+    after = moe_fx.transform(program, moe_fx.Config(experts="linear", storage=storage)).module()
+    for _ in range(3):
+        with torch.no_grad():
+            torch.testing.assert_close(after(x), model(x))
+
+
+def test_refuses_to_quantize_weights_that_the_program_writes():
+    program = torch.export.export(Fading().eval(), (torch.randn(6, 8),)).run_decompositions()
+    with pytest.raises(moe_fx.ProgramError, match="computed or written by the program"):
+        moe_fx.transform(program, moe_fx.Config(quantize=moe_fx.Int8WeightOnly()))

@@ -82,7 +82,7 @@ def _plan(layer: Layer, program: Program, rules: FormatRules) -> list[Planned]:
             chosen = rules.format_of("", layer.fqn)
             if chosen is not None:
                 raise ProgramError(
-                    f"the expert weight {source.name} of {layer.fqn} is computed by the program "
+                    f"the expert weight {source.name} of {layer.fqn} is computed or written by the program "
                     f"({source.format_node()}), so it cannot be stored as {stored_form(chosen).name}; "
                     f"leave it out: Config(quantize={{..., {layer.fqn!r}: None}})"
                 )
