@@ -178,9 +178,9 @@ class _Sizes:
     """Numbers for symbolic sizes; to ``shrink`` a large static token count, a smaller one."""
 
     def __init__(self, ids: Node, num_experts: int, wanted: int, shrink: bool) -> None:
-        total, top_k = ids.meta["val"].shape
-        if isinstance(total, torch.SymInt) and not total.node.expr.free_symbols:
-            total = int(total.node.expr)  # a symbol that the trace came to know as a number
+        # Not of the value itself: a count that is fixed may still be written as a symbol.
+        total, top_k = shape_of(ids) or ()
+        assert isinstance(top_k, int)
         self.symbols: dict[Any, int] = {}
         self.rows: dict[int, int] = {}
         self.num_experts = num_experts

@@ -210,3 +210,18 @@ def test_refuses_several_rows_of_a_token_at_one_linear():
             return (torch.einsum("tkcn,tkcnh->tkh", h, self.last[ids]) * weights[..., None]).sum(1)
 
     assert unchanged(Halves()) == 0
+
+
+def test_a_number_of_tokens_that_an_op_fixes():
+    """torch.export fixes it where take_along_dim broadcasts, and writes it as a symbol all the same."""
+
+    class Taken(Toy):
+        def forward(self, x):
+            ids, weights = self.route(x)
+            each = [F.linear(self.activation(F.linear(x, self.up[e])), self.down[e]) for e in range(self.E)]
+            return (torch.take_along_dim(torch.stack(each, 1), ids[..., None], 1) * weights[..., None]).sum(1)
+
+    model, x = Taken().eval(), torch.randn(6, 8)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    after = moe_fx.transform(program, moe_fx.Config(require="all"))
+    torch.testing.assert_close(after.module()(x), model(x))

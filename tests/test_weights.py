@@ -206,3 +206,25 @@ def test_refuses_to_quantize_weights_that_the_program_writes():
     program = torch.export.export(Fading().eval(), (torch.randn(6, 8),)).run_decompositions()
     with pytest.raises(moe_fx.ProgramError, match="computed or written by the program"):
         moe_fx.transform(program, moe_fx.Config(quantize=moe_fx.Int8WeightOnly()))
+
+
+@pytest.mark.parametrize("lowering", ["grouped_mm", "linear", "gather"])
+def test_refuses_to_quantize_a_weight_that_is_multiplied_in_two_ways(lowering):
+    """Square, so that nothing but the numbers would tell."""
+
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router, self.up = torch.nn.Linear(8, 4), torch.nn.Parameter(torch.randn(4, 8, 8))
+
+        def forward(self, x):
+            weights, ids = self.router(x).softmax(-1).topk(2, dim=-1)
+            h = torch.einsum("th,tknh->tkn", x, self.up[ids]).relu()
+            return (torch.einsum("tkn,tknh->tkh", h, self.up[ids]) * weights[..., None]).sum(1)
+
+    model = Tied().eval()
+    program = torch.export.export(model, (rows(),))
+    with pytest.raises(moe_fx.ProgramError, match="up is multiplied as it is by one linear and transposed by another"):
+        moe_fx.transform(program, moe_fx.Config(experts=lowering, quantize=INT8))
+    after = moe_fx.transform(program, moe_fx.Config(experts=lowering, quantize={"up": None}, require="all"))
+    torch.testing.assert_close(after.module()(rows()), model(rows()))

@@ -35,10 +35,12 @@ def quantize_experts(work: Work) -> None:
     program, rules, store = work.program, FormatRules(work.config), Store(work.program)
     plans = [(layer, _plan(layer, program, rules)) for layer in work.layers]
     rules.check_all_used("expert parameter", [weight.fqn for _, plan in plans for _, weight, _ in plan])
+    oriented: dict[str, bool] = {}
     for _, plan in plans:
         for linear, weight, chosen in plan:
             if chosen is not None:
                 store.check(weight, _matrices(linear, weight.tensor), chosen)
+                _check_orientation(linear, weight, oriented)
     whole: dict[Node, Node] = {}
     for layer, plan in plans:
         layer.formats = {}  # what was planned may name weights that no linear reads
@@ -89,6 +91,16 @@ def _plan(layer: Layer, program: Program, rules: FormatRules) -> list[Planned]:
             continue
         plan.append((linear, weight, rules.format_of(weight.fqn, layer.fqn)))
     return plan
+
+
+def _check_orientation(linear: Node, weight: Weight, known: dict[str, bool]) -> None:
+    """Refuse a weight whose rows are outputs of one linear, and inputs of another: scales belong to outputs."""
+    call: Any = linear.args
+    if known.setdefault(weight.fqn, call[2].transposed) != call[2].transposed:
+        raise ProgramError(
+            f"{weight.fqn} is multiplied as it is by one linear and transposed by another, and cannot be quantized for "
+            f"both; leave it out: Config(quantize={{..., {weight.fqn!r}: None}})"
+        )
 
 
 def _operand(layer: Layer, placeholder: Node) -> Node:
