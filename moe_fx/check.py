@@ -188,11 +188,11 @@ class _Sizes:
             if total > 4 * wanted and shrink:
                 self.rows = {total * many: wanted * many for many in (num_experts, top_k, 1)}
         else:
-            # The first symbol makes up the count, all others are 1 (or what makes the count a number).
+            # The first symbol makes up the count, all others are 2: of 1, no exchange of dimensions would show.
             free = sorted(total.node.expr.free_symbols, key=str)
-            self.symbols = dict.fromkeys(free, 1)
+            self.symbols = {symbol: 2 if place else 1 for place, symbol in enumerate(free)}
             unit = int(total.node.expr.subs(self.symbols))
-            self.symbols[free[0]] = max(1, wanted // max(1, unit))
+            self.symbols[free[0]] = max(min(2, len(free)), wanted // max(1, unit))
 
     def evaluate(self, value: Any) -> Any:
         """A size, or any nest of sizes and other literals, with its numbers filled in."""

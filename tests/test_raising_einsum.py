@@ -130,3 +130,36 @@ def test_attention_keeps_its_products():
     program = export(Attention(), dynamic=False)
     result = moe_fx.explain(program)
     assert (result.layers, result.misses) == ((), ())
+
+
+class Turned(torch.nn.Module):
+    """Tokens ``[S, B, H]`` or ``[B, H, S]`` outside of a layer that has them as ``[B, S, H]``."""
+
+    def __init__(self, dims, back):
+        super().__init__()
+        self.dims, self.back = dims, back
+        self.router = torch.nn.Linear(8, 4, bias=False)
+        self.up, self.down = torch.nn.Parameter(torch.randn(4, 8, 16)), torch.nn.Parameter(torch.randn(4, 16, 8))
+
+    def forward(self, x):
+        x = x.permute(self.dims)
+        weights, ids = self.router(x).softmax(-1).topk(2, dim=-1)
+        h = torch.einsum("bsh,bskhi->bski", x, self.up[ids]).relu()
+        return (torch.einsum("bski,bskih->bskh", h, self.down[ids]) * weights[..., None]).sum(2).permute(self.back)
+
+
+@pytest.mark.parametrize("dims", [(1, 0, 2), (0, 2, 1), (2, 1, 0), (1, 2, 0)])
+def test_tokens_that_stand_in_another_order_outside(dims):
+    back = tuple(sorted(range(3), key=dims.__getitem__))
+    model = Turned(dims, back).eval()
+    free = torch.export.Dim.AUTO
+    shape = [8, 8, 8]
+    shape[dims[0]], shape[dims[1]] = 3, 5
+    dynamic = {place: free for place in range(3) if place != dims[2]}
+    program = torch.export.export(model, (torch.randn(shape),), dynamic_shapes=(dynamic,))
+    after = moe_fx.transform(program, moe_fx.Config(require="all"))
+    for sizes in ((2, 4), (7, 3), (1, 6)):
+        shape[dims[0]], shape[dims[1]] = sizes
+        x = torch.randn(shape)
+        with torch.no_grad():
+            torch.testing.assert_close(after.module()(x), model(x))

@@ -19,7 +19,7 @@ from moe_fx.shapes import Dim, known_equal
 
 __all__ = [
     "EXPERT", "HIT", "ONE", "PLACE", "SLOT", "SORTED_ROW", "TOKEN", "Axis", "Place", "aligned", "axes_of",
-    "feature_dim", "features", "is_row_dim", "regrouped", "size_of",
+    "feature_dim", "features", "is_row_dim", "regrouped", "rows_first", "size_of",
 ]  # fmt: skip
 
 Axis = str | int
@@ -38,6 +38,13 @@ def is_row_dim(dim: Sequence[Axis]) -> bool:
 def axes_of(place: Place) -> frozenset[str]:
     """The row axes that a value has."""
     return frozenset(axis for dim in place for axis in dim if isinstance(axis, str) and axis != ONE)
+
+
+def rows_first(place: Place) -> tuple[str, ...] | None:
+    """The row axes in their order, if all of them stand before the features; None if one does not."""
+    axes = [axis for dim in place for axis in dim if axis not in (ONE, 1)]
+    rows = tuple(axis for axis in axes if isinstance(axis, str))
+    return rows if axes[: len(rows)] == list(rows) else None
 
 
 def features(place: Place) -> list[int]:

@@ -20,6 +20,7 @@ from moe_fx.passes.raising.axes import (
     axes_of,
     features,
     is_row_dim,
+    rows_first,
     size_of,
 )
 from moe_fx.passes.raising.pieces import LOCAL
@@ -163,18 +164,27 @@ class Outside:
         return not others and self.ids_of(index, place[: len(shape_of(index) or ())]) is self.bindings["ids"]
 
     def unviewed(self, node: Node, place: Place) -> tuple[Node, Place]:
-        """What a value is a view of, as long as its rows stay rows."""
+        """What a value is a view of, as long as its rows stay rows; in their order, once they stand in it."""
         while is_view(node):
             step = through(node, place, self.sizes)
             if isinstance(step, str) or step.shape is None or axes_of(step.operands[0][1]) != axes_of(place):
                 break
+            if self.in_order(place) and not self.in_order(step.operands[0][1]):
+                break
             ((node, place),) = step.operands
         return node, place
+
+    def in_order(self, place: Place) -> bool:
+        """Whether a value's tokens stand before its features, in the order of the layer's tokens."""
+        axes = axes_of(place)
+        return rows_first(place) == tuple(token for token in self.tokens if token in axes)
 
     def token_rows(self, node: Node, place: Place) -> Value | Miss:
         """Token rows come in; a number per token is the same in each of its slots."""
         shape = features(place)
         node, place = self.unviewed(node, place)
+        if not self.in_order(place):
+            return self.miss("tokens in the order of the layer's, before their features", node)
         if self.single and all(size == 1 for size in features(place)):  # a number for its only slot
             if op_name(node) == "aten::to":
                 return self.inside(node, place)
