@@ -167,7 +167,9 @@ def _steps(
         return merged
     interior = set().union(*(region.interior for region in regions))
     # Experts of one stack may be fewer than the stack holds: whether these are all, is asked when all else is known.
-    return dataclasses.replace(merged, root=root, interior=interior, visits=[tuple(sorted(numbers))])
+    return dataclasses.replace(
+        merged, root=root, interior=interior, visits=[tuple(sorted(number for number, _ in numbered))]
+    )
 
 
 def _between(root: Node, value: Node) -> set[Node]:
