@@ -19,6 +19,8 @@ def without_vmaps(program: ExportedProgram) -> ExportedProgram:
 
     Tracing again costs as much as the export; masks of attention, which are mapped over places, are not worth that.
     """
+    if not isinstance(program, ExportedProgram):
+        return program  # which is said where it is opened
     modules = [module for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
     if not any(_is_entered(node) for module in modules for node in module.graph.nodes):
         return program

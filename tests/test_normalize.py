@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from moe_fx.passes.normalize import drop_no_ops, functionalize, spell
+from moe_fx.passes.normalize import drop_no_ops, functionalize, spell, synonyms
 
 import moe_fx
+from moe_fx.matcher import op_name
 from moe_fx.printer import format_graph
 from moe_fx.rewrite import drop_dead_code
 
@@ -246,3 +247,50 @@ def test_a_scatter_that_sums_is_scatter_add():
     assert "aten::scatter_add" in scattered("sum", True)
     assert "aten::scatter_reduce" in scattered("sum", False)
     assert "aten::scatter_reduce" in scattered("mean", True)
+
+
+#: by function of x [6, 4] and mask [6, 4], the op that it becomes
+SYNONYMS = {
+    "multiply": (lambda x, m: torch.multiply(x, x), "aten::mul"),
+    "multiply in place": (lambda x, m: (x + 1).multiply_(x), "aten::mul"),
+    "subtract": (lambda x, m: torch.subtract(x, 2), "aten::sub"),
+    "divide": (lambda x, m: torch.divide(x, 3.0), "aten::div"),
+    "divide down": (lambda x, m: torch.divide(x, x, rounding_mode="floor"), "aten::floor_divide"),
+    "true_divide": (lambda x, m: torch.true_divide(x, x + 9), "aten::div"),
+    "clip": (lambda x, m: x.clip(max=0.5), "aten::clamp"),
+    "greater": (lambda x, m: torch.greater(x, 0), "aten::gt"),
+    "not_equal": (lambda x, m: torch.not_equal(x, x.abs()), "aten::ne"),
+    "concat": (lambda x, m: torch.concat([x, x], dim=-1), "aten::cat"),
+    "hstack": (lambda x, m: torch.hstack([x, x + 1]), "aten::cat"),
+    "hstack of lines": (lambda x, m: torch.hstack([x[0], x[1]]), "aten::cat"),
+    "vstack": (lambda x, m: torch.vstack([x, x + 1]), "aten::cat"),
+    "column_stack": (lambda x, m: torch.column_stack([x, x + 1]), "aten::cat"),
+    "swapaxes": (lambda x, m: x.swapaxes(0, 1) + 1, "aten::transpose"),
+    "adjoint": (lambda x, m: x.adjoint() + 1, "aten::transpose"),
+    "movedim": (lambda x, m: torch.movedim(x, 0, -1) + 1, "aten::transpose"),
+    "movedim over two": (lambda x, m: torch.movedim(x.view(2, 3, 4), 0, 2) + 1, "aten::permute"),
+    "ravel": (lambda x, m: x.ravel() + 1, "aten::reshape"),
+    "view_as": (lambda x, m: x.view_as(m.view(3, 8)) + 1, "aten::reshape"),
+    "expand_as": (lambda x, m: x[:, :1].expand_as(m) + 1, "aten::expand"),
+    "expand_as with more dimensions": (lambda x, m: x[0].expand_as(m) + 1, "aten::expand"),
+    "tile": (lambda x, m: x.tile(2, 3), "aten::repeat"),
+    "narrow": (lambda x, m: x.narrow(0, 1, 3) + 1, "aten::slice"),
+    "inner": (lambda x, m: torch.inner(x, x[:3]), "aten::linear"),
+    "linalg.matmul": (lambda x, m: torch.linalg.matmul(x, x.reshape(4, 6)), "aten::matmul"),
+    "special.softmax": (lambda x, m: torch.special.softmax(x, -1), "aten::softmax"),
+    "special.expit": (lambda x, m: torch.special.expit(x), "aten::sigmoid"),
+    "argwhere": (lambda x, m: torch.argwhere(m), "aten::nonzero"),
+    "masked_select": (lambda x, m: x.masked_select(m), "aten::index"),
+}
+
+
+@pytest.mark.parametrize("name", SYNONYMS)
+def test_another_name_of_an_op_becomes_the_op(name):
+    function, becomes = SYNONYMS[name]
+    x = torch.randn(6, 4)
+    module, _ = normal(exported(function, x, x > 0))
+    names = [op_name(node) for node in module.graph.nodes]
+    assert becomes in names
+    assert not set(names) & set(synonyms.RULES)
+    for mask in (x > 0, x < 0.3):
+        torch.testing.assert_close(module(x, mask)[0], function(x, mask), rtol=0, atol=0)

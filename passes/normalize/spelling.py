@@ -16,7 +16,8 @@
 | `mm(x, w.T)`, `addmm(b, x, w.T)` | `linear` |
 | a mask as numbers, and as a mask again | the mask |
 
-What several ops say together is brought to one by `recompose.py`, and what says where a mask is true by `places.py`.
+Other names of an op are in `synonyms.py`; what several ops say together is brought to one by `recompose.py`, and what
+says where a mask is true by `places.py`.
 
 `reshape` rather than `view`: it is legal for every stride, so an operand may be replaced by an equal one.
 """
@@ -28,7 +29,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from moe_fx.passes.normalize import places, recompose
+from moe_fx.passes.normalize import places, recompose, synonyms
 from moe_fx.passes.normalize.functional import memory_of
 from moe_fx.passes.normalize.recompose import Spelling
 from torch.fx import Graph, Node
@@ -53,7 +54,7 @@ def spell(graph: Graph) -> None:
 
 def canonical(node: Node) -> Spelling | None:
     """The one spelling of a call, or the next on the way to it; None where it has it already."""
-    for rules in (_RULES, recompose.RULES, places.RULES):
+    for rules in (synonyms.RULES, _RULES, recompose.RULES, places.RULES):
         rule = rules.get(op_name(node) or "")
         spelled = rule(node, arguments(node)) if rule is not None else None
         if spelled is not None:
