@@ -273,7 +273,7 @@ def main() -> None:
     parser.add_argument("--plot", action="store_true", help="also draw time over floor against tokens (matplotlib)")
     options = parser.parse_args()
     if options.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib: pip install matplotlib")
+        parser.error("--plot needs matplotlib: pip install 'moe_fx[benchmarks]'")
     torch.set_grad_enabled(False)
     pairs = [(layer, tokens) for layer in options.layers for tokens in options.tokens]
     if options.warm:
