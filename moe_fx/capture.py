@@ -43,6 +43,8 @@ from moe_fx.vmaps import without_vmaps
 __all__ = ["export"]
 
 aten = torch.ops.aten
+#: up to how many experts are also traced all but one
+FEW = 16
 #: where statements are none of the model's
 LIBRARIES = tuple(f"{os.path.dirname(os.path.abspath(file))}{os.sep}" for file in (torch.__file__, __file__))
 
@@ -172,8 +174,12 @@ def _some_idle(every: Work) -> list[Idle]:
     """Which experts are left without rows, one trace after the other: what a model remembers of those before shows."""
     count = min(layer.num_experts for layer in every.layers)
     last = max(layer.num_experts for layer in every.layers)
+    # What is remembered of experts before shows in a few steps: of many experts no more are traced, as each takes as
+    # long as in the whole program.
+    wide, start = (8, max(0, last - 5)) if count > FEW else (MANY, 0)
     # A loop that is left early visits later experts where the first are idle.
-    hit = [range(0, MANY, 2), range(1, MANY, 2), range(2), range(count - 2, count), range(1, MANY), range(last - 1)]
+    ends = [range(2), range(count - 2, count), range(1, wide), range(start, last - 1)]
+    hit = [range(0, wide, 2), range(1, wide, 2), *ends]
     # One step alone does not tell what differs from expert to expert.
     return [_idle_but(some) for some in dict.fromkeys(hit) if sum(expert < count for expert in some) > 1]
 

@@ -50,6 +50,13 @@ def test_refuses_a_loop_that_remembers_experts_between(kind):
     assert "has rows" in text or "have rows" in text
 
 
+@pytest.mark.parametrize("kind", ["two were hit", "the next of a pool"])
+def test_refuses_a_loop_over_many_experts_that_remembers_them(kind, monkeypatch):
+    monkeypatch.setattr("test_export_modules.NUM_EXPERTS", 20)
+    text = refusal(Between(kind))
+    assert "has rows" in text or "have rows" in text
+
+
 class Listed(Model):
     """A list of the experts that were hit, numbered anew; ``kind`` says what the number is for."""
 
