@@ -1,6 +1,7 @@
 """Rows read and added part by part, in one spelling.
 
 x[places[a:b]]                                       =>     x[places][a:b]
+places[a:b] // K                                     =>     (places // K)[a:b]
 out.index_add(0, cat([i, j]), cat([y, z]))           =>     out.index_add(0, i, y).index_add(0, j, z)
 
 Parts are those of which only values tell how many rows they have. All places are read only if certainly none of them is
@@ -38,6 +39,9 @@ def spell_parts(graph: Graph) -> None:
         if whole is not None and _in_range(whole, node.args[0]):
             values = values or FakeValues(value.fake_mode)
             _read_first(node, Emitter(graph, node, values))
+        elif (part := _divided(node, given)) is not None:
+            values = values or FakeValues(value.fake_mode)
+            _divide_first(node, part, Emitter(graph, node, values))
         elif (added := _added(node, given)) is not None:
             parts = _joined(added[0]), _joined(added[1])
             if _alike(*parts):
@@ -57,6 +61,15 @@ def _added(node: Node, given: dict[str, Any]) -> tuple[Node, Node] | None:
     if op_name(node) == "aten::index_put" and given["accumulate"] and len(given["indices"]) == 1:
         return given["indices"][0], given["values"]
     return None
+
+
+def _divided(node: Node, given: dict[str, Any]) -> Node | None:
+    """The part of some places whose tokens a division tells; None for any other op."""
+    if op_name(node) not in ("aten::floor_divide", "aten::div") or not isinstance(given["other"], int):
+        return None
+    rounds = op_name(node) == "aten::floor_divide" or given.get("rounding_mode") in ("floor", "trunc")
+    part = given["self"]
+    return part if rounds and given["other"] > 0 and isinstance(part, Node) and _whole(part) is not None else None
 
 
 def _whole(part: Node) -> Node | None:
@@ -95,9 +108,27 @@ def _read_first(node: Node, emit: Emitter) -> None:
     rows, indices = node.args
     (part,), whole = indices, _whole(indices[0])
     assert whole is not None
-    before = [each for each in whole.users if op_name(each) == "aten::index" and each.args == (rows, [whole])]
-    every = next((each for each in before if each < node), None) or emit(aten.index.Tensor, rows, [whole])
-    graph, features = emit.graph, (shape_of(node) or ())[1:]
+    _cut_from(node, _earlier(node, whole, (rows, [whole])) or emit(aten.index.Tensor, rows, [whole]), part)
+
+
+def _divide_first(node: Node, part: Node, emit: Emitter) -> None:
+    """All places are divided, then the part is cut from the tokens."""
+    whole, target = _whole(part), node.target
+    assert whole is not None
+    assert isinstance(target, torch._ops.OpOverload)
+    other = node.args[1:]
+    _cut_from(node, _earlier(node, whole, (whole, *other)) or emit(target, whole, *other, **node.kwargs), part)
+
+
+def _earlier(node: Node, whole: Node, args: tuple[Any, ...]) -> Node | None:
+    """The same op on the whole, where it was written already."""
+    found = (u for u in whole.users if u < node and u.target is node.target and u.args == args)
+    return next((each for each in found if each.kwargs == node.kwargs), None)
+
+
+def _cut_from(node: Node, every: Node, part: Node) -> None:
+    """What a value is, as a part of what its whole comes to."""
+    graph, features = node.graph, (shape_of(node) or ())[1:]
     with graph.inserting_before(node):
         if op_name(part) == "aten::slice":
             given = arguments(part)
@@ -105,14 +136,17 @@ def _read_first(node: Node, emit: Emitter) -> None:
         else:
             split: Any = part.args[0]
             parts = graph.call_function(aten.split_with_sizes.default, (every, arguments(split)["split_sizes"], 0))
-            with emit.values.fake_mode:
-                parts.meta["val"] = [
-                    every.meta["val"].new_empty((each.shape[0], *features)) for each in split.meta["val"]
-                ]
+            parts.meta["val"] = _empty_parts(every, features, split)
             cut = graph.call_function(operator.getitem, (parts, part.args[1]))
     cut.meta.update(node.meta)
     replace(node, cut)
     erase_dead(graph, [node])
+
+
+def _empty_parts(every: Node, features: Sequence[Any], split: Node) -> list[Any]:
+    value = every.meta["val"]
+    with value.fake_mode:
+        return [value.new_empty((each.shape[0], *features)) for each in split.meta["val"]]
 
 
 def _joined(node: Node) -> Sequence[Node]:

@@ -128,7 +128,10 @@ def _joins_parts(node: Node) -> bool:
 
 def _is_stack(node: object) -> bool:
     shape = shape_of(node)
-    return isinstance(node, Node) and node.op in ("placeholder", "get_attr") and shape is not None and len(shape) >= 3
+    if not isinstance(node, Node) or node.op not in ("placeholder", "get_attr") or shape is None or len(shape) < 3:
+        return False
+    # An input of any batch size, such as the one that a router multiplies, is no parameter.
+    return all(isinstance(size, int) for size in shape)
 
 
 def _is_cut_in_stack(node: object) -> bool:

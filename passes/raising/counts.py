@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from moe_fx.constants import filled_with
 from moe_fx.matcher import Match, arguments, match, op_name
-from moe_fx.pattern import ANY, As, Last, Var, aten, optional
+from moe_fx.pattern import ANY, As, AtLeast, Last, Var, aten, optional
 from moe_fx.shapes import shape_of
 
 __all__ = ["Counts", "Total"]
@@ -28,6 +28,11 @@ Total = dict[int, int]
 ONCE = aten.sum(
     optional(lambda hot: aten.to(hot, ANY), aten.scatter(As("zeros", ANY), Last(-1), Var("ids", rank=2), 1)), [0]
 )
+#: how many ids are a single expert's
+ONE_EXPERT = aten.sum(optional(lambda mask: aten.to(mask, ANY), aten.eq(grouped.all_ids, As("counted", AtLeast(0)))))
+#: where each expert's rows end among the sorted ones, and where they begin
+ENDS = aten.searchsorted(grouped.sorted_ids, grouped.numbers, right=True)
+STARTS = aten.searchsorted(grouped.sorted_ids, grouped.numbers)
 #: ops that yield the same numbers
 SAME = frozenset({"aten::item", "aten::_local_scalar_dense", "aten::clone", "aten::reshape", "aten::squeeze"})
 #: dtypes that hold every number of rows exactly
@@ -52,7 +57,9 @@ class Counts:
         if not isinstance(value, Node):
             return {} if value == 0 and not isinstance(value, bool) else None
         if value not in self._known:
-            self._known[value] = self._counted(value) or self._computed(value)
+            self._known[value] = (
+                self._counted(value) or self._ended(value) or self._of_one_expert(value) or self._computed(value)
+            )
         found: Total | list[Total] | None = self._known[value]
         return found
 
@@ -75,6 +82,29 @@ class Counts:
             return [{expert: 1} for expert in range(count)]
         return None
 
+    def _ended(self, node: Node) -> list[Total] | None:
+        """Where the rows of each expert end, or begin, as a search among the sorted ids tells."""
+        for pattern, own in ((ENDS, 1), (STARTS, 0)):
+            found = match(pattern, node, self.bindings)
+            if not isinstance(found, Match):
+                continue
+            self.bindings = dict(found.bindings)
+            searched = self.bindings.pop("num_experts")
+            # Where rows begin tells where those of the expert before end: there is one number more than experts.
+            self.num_experts = max(self.num_experts, searched - 1 + own)
+            return [dict.fromkeys(range(place + own), 1) for place in range(searched)]
+        return None
+
+    def _of_one_expert(self, node: Node) -> Total | None:
+        """How many ids are a single expert's."""
+        found = match(ONE_EXPERT, node, self.bindings)
+        if not isinstance(found, Match):
+            return None
+        self.bindings = dict(found.bindings)
+        expert = self.bindings.pop("counted")
+        self.num_experts = max(self.num_experts, expert + 1)
+        return {expert: 1}
+
     def _computed(self, node: Node) -> Any:
         name = op_name(node)
         if node.target in (operator.add, operator.sub) or name in ("aten::add", "aten::sub"):
@@ -87,6 +117,9 @@ class Counts:
             source, place = node.args
             vector = self.read(source) if op_name(source) == "aten::unbind" else None
             return vector[place] if isinstance(vector, list) and isinstance(place, int) else None
+        if name == "aten::stack":
+            numbers = [self.total(part) for part in arguments(node)["tensors"]]
+            return numbers if shape_of(node) == (len(numbers),) and None not in numbers else None
         if name == "aten::cat":
             parts = [self.read(part) for part in arguments(node)["tensors"]]
             return (

@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moe_fx.passes.raising.loops import any_slots_of, literal, one_slot_of, sums, zero
+from moe_fx.passes.raising.loops import any_slots_of, expert_of, literal, one_slot_of, sums, zero
 from moe_fx.passes.raising.pieces import TOKENS, Column, Mask, Piece, Slot
 from torch.fx import Node
 
 from moe_fx.constants import filled_with
 from moe_fx.matcher import Match, match, op_name
-from moe_fx.pattern import ANY, Last, Pattern, Var, aten, either
+from moe_fx.pattern import ANY, As, Last, Pattern, Var, aten, either
 from moe_fx.shapes import known_equal, same_shape, shape_of
 
 __all__ = ["BY_TABLE", "OWN", "PIECES", "computed_by", "expert_number", "specific", "terms"]
@@ -37,13 +37,17 @@ column = aten.select(table, Last(-1), literal)
 total = sums(any_slots_of)
 kept_dim = sums(any_slots_of, keepdim=True)
 
+#: of ids that have no dimension for slots, and of ids that keep one of size 1
+one_each = As("one_each", expert_of(Var("ids", rank=(1, 2)), literal))
+one_wide = As("one_wide", any_slots_of)
 #: the weight of the one slot that is looked at, zero where it is another expert's
-slot = Var("slot", rank=1)
-of_one = either(aten.mul(slot, cast(one_slot_of)), aten.where(one_slot_of, slot, zero))
+slot, wide_slot = Var("slot", rank=(1, 2)), Var("slot", rank=(2, 3))
+of_one = either(aten.mul(slot, cast(one_each)), aten.where(one_each, slot, zero))
+of_one_wide = either(aten.mul(wide_slot, cast(one_wide)), aten.where(one_wide, wide_slot, zero))
 
 #: a column of a table of all experts, or the expert's results, where a token's ids name it
-named = either(one_slot_of, aten.any(any_slots_of, Last(-1)))
-named_wide = either(aten.any(any_slots_of, Last(-1), True), aten.unsqueeze(named, Last(-1)))
+named = either(one_each, aten.any(any_slots_of, Last(-1)))
+named_wide = either(aten.any(any_slots_of, Last(-1), True), aten.unsqueeze(named, Last(-1)), one_wide)
 not_named, rows = either(aten.bitwise_not(named), aten.logical_not(named)), Var("rows")
 not_named_wide = either(aten.bitwise_not(named_wide), aten.logical_not(named_wide), aten.unsqueeze(not_named, Last(-1)))
 wide_zero = either(zero, aten.zeros_like(ANY), aten.full_like(ANY, 0))
@@ -56,6 +60,7 @@ masked = either(
 
 PIECES: tuple[Piece, ...] = (
     Slot(TOKENS, of_one),
+    Slot(TOKENS, of_one_wide),
     Column(TOKENS, column),
     Column(TOKENS, aten.slice(table, Last(-1), literal, ANY)),
     Slot(TOKENS, total),

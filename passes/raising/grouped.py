@@ -52,7 +52,10 @@ inverse = either(argsort(perm), aten.index_put(ANY, [perm], arange()), aten.scat
 exact = OneOfValues(torch.float32, torch.float64, torch.int32, torch.int64)
 num_experts, last_expert, top_k = Var("num_experts"), Var("last_expert"), Var("top_k")
 any_ids = either(sorted_ids, flat_ids)
-counted = optional(lambda ids: aten.to(ids, exact), any_ids)
+all_ids = either(any_ids, Var("ids", rank=2))
+counted = either(
+    optional(lambda ids: aten.to(ids, exact), any_ids), aten.reshape(aten.to(Var("ids", rank=2), exact), ANY)
+)
 numbers = either(aten.arange(num_experts, dtype=ANY), aten.arange(0, num_experts, dtype=ANY))
 one_hot = either(aten.one_hot(any_ids, num_experts), aten.eq(aten.unsqueeze(any_ids, Last(1)), numbers))
 counts = either(

@@ -190,6 +190,10 @@ class Outside:
                 return self.inside(node, place)
             return self.body.reshaped(self.row("s", node, tuple(features(place))), shape)
         known = self.body.captured["x"]
+        if self.specific is not None and node not in known and all(size == 1 for size in features(place)):
+            # Of tokens that all experts take, a number is that of their slot, if they have one.
+            self.bindings.setdefault("one_number", node)
+            return self.body.reshaped(self.row("s", node, ()), shape)
         if known and node not in known:
             return self.miss("one tensor of token rows", node)
         return self.body.reshaped(self.row("x", node, tuple(features(place))), shape)

@@ -126,6 +126,8 @@ def misfit(region: Region) -> Miss | None:
             return miss(wanted, node, f"shape {list(shape_of(node) or ())}")
     if found.get("top_k", top_k) != top_k:
         return miss(f"{top_k} rows for each token", tokens, f"{found['top_k']}")
+    if "one_number" in found and top_k != 1:
+        return miss("a number for every token and slot", found["one_number"], f"one for each token, of {top_k} slots")
     if not region.params:
         return miss("parameters that differ from expert to expert", region.root, "none")
     experts = region.num_experts if isinstance(region.params[0], tuple) else size(region.params[0])

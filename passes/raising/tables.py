@@ -21,7 +21,7 @@ from torch.fx.node import map_arg
 
 from moe_fx.constants import filled_with
 from moe_fx.matcher import Match, Miss, match, op_name
-from moe_fx.pattern import ANY, As, Last, Pattern, Var, aten, either, optional
+from moe_fx.pattern import ANY, As, AtLeast, Last, Pattern, Var, aten, either, optional
 from moe_fx.shapes import known_equal, shape_of, tensor_of
 
 __all__ = ["Slots", "counts_zero", "ids_of_mask", "is_step", "read_table"]
@@ -37,6 +37,12 @@ SCATTERED = either(
     aten.scatter(*scattered),
     aten.scatter_add(*scattered),
     aten.index_put(Var("base", rank=2), [As("each_row", widened_numbers), Var("ids")], Var("values")),
+)
+ONE_SLOT = aten.scatter(*scattered)
+number = As("number", AtLeast(0))
+COLUMN = either(
+    aten.slice(Var("whole"), Last(-1), number, ANY),
+    aten.unsqueeze(aten.select(Var("whole"), Last(-1), number), Last(-1)),
 )
 ids, column = Var("ids"), aten.unsqueeze(Var("values"), Last(-1))
 #: one_hot(ids) * values, added up over the slots
@@ -149,11 +155,43 @@ def _elsewhere(node: Node) -> tuple[Node, float] | Miss:
 def _scattered(node: Node) -> Match | Miss:
     """Values scattered to their experts, in the row of each token."""
     found = match(SCATTERED, node)
+    if isinstance(found, Match) and isinstance(in_turn := _in_turn(node), Match):
+        return in_turn
     if isinstance(found, Match) and "each_row" in found.bindings:
         rows = (shape_of(found["each_row"]) or (0,))[0]
         if not known_equal(rows, (shape_of(node) or (1,))[0]):
             return Miss("a row for each token", _describe(found["each_row"]), node)
     return found
+
+
+def _in_turn(node: Node) -> Match | None:
+    """The same, slot after slot: ``table.scatter(1, ids[:, k, None], values[:, k, None])`` for every k.
+
+    Of a token whose ids repeat, one value is left here and there: a table is read only if they are distinct.
+    """
+    wholes, numbers, nodes = set[tuple[Node, Node]](), list[int](), set[Node]()
+    while isinstance(found := match(ONE_SLOT, node), Match):
+        ids, values = _column(found["ids"]), _column(found["values"])
+        if ids is None or values is None or ids[1] != values[1]:
+            break
+        wholes.add((ids[0], values[0]))
+        numbers.append(ids[1])
+        nodes.add(node)
+        node = found["base"]
+    if len(wholes) != 1 or sorted(numbers) != list(range(len(numbers))):
+        return None
+    ((all_ids, all_values),) = wholes
+    if any(not known_equal((shape_of(whole) or (0,))[-1], len(numbers)) for whole in (all_ids, all_values)):
+        return None
+    return Match({"base": node, "ids": all_ids, "values": all_values}, frozenset(nodes))
+
+
+def _column(node: Node) -> tuple[Node, int] | None:
+    """What a value ``[..., 1]`` is a column of, and which."""
+    if not known_equal((shape_of(node) or (0,))[-1], 1):
+        return None
+    found = match(COLUMN, node)
+    return (found["whole"], found["number"]) if isinstance(found, Match) else None
 
 
 def _added(node: Node) -> Match | Miss:

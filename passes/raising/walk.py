@@ -101,16 +101,30 @@ class Walk(Outside):
             layout = self.layouts.get(piece.layout)
             if layout is None or axes_of(place[len(layout) :]):
                 continue
+            if isinstance(piece, kinds.Slot) and piece.layout == kinds.TOKENS and max(features(place), default=1) != 1:
+                continue  # what every token has for each slot is a number
             # With one slot, a dimension of size 1 for it may stand beside the tokens or not.
             alone = self.single and piece.layout == kinds.TOKEN_MAJOR and place[:1] == ((*self.tokens, SLOT),)
             if place[: len(layout)] != layout and not alone:
                 continue
             found = match(piece.pattern, node, self.bindings)
+            if isinstance(found, Match) and not self.one_slot_fits(found):
+                continue
             if isinstance(found, Match):
                 return True, self.take(piece, node, place, found)
             if near is None or found.depth >= near.depth:
                 near = found
         return False, near
+
+    def one_slot_fits(self, found: Match) -> bool:
+        """Whether ids of one slot each, as a piece takes them for, have no dimension for it, or one of size 1.
+
+        A mask ``[T, K]`` beside rows ``[T, H]`` would be one of features, where K is H.
+        """
+        shape, tokens = shape_of(found.get("ids")) or (), len(self.tokens)
+        without = "one_each" not in found.bindings or len(shape) == tokens
+        wide = "one_wide" not in found.bindings or (len(shape) == tokens + 1 and known_equal(shape[-1], 1))
+        return without and wide
 
     def take(self, piece: kinds.Piece, node: Node, place: Place, found: Match) -> Value | Miss:
         shape = features(place)
@@ -344,7 +358,7 @@ class Walk(Outside):
             self.bindings, distinct=bool(self.zeros) or "counted_once" in self.bindings,
         )  # fmt: skip
         region.features = {node: self.outer[node] for node in (tokens, *s)}
-        slots = self.sizes.get(SLOT)
+        slots = 1 if "one_each" in self.bindings else self.sizes.get(SLOT)
         region.size = (self.token_count, region.top_k if slots is None else slots)
         region.tables = self.tables
         region.visits = self.visits
