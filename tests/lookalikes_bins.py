@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from lookalikes import LOOKALIKES, lookalike
+from lookalikes_from_scratch import LOOKALIKES, lookalike
 from styles.base import H, Router, Simple, Stacked, swiglu
 from styles.bins import Bins, ranks
 

@@ -19,6 +19,7 @@ NOT_YET = {
 #: decomposed, not raised yet: their products are then of merged dimensions, their indices and biases spelled otherwise
 NOT_DECOMPOSED = (
     "all_experts_einsum_gate_in_contraction",
+    "all_experts_einsum_router",
     "all_experts_gather_arange_scatter_add_llama4",
     "gathered_top1_baddbmm",
     "modulelist_sparse_dispatcher",
@@ -29,6 +30,7 @@ NOT_DECOMPOSED = (
     "one_hot_sec_top1_deepspeed",
     "one_hot_switch_mesh_capacity",
     "one_hot_weights_per_slot_matmul",
+    "sorted_counted_expert_by_expert",
     "stacked_sparse_dispatcher",
 )
 

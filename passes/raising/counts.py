@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from moe_fx.constants import filled_with
 from moe_fx.matcher import Match, arguments, match, op_name
-from moe_fx.pattern import ANY, As, AtLeast, Last, Var, aten, optional
+from moe_fx.pattern import ANY, As, AtLeast, Last, Var, aten, either, optional
 from moe_fx.shapes import shape_of
 
 __all__ = ["Counts", "Total"]
@@ -29,7 +29,8 @@ ONCE = aten.sum(
     optional(lambda hot: aten.to(hot, ANY), aten.scatter(As("zeros", ANY), Last(-1), Var("ids", rank=2), 1)), [0]
 )
 #: how many ids are a single expert's
-ONE_EXPERT = aten.sum(optional(lambda mask: aten.to(mask, ANY), aten.eq(grouped.all_ids, As("counted", AtLeast(0)))))
+one_of_ids = optional(lambda mask: aten.to(mask, ANY), aten.eq(grouped.all_ids, As("counted", AtLeast(0))))
+ONE_EXPERT = either(aten.sum(one_of_ids), aten.sum(one_of_ids, []))
 #: where each expert's rows end among the sorted ones, and where they begin
 ENDS = aten.searchsorted(grouped.sorted_ids, grouped.numbers, right=True)
 STARTS = aten.searchsorted(grouped.sorted_ids, grouped.numbers)

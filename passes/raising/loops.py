@@ -102,7 +102,9 @@ def by_token(expert: Pattern, mask: Pattern, slots: Pattern | None) -> tuple[Loo
     """Loops over the tokens of an expert; ``mask`` is true at ``[token]``, and ``slots`` at ``[token, slot]``."""
     found = []
     for token in (mask, *all_places(mask)):
-        by_row = (*sums_of_rows(expert, token), *chosen_weights(expert, slots)) if slots is not None else ()
+        by_row: tuple[Piece, ...] = ()
+        if slots is not None:
+            by_row = (*sums_of_rows(expert, token), *chosen_weights(expert, slots), *found_slot(expert, token, slots))
         # A column of a table of all experts, or of the weights of all slots: the steps together tell which it is.
         for weights in (columns(expert, token, slots), (of_token(token, one_wide),)):
             pieces = (*weights, *by_row, *dispatch(token))
@@ -199,6 +201,16 @@ def sums_of_rows(expert: Pattern, token: Pattern) -> tuple[Piece, ...]:
     weights = aten.index(slot_value, [token])
     narrow = sums(mine, weights=weights)
     return Slot(HITS, sums(mine, True, weights)), Slot(HITS, narrow), Slot(HITS, aten.unsqueeze(narrow, Last(1)))
+
+
+def found_slot(expert: Pattern, token: Pattern, slots: Pattern) -> tuple[Piece, ...]:
+    """The routing weight of the slot in which a token's ids name the expert: the only one, if they are distinct."""
+    mine = either(aten.index(slots, [token]), aten.eq(aten.index(Var("ids", rank=2), [token]), expert))
+    # Every row of these tokens has such a slot, and the largest of noughts and ones is there.
+    slot = aten.argmax(optional(lambda mask: aten.to(mask, ANY), mine), Last(-1), True)
+    narrow = aten.gather(aten.index(slot_value, [token]), Last(-1), slot)
+    single = either(aten.squeeze(narrow, Last(1)), aten.reshape(narrow, [-1]))
+    return Slot(HITS, narrow), Slot(HITS, single), Slot(HITS, aten.unsqueeze(single, Last(1)))
 
 
 def chosen_weights(expert: Pattern, slots: Pattern) -> tuple[Piece, ...]:

@@ -226,3 +226,25 @@ class Aria(Apart):
         back = torch.zeros(x.shape[0] * self.K, H)
         back.index_copy_(0, order, results)
         return (back.view(-1, self.K, H) * weights.unsqueeze(-1)).sum(dim=1)
+
+
+@style("modulelist_slot_found_by_argmax", **ASKS)
+class SlotFound(Listed):
+    """An expert's slot of a token is found in the mask at the token's row."""
+
+    route = BestThenSoftmax
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            mask = ids == e
+            if not mask.any():
+                continue
+            token = mask.any(dim=-1).nonzero().squeeze(-1)
+            if token.numel() == 0:
+                continue
+            slot = mask[token].int().argmax(dim=-1, keepdim=True)
+            weight = torch.gather(weights.index_select(0, token), -1, slot).squeeze(-1)
+            out.index_add_(0, token, expert(x.index_select(0, token)) * weight.unsqueeze(-1))
+        return out
