@@ -16,10 +16,10 @@ from moe_fx.shapes import Dim, known_equal, shape_of
 
 __all__ = ["Region", "misfit", "read_outside", "told_of_ids"]
 
-#: what pieces say of ids that name no expert, and of how an id was changed before it was used
+#: what pieces say of ids that name no expert, of how an id was changed before it was used, and of how many a token has
 OF_IDS = frozenset({
     "last_expert", "lowest_expert", "num_compared", "num_classes", "num_experts", "counts_beyond", "rows_skipped",
-    "indexed", "looked_up",
+    "indexed", "looked_up", "one_number",
 })  # fmt: skip
 
 
