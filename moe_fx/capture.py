@@ -152,7 +152,8 @@ def _every_expert(given: Given) -> ExportedProgram | Work:
         # A loop that ends at the first expert without rows asks fewer questions than there are experts.
         stops = other.hit and (looked_at == 0 or other.questions % looked_at > 0)
         # Without rows more is left in the program: the places of rows that nobody reads, and what is asserted of them.
-        all_of_it = _outline(every)
+        # Whatever number the model multiplies a layer's result with, nothing comes of a layer without rows.
+        all_of_it = _outline(every, set())
         rest = _outline(none, {all_of_it.numbers[moved(slot)] for layer in every.layers for slot in layer.node.args[2]})
         if stops or all_of_it.yielded != rest.yielded or all_of_it.asserted - rest.asserted:
             if every.misses:

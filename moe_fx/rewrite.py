@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -197,8 +198,8 @@ def outline(graph: Graph, constants: Mapping[Node, torch.Tensor], weights: Colle
 
     Args:
         graph: without dead code. constants: the values of those placeholders that are constants.
-        weights: where layers were left out, the numbers of their routing weights: zeros times these, and sums of them,
-            are what is left of a layer.
+        weights: where a layer is compared with what is left of one without rows, the numbers of its routing weights:
+            zeros times these, times plain numbers, and sums of them.
     """
     zeros: set[Node] = set()
     numbers: dict[Node, int] = {}
@@ -243,6 +244,8 @@ def _is_left_of_layer(
     if node.target is experts or (isinstance(node.meta.get("val"), torch.Tensor) and is_zero(node)):
         return True
     if weights is None or op_name(node) not in ("aten::mul", "aten::sum"):
+        return False
+    if any(isinstance(factor, float) and not math.isfinite(factor) for factor in node.args):
         return False
     factors = [moved(factor) for factor in node.all_input_nodes]
     others = [factor for factor in factors if factor not in zeros]

@@ -93,6 +93,8 @@ class Places(_Answer):
     def __getitem__(self, place: Any) -> Any:
         if isinstance(place, tuple) and place == (slice(None), 0):
             return self.flatten()
+        if place in (slice(None), (slice(None), slice(None)), Ellipsis):
+            return self
         if not isinstance(place, int):
             raise ExportError("some of the experts that were hit are taken, not all")
         return super().__getitem__(place)
