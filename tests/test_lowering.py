@@ -175,6 +175,9 @@ def test_auto_takes_the_cpu_kernel_where_there_is_one(monkeypatch):
     fitting = dict(hidden=32, inner=64)
     assert chosen(**fitting) == "grouped_mm"
     assert chosen(**fitting, quantize=moe_fx.Int4WeightOnly(32)) == "grouped_mm"
+    # Of an int8 weight Inductor reads few bytes as well, and starts sooner.
+    assert chosen(**fitting, num_experts=8, quantize=moe_fx.Int8WeightOnly()) == "gather"
+    assert chosen(**fitting, num_experts=7, quantize=moe_fx.Int8WeightOnly()) == "grouped_mm"
     assert chosen(**fitting, dtype=torch.float32) == "gather"
     assert chosen(hidden=32, inner=24) == "gather"
 

@@ -75,7 +75,8 @@ def choose_lowering(layer: Layer, config: Config, formats: list[WeightFormat], t
             return "fused", f"{how_many} tokens: rows are gathered, multiplied and weighed by the fused kernels"
         lowering, why = _by_slots(layer, formats, most, how_many, "cuda")
         return lowering, f"{unfit}; {why}"
-    if value.device.type == "cpu" and not trains and _amx_takes(layer, value.dtype, formats):
+    few_bytes = all(isinstance(form, Int8WeightOnly) for form in formats) and _gathers(layer, formats, most, "cpu")
+    if value.device.type == "cpu" and not (trains or few_bytes) and _amx_takes(layer, value.dtype, formats):
         return "grouped_mm", f"{how_many} tokens: moe_fx::grouped_mm reads the chosen experts' weights once, as stored"
     return _by_slots(layer, formats, most, how_many, value.device.type if value.device.type == "cpu" else "cuda")
 
@@ -122,12 +123,16 @@ def _by_slots(
     layer: Layer, formats: list[WeightFormat], most: int | None, how_many: str, device: str
 ) -> tuple[str, str]:
     """gather or grouped_mm, by routed slots per expert."""
-    limits = [GATHER_LIMIT[device].get(type(form), GATHER_LIMIT_QUANTIZED[device]) for form in formats]
-    limit = min(limits, default=0.0)
-    if most is not None and most * layer.top_k <= limit * layer.num_experts:
+    if _gathers(layer, formats, most, device):
         slots = f"{how_many} tokens are {most * layer.top_k} slots for {layer.num_experts} experts"
         return "gather", f"{slots}: only the chosen experts' weights are read"
     return "grouped_mm", f"{how_many} tokens: rows that share an expert read its weight once"
+
+
+def _gathers(layer: Layer, formats: list[WeightFormat], most: int | None, device: str) -> bool:
+    """Whether there are so few slots for each expert that gather is faster than rows in order."""
+    limits = [GATHER_LIMIT[device].get(type(form), GATHER_LIMIT_QUANTIZED[device]) for form in formats]
+    return most is not None and most * layer.top_k <= min(limits, default=0.0) * layer.num_experts
 
 
 def format_name(formats: dict[str, WeightFormat]) -> str:
