@@ -123,7 +123,7 @@ def _by_slots(
     layer: Layer, formats: list[WeightFormat], most: int | None, how_many: str, device: str
 ) -> tuple[str, str]:
     """gather or grouped_mm, by routed slots per expert."""
-    if _gathers(layer, formats, most, device):
+    if most is not None and _gathers(layer, formats, most, device):
         slots = f"{how_many} tokens are {most * layer.top_k} slots for {layer.num_experts} experts"
         return "gather", f"{slots}: only the chosen experts' weights are read"
     return "grouped_mm", f"{how_many} tokens: rows that share an expert read its weight once"
