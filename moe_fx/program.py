@@ -1,8 +1,9 @@
 """The only code that edits ExportedPrograms: a working copy that passes rewrite, and a new program at the end.
 
 Non-public torch API used here: the constructor of ``torch.export.ExportedProgram`` (public class, private
-signature: nothing public builds a program from an edited graph and new parameters without tracing it again).
-Tried on torch 2.11, 2.13 and 2.15.
+signature: nothing public builds a program from an edited graph and new parameters without tracing it again),
+tried on torch 2.11, 2.13 and 2.15; and the name of ``torch._functorch.predispatch._add_batch_dim``, the call by which
+torch.export keeps that a vmap is entered, tried on torch 2.13 (there is one of that name in 2.11 and 2.15).
 """
 
 from __future__ import annotations
@@ -32,7 +33,16 @@ from moe_fx.errors import ProgramError
 from moe_fx.matcher import arguments, op_name
 from moe_fx.shapes import tensor_of
 
-__all__ = ["DerivedWeight", "ExportedWork", "Program", "StackedWeight", "Weight", "check_inference", "stacked_name"]
+__all__ = [
+    "DerivedWeight",
+    "ExportedWork",
+    "Program",
+    "StackedWeight",
+    "Weight",
+    "check_inference",
+    "enters_vmap",
+    "stacked_name",
+]
 
 #: where a transformed program carries its report; survives save, load and run_decompositions
 META_KEY = "moe_fx"
@@ -343,6 +353,16 @@ class ExportedWork(Program):
 
 def _share_memory(left: torch.Tensor, right: torch.Tensor) -> bool:
     return left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
+
+
+def enters_vmap(node: Node) -> bool:
+    """Whether a tensor of floating-point numbers enters a vmap, as torch.export keeps it."""
+    target: object = node.target
+    entered = getattr(target, "__module__", None) == "torch._functorch.predispatch"
+    if not entered or getattr(target, "__name__", None) != "_add_batch_dim":
+        return False
+    value = node.args[0].meta.get("val") if isinstance(node.args[0], Node) else None
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def check_inference(graph: Graph) -> None:

@@ -8,10 +8,9 @@ from __future__ import annotations
 import torch
 from torch.export import ExportedProgram
 
-__all__ = ["without_vmaps"]
+from moe_fx.program import enters_vmap
 
-#: where the calls are defined by which torch.export enters and leaves a vmap (torch 2.13)
-ENTERED = "torch._functorch.predispatch"
+__all__ = ["without_vmaps"]
 
 
 def without_vmaps(program: ExportedProgram) -> ExportedProgram:
@@ -22,16 +21,7 @@ def without_vmaps(program: ExportedProgram) -> ExportedProgram:
     if not isinstance(program, ExportedProgram):
         return program  # which is said where it is opened
     modules = [module for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
-    if not any(_is_entered(node) for module in modules for node in module.graph.nodes):
+    if not any(enters_vmap(node) for module in modules for node in module.graph.nodes):
         return program
     with torch.no_grad():
         return program.run_decompositions({})
-
-
-def _is_entered(node: torch.fx.Node) -> bool:
-    """Whether a tensor of floating-point numbers enters a vmap."""
-    target: object = node.target
-    if getattr(target, "__module__", None) != ENTERED or getattr(target, "__name__", None) != "_add_batch_dim":
-        return False
-    value = node.args[0].meta.get("val") if isinstance(node.args[0], torch.fx.Node) else None
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
