@@ -96,7 +96,7 @@ def grouped_mm_amx(
             if wide is not None:
                 library.widen(*stored, threads, ctypes.c_long(expert), _pointer(wide))
             matrix = weights[expert] if wide is None else wide
-            # With the weights as the left operand, they are read as they lie (alone, 121 to 141 rows: 15 to 22% faster).
+            # The weights on the left are read as they lie (alone, for 121 to 141 rows: 15 to 22% less time).
             torch.mm(matrix, rows[start:end].t(), out=out[start:end].t())
         start = max(start, end)
 
