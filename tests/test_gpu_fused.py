@@ -117,7 +117,7 @@ def test_every_format_at_every_number_of_tokens(tokens, dtype, form):
 
 
 @pytest.mark.parametrize("form", [FORMATS["none"], FORMATS["int8"], FORMATS["int4"]], ids=repr)
-@pytest.mark.parametrize("tokens", [5, 200])
+@pytest.mark.parametrize("tokens", [1, 5, 200])
 @pytest.mark.parametrize("gated", ops.GATED)
 def test_every_layout_of_gate_and_up(gated, tokens, form):
     Layer(form, torch.bfloat16, gated, tokens).check("relu" if gated == "none" else "silu")
@@ -140,7 +140,7 @@ def test_every_routing(tokens, form, how):
 
 @pytest.mark.parametrize(("hidden", "inner"), [(40, 24), (72, 200), (2880, 136), (64, 1000)])
 @pytest.mark.parametrize("form", list(FORMATS.values())[:6], ids=list(FORMATS)[:6])
-@pytest.mark.parametrize("tokens", [3, 150, 700])
+@pytest.mark.parametrize("tokens", [1, 3, 150, 700])
 def test_sizes_that_are_no_multiple_of_a_tile(tokens, form, hidden, inner):
     Layer(form, torch.bfloat16, tokens=tokens, hidden=hidden, inner=inner).check()
     Layer(form, torch.bfloat16, "interleaved", tokens=tokens, hidden=hidden, inner=inner).check("clamped_swiglu")

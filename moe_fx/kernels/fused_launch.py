@@ -10,6 +10,7 @@ import torch
 from moe_fx.kernels.fused_large import run_large, run_linear_large, takes_descriptors
 from moe_fx.kernels.fused_projection import Projection, Routing, operands, output_width, widened
 from moe_fx.kernels.fused_tiles import FEW_SLOTS, Product, Tile, tile_of, widens_first
+from moe_fx.kernels.fused_token import run_token, takes_token
 from moe_fx.kernels.triton_gemm import expert_gemm_kernel
 from moe_fx.kernels.triton_or_none import INTERPRETED, overlapped, overlaps
 from moe_fx.kernels.triton_rows import quantize_rows, split_pairs, sum_slots
@@ -39,7 +40,7 @@ def expert_gemm(
     given = operands(projection, ids)
     inputs = rows.shape[1]
     if tile is None:
-        stored = "plain" if given.weight.dtype is dtype else kind
+        stored = "columns" if projection.transposed else "plain" if given.weight.dtype is dtype else kind
         product = Product(stored, projection.gated != "none", routing.block, given.width, inputs)
         tile = tile_of(product, min(ids.numel(), routing.num_experts))
     row_scale = ids
@@ -116,6 +117,8 @@ def run_experts(
         return tokens.new_zeros((ids.shape[0], output_width(down)), dtype=out_dtype)
     tokens, ids = _dense(tokens), ids.contiguous()
     slot = slot.contiguous() if slot is not None else None
+    if takes_token(ids, (up, down)):
+        return run_token(tokens, ids, slot, up, down, num_experts, activation, alpha, limit, slot_before, out_dtype)
     routing = Routing.of(ids, num_experts, up.kind)
     if takes_descriptors(tokens, (up, down), num_slots, num_experts):
         return run_large(tokens, slot, up, down, routing, activation, alpha, limit, slot_before, out_dtype)

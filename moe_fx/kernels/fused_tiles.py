@@ -55,8 +55,8 @@ class LargeTile:
     persistent: int = 0
 
 
-#: by kind ("plain": 2 bytes per weight; "widened", "dynamic": 1; "int4"), by whether two products are made at once
-#: (gate and up), and by rows per tile
+#: by kind ("plain": 2 bytes per weight; "columns": the same, of weights [E, K, N]; "widened", "dynamic": 1; "int4"),
+#: by whether two products are made at once (gate and up), and by rows per tile
 TILES: dict[tuple[str, bool, int], Tile] = {
     ("plain", False, 8): Tile(32, 256, 3, 2, swap=True),
     ("plain", False, 16): Tile(64, 128, 4, 4, swap=True),
@@ -68,6 +68,16 @@ TILES: dict[tuple[str, bool, int], Tile] = {
     ("plain", True, 32): Tile(64, 128, 3, 4, group_m=8),
     ("plain", True, 64): Tile(128, 64, 4, 4, group_m=8),
     ("plain", True, 128): Tile(128, 64, 4, 8, swap=True, group_m=8),
+    ("columns", False, 8): Tile(64, 128, 3, 4, swap=True),
+    ("columns", False, 16): Tile(64, 128, 4, 4, swap=True),
+    ("columns", False, 32): Tile(64, 64, 3, 4, swap=True, group_m=8),
+    ("columns", False, 64): Tile(128, 64, 3, 4, group_m=8),
+    ("columns", False, 128): Tile(256, 64, 4, 8, group_m=8),
+    ("columns", True, 8): Tile(64, 128, 3, 4, swap=True),
+    ("columns", True, 16): Tile(64, 64, 3, 4, swap=True, group_m=8),
+    ("columns", True, 32): Tile(64, 64, 3, 4, swap=True, group_m=8),
+    ("columns", True, 64): Tile(64, 64, 3, 4, swap=True, group_m=8),
+    ("columns", True, 128): Tile(128, 64, 4, 8, group_m=8),
     ("widened", False, 8): Tile(64, 256, 3, 4, swap=True),
     ("widened", False, 16): Tile(64, 256, 3, 4),
     ("widened", False, 32): Tile(64, 128, 4, 4, group_m=8),
@@ -143,6 +153,7 @@ WIDEN_ABOVE = {"widened": 640.0, "int4": 448.0}
 #: rows per tile, and up to how many rows of an expert that is hit they are taken
 BLOCKS = {
     "plain": ((8, 5), (16, 12), (32, 32), (64, 48)),
+    "columns": ((8, 5), (16, 12), (32, 32), (64, 48)),
     "dynamic": ((8, 5), (16, 12), (32, 32), (64, 48)),
     "widened": ((8, 5), (16, 12), (32, 32), (64, 80)),
     "int4": ((8, 5), (16, 12), (32, 32), (64, 80)),

@@ -28,7 +28,7 @@ def _(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(like)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Remember which inputs are tensors, and keep them: the traced graph asks for their shapes."""
     ctx.places = []
     tensors: list[torch.Tensor] = []
@@ -40,7 +40,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[Any, ...]:
     tensors = iter(ctx.saved_tensors)
     grads: list[Any] = []
     for is_list, floats in ctx.places:

@@ -37,6 +37,18 @@ def tile_place(pid, num_n, tile_group, GROUP_M: tl.constexpr):
         return first + group * size + rest % width, rest // width
 
 
+@jit()
+def _load_weights(ptrs, inputs, columns, EVEN_K: tl.constexpr, MASK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
+    if TRANSPOSED:
+        if MASK_N:
+            mask = columns[None, :] if EVEN_K else inputs[:, None] & columns[None, :]
+            return tl.load(ptrs, mask=mask, other=0.0)
+        else:
+            return tl.load(ptrs) if EVEN_K else tl.load(ptrs, mask=inputs[:, None], other=0.0)
+    else:
+        return tl.load(ptrs) if EVEN_K else tl.load(ptrs, mask=inputs[None, :], other=0.0)
+
+
 @jit(do_not_specialize=("S",))
 def expert_gemm_kernel(
     a, w, u, out, a_scale, w_scale, u_scale, w_zero, u_zero, w_bias, u_bias, slot_weight,
@@ -101,17 +113,21 @@ def expert_gemm_kernel(
         c = pid_n * BN + j // 2
     else:
         c = pid_n * BN + j
-    if EVEN_N == 0:
+    # Columns beyond the last are the last again; where columns lie side by side in memory, that would keep them from
+    # being read together, and they are not read instead.
+    MASK_N: tl.constexpr = TRANSPOSED and EVEN_N == 0
+    if EVEN_N == 0 and not MASK_N:
         c = tl.minimum(c, N - 1)
     if PAIRS_APART:
         c = tl.where(c < N // 2, 2 * c, 2 * c - N + 1)
     if GATED == "interleaved":
-        if PAIRS_APART or EVEN_N == 0:
+        if PAIRS_APART or (EVEN_N == 0 and not MASK_N):
             r = 2 * c + j % 2
         else:
             r = pid_n * WIDE + j
     else:
         r = c
+    columns_there = r < (2 * N if GATED == "interleaved" else N)
     TWO: tl.constexpr = GATED == "halves" or GATED == "two"
     r_gate = r + gate_row
     r_up = r + up_row
@@ -177,23 +193,14 @@ def expert_gemm_kernel(
         for k0 in range(0, K, BK):
             if EVEN_K:
                 rows = tl.load(a_ptrs, mask=there[:, None], other=0.0)
-                weights = tl.load(w_ptrs)
             else:
                 rows = tl.load(a_ptrs, mask=there[:, None] & (k[None, :] < K - k0), other=0.0)
-                if TRANSPOSED:
-                    weights = tl.load(w_ptrs, mask=(k < K - k0)[:, None], other=0.0)
-                else:
-                    weights = tl.load(w_ptrs, mask=(k < K - k0)[None, :], other=0.0)
+            weights = _load_weights(w_ptrs, k < K - k0, columns_there, EVEN_K, MASK_N, TRANSPOSED)
             if FMT == "widened":
                 weights = widened(weights, rows.dtype, ASM)
             acc = dot(rows, weights, acc, SWAP, TRANSPOSED)
             if TWO:
-                if EVEN_K:
-                    weights = tl.load(u_ptrs)
-                elif TRANSPOSED:
-                    weights = tl.load(u_ptrs, mask=(k < K - k0)[:, None], other=0.0)
-                else:
-                    weights = tl.load(u_ptrs, mask=(k < K - k0)[None, :], other=0.0)
+                weights = _load_weights(u_ptrs, k < K - k0, columns_there, EVEN_K, MASK_N, TRANSPOSED)
                 if FMT == "widened":
                     weights = widened(weights, rows.dtype, ASM)
                 acc_up = dot(rows, weights, acc_up, SWAP, TRANSPOSED)
@@ -209,6 +216,9 @@ def expert_gemm_kernel(
     row_scale = tl.load(a_scale + source, mask=there, other=0.0) if FMT == "dynamic" else 1.0
     weight = tl.load(slot_weight + slot, mask=there, other=0.0).to(tl.float32) if SLOT != 0 else 1.0
     first = e * w_rows
+    if MASK_N:
+        r_gate = tl.minimum(r_gate, w_rows - 1)
+        r_up = tl.minimum(r_up, w_rows - 1)
     acc = rescaled(acc, row_scale, w_scale + first, w_bias + first, weight, r_gate, FMT, SLOT, BIAS)
     if GATED == "interleaved":
         gate, up = tl.split(tl.reshape(acc, (BM, BN, 2)))

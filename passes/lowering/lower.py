@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from moe_fx.passes.lowering.choices import lower_choices
 from moe_fx.passes.lowering.fused import lower_to_fused
 from moe_fx.passes.lowering.gather import lower_to_gather
 from moe_fx.passes.lowering.grouped import lower_to_grouped_mm
@@ -31,7 +32,7 @@ def lower_layers(work: Work) -> None:
     read = {param for layer in work.layers for param in (*layer.originals, *operands(layer)[3])}
     values = FakeValues(program.fake_mode)
     for layer in work.layers:
-        node, dtype = layer.node, tensor_of(layer.node).dtype
+        node, dtype, ids = layer.node, tensor_of(layer.node).dtype, operands(layer)[1]
         emit = Emitter(program.graph, node, values)
         lowered, reasons = LOWERINGS[layer.lowering](layer, program, emit)
         if tensor_of(lowered).dtype is not dtype:
@@ -40,6 +41,8 @@ def lower_layers(work: Work) -> None:
         layer.output = (layer.output[0], lowered.name)
         replace(node, lowered)
         erase_dead(program.graph, [node])
+        if layer.lowering == "fused":
+            lower_choices(ids, values)
     for linear in work.linears:
         _lower_linear(linear.node, Emitter(program.graph, linear.node, values))
     program.drop_weights({param for param in read if param in program.weights})

@@ -1,0 +1,109 @@
+"""On a CUDA device: the kernels for one token, and the router's choice, against their references."""
+
+import pytest
+import torch
+from test_gpu_fused import FORMATS, Layer, poison, pytestmark  # noqa: F401 (the marks are those of the module)
+from toys import Gathered
+
+import moe_fx
+from moe_fx.kernels.fused_experts import fused_experts_reference
+from moe_fx.kernels.fused_projection import Projection
+from moe_fx.kernels.fused_token import run_token, takes_token
+from moe_fx.kernels.top_k import top_k
+from moe_fx.kernels.triton_or_none import opaque
+
+PLAIN = [FORMATS["none"], FORMATS["transposed"], FORMATS["int8"], FORMATS["float8"]]
+
+
+def relative_errors(layer, activation="silu", before=False):
+    """Of the kernels for one token, and of the reference in the layer's own dtype."""
+    exact = fused_experts_reference(*layer.arguments(activation, torch.float64, before))
+    plain = fused_experts_reference(*layer.arguments(activation, before=before))
+    transposed = getattr(layer.form, "transposed", False)
+    bias = () if layer.down_bias is None else (layer.down_bias,)
+    up = Projection(layer.up, layer.form.name, transposed, layer.up_bias, layer.gated)
+    down = Projection(layer.down, layer.form.name, transposed, bias)
+    poison()
+    with opaque():
+        actual = run_token(
+            layer.tokens, layer.ids, layer.slot, up, down, 6, activation, 1.702, 1.5, before, layer.dtype
+        )
+    return [float((each.double() - exact).norm() / exact.norm()) for each in (actual, plain)]
+
+
+@pytest.mark.parametrize("how", ["all on one", "idle experts", "ids of no expert"])
+@pytest.mark.parametrize("top_k", [1, 2, 3, 6, 8, 12, 32])
+@pytest.mark.parametrize("form", PLAIN, ids=repr)
+def test_sums_over_any_number_of_slots(form, top_k, how):
+    layer = Layer(form, torch.bfloat16, tokens=3, top_k=top_k, how=how)
+    ours, plain = relative_errors(layer)
+    assert ours < plain + 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gated", ["none", "gate_up", "up_gate", "interleaved", "two"])
+@pytest.mark.parametrize(("hidden", "inner"), [(40, 24), (72, 200), (2880, 136), (1024, 1000)])
+@pytest.mark.parametrize("form", PLAIN, ids=repr)
+def test_every_layout_and_size(form, hidden, inner, gated, dtype):
+    activation = "clamped_swiglu" if gated == "interleaved" else "gelu"
+    for bias, before in ((True, False), (False, True)):
+        layer = Layer(form, dtype, gated, tokens=1, hidden=hidden, inner=inner, bias=bias)
+        ours, plain = relative_errors(layer, activation, before)
+        assert ours < plain + 1e-4
+
+
+def test_one_token_is_computed_by_them_where_they_are_faster():
+    def taken(form, tokens, slots):
+        layer = Layer(form, torch.bfloat16, tokens=tokens, top_k=slots)
+        return takes_token(layer.ids, (Projection(layer.up, form.name), Projection(layer.down, form.name)))
+
+    assert taken(FORMATS["none"], 1, 2)
+    assert taken(FORMATS["int8"], 1, 1)
+    assert not taken(FORMATS["int8"], 1, 2)
+    assert not taken(FORMATS["float8 dynamic"], 1, 1)
+    assert not taken(FORMATS["int4"], 1, 1)
+    assert not taken(FORMATS["none"], 2, 1)
+
+
+SIZES = [(1, 1), (8, 2), (60, 4), (128, 8), (256, 8), (300, 6), (1000, 32)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("experts", "k"), SIZES)
+def test_choice_is_that_of_topk_ties_included(experts, k, dtype):
+    scores = torch.randn(700, experts, device="cuda").to(dtype)
+    scores[100:400] = scores[100:400].round()
+    scores[400:500] = 0
+    scores[450:500, ::2] = -0.0
+    scores[500:520, experts // 2 :] = float("nan")
+    scores[520:540, 1:] = -float("inf")
+    scores[540:560, : experts // 2] = float("inf")
+    poison()
+    for given in (scores, scores.view(7, 100, experts), scores.mT.contiguous().mT):
+        values, ids = top_k(given, k)
+        expected_values, expected_ids = given.topk(k, dim=-1)
+        assert values.shape == expected_values.shape
+        torch.testing.assert_close(values, expected_values, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(given.gather(-1, ids).nan_to_num(99), values.nan_to_num(99))
+        # torch.topk leaves the order of equal scores open; which of them are chosen, it does not.
+        assert torch.equal(ids.sort(-1).values, expected_ids.sort(-1).values)
+
+
+def test_a_choice_among_no_rows():
+    values, ids = top_k(torch.empty(0, 8, device="cuda"), 2)
+    assert values.shape == ids.shape == (0, 2)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_layer_chooses_by_the_kernel(dynamic):
+    model = Gathered(num_experts=8, hidden=64, inner=96, dtype=torch.bfloat16).cuda()
+    x = torch.randn(37, 64, device="cuda").bfloat16()
+    shapes = ({0: torch.export.Dim("tokens", min=2, max=4096)},) if dynamic else None
+    with torch.no_grad():
+        program = moe_fx.transform(torch.export.export(model, (x,), dynamic_shapes=shapes))
+        assert torch.ops.moe_fx.top_k.default in [node.target for node in program.graph.nodes]
+        torch.compiler.reset()
+        run = torch.compile(program.module(), fullgraph=True)
+        for count in (37, 300) if dynamic else (37,):
+            x = torch.randn(count, 64, device="cuda").bfloat16()
+            assert float((run(x) - model(x)).float().norm() / model(x).float().norm()) < 0.02
