@@ -40,12 +40,7 @@ LAYERS = {
     "deepseek": (256, 8, 7168, 2048),
     "gptoss": (32, 4, 2880, 2880),
 }
-FORMATS = {
-    "none": None,
-    "int8": moe_fx.Int8WeightOnly(),
-    "float8": moe_fx.Float8Dynamic(),
-    "int4": moe_fx.Int4WeightOnly(128),
-}
+FORMATS = ("none", "int8", "float8", "int4")
 BYTES = {"none": 2.0, "int8": 1.0, "float8": 1.0, "int4": 0.5 + 2 / 128}
 #: operations per second; only float8 multiplies what it stores
 FLOPS = {"none": 807e12, "int8": 807e12, "float8": 1500e12, "int4": 807e12}
@@ -54,6 +49,13 @@ BANDWIDTH, COPY = 4.6e12, 4.3e12
 LEAST_SQNR = {"none": 40.0, "int8": 40.0, "float8": 22.0, "int4": 40.0}
 #: slots up to which a copy of each slot's weights is worth measuring
 GATHERED = 64
+
+
+def format_of(layer: str, label: str) -> moe_fx.formats.WeightFormat | None:
+    """int4 groups are of 128 inputs, or of 64 where sizes are no multiple of that (gpt-oss)."""
+    if label == "int4":
+        return moe_fx.Int4WeightOnly(128 if all(size % 128 == 0 for size in LAYERS[layer][2:]) else 64)
+    return {"none": None, "int8": moe_fx.Int8WeightOnly(), "float8": moe_fx.Float8Dynamic()}[label]
 
 
 class Experts(nn.Module):
@@ -188,11 +190,11 @@ def calls(layer: str, tokens: int, label: str, peers: dict[str, nn.Module], inpu
     program = torch.export.export(peers["grouped_mm"], inputs[0])
     for lowering in ("fused", "grouped_mm", "gather"):
         if lowering != "gather" or slots <= GATHERED:
-            config = moe_fx.Config(experts=lowering, quantize=FORMATS[label], validate=False, require="all")
+            config = moe_fx.Config(experts=lowering, quantize=format_of(layer, label), validate=False, require="all")
             yield lowering, torch.compile(moe_fx.transform(program, config).module(), fullgraph=True)
     if label == "float8":
         yield from torchao_calls(peers["grouped_mm"])
-    auto = moe_fx.explain(program, moe_fx.Config(quantize=FORMATS[label], validate=False))
+    auto = moe_fx.explain(program, moe_fx.Config(quantize=format_of(layer, label), validate=False))
     yield "auto", auto.layers[0].lowering
 
 
@@ -224,7 +226,7 @@ def measure(layer: str, tokens: int, formats: list[str], timed: bool, speed: flo
     inputs = inputs_of(layer, tokens)
     cells = []
     for label in formats:
-        exact = reference(peers["grouped_mm"].experts, FORMATS[label], inputs[0]) if timed else None
+        exact = reference(peers["grouped_mm"].experts, format_of(layer, label), inputs[0]) if timed else None
         cell = Cell(layer, tokens, label, floor(layer, tokens, label, inputs, speed) * 1e6, {})
         for name, call in calls(layer, tokens, label, peers, inputs):
             if name == "auto":

@@ -9,7 +9,7 @@ given to moe_fx.kernels.tuning.use.
 import argparse
 
 import torch
-from experts import FORMATS, LAYERS
+from experts import FORMATS, LAYERS, format_of
 
 from moe_fx.kernels import tuning
 from moe_fx.kernels.fused_tiles import Product, Tile
@@ -46,7 +46,7 @@ def main() -> None:
             print(f"{layer} {label}", flush=True)
             found |= tuning.tune(
                 num_experts=experts, top_k=top_k, hidden=hidden, inner=inner, tokens=options.tokens,
-                quantize=FORMATS[label], report=told,
+                quantize=format_of(layer, label), report=told,
             )  # fmt: skip
     tuning.save(found, options.out)
 
