@@ -49,10 +49,11 @@ Made = dict[Any, tuple[list[tuple[weakref.ref[torch.Tensor], int]], tuple[torch.
 class CapturedWork(Program):
     """A Dynamo graph, traced to ATen. Its inputs stay as they are: the compiled code is called with all of them."""
 
-    def __init__(self, graph_module: GraphModule, weights: dict[Node, Weight], made: Made) -> None:
+    def __init__(self, graph_module: GraphModule, weights: dict[Node, Weight], made: Made, trains: bool) -> None:
         self.graph_module = graph_module
         self.weights = weights
         self.made = made
+        self.trains = trains
 
     def remembered(
         self, weight: Weight, key: object, make: Callable[[], tuple[torch.Tensor, ...]]
@@ -113,7 +114,9 @@ class Backend:
             for node, name, value in zip(traced.graph.find_nodes(op="placeholder"), names, example_inputs, strict=True)
             if name and isinstance(value, torch.Tensor)
         }
-        work = Work(CapturedWork(traced, weights, self._made), self.config)
+        # Whatever is trained: a gradient of the tokens passes through experts that are frozen.
+        needed = any(isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs)
+        work = Work(CapturedWork(traced, weights, self._made, needed and torch.is_grad_enabled()), self.config)
         run_passes(FIND, work)
         check_requirement(work)
         if not work.layers and self.config.linears is None:

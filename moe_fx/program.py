@@ -155,6 +155,8 @@ class Program(ABC):
 
     graph_module: GraphModule
     weights: dict[Node, Weight]
+    #: whether gradients may be asked for: an exported program runs as a forward pass
+    trains: bool = False
     _apart: dict[Node, list[Node]] | None = None
 
     @property

@@ -79,6 +79,20 @@ def test_unquantized_experts_can_be_trained():
         torch.testing.assert_close(actual[name], parameter.grad, rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_pass_through_frozen_experts():
+    model = Gathered(num_experts=16, hidden=64, inner=64, dtype=torch.bfloat16)
+    model.up.requires_grad_(False)
+    model.down.requires_grad_(False)
+    tokens = torch.randn(6, 64, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
+    grads = []
+    for run in (model, torch.compile(model, backend=moe_fx.backend(moe_fx.Config(require="all")))):
+        tokens.grad = model.router.grad = None
+        run(tokens).float().square().sum().backward()
+        grads.append((tokens.grad.float(), model.router.grad.float()))
+    for expected, actual in zip(*grads, strict=True):
+        assert (actual - expected).norm() < 0.02 * expected.norm()
+
+
 def test_bfloat16_groups():
     model, backend = Grouped().eval(), moe_fx.backend(moe_fx.Config(require="all"))
     with torch.no_grad():

@@ -455,6 +455,14 @@ def test_what_is_trained_keeps_its_gradient():
     assert model.down.grad is not None
 
 
+def test_gradients_pass_through_frozen_experts():
+    model = Gathered(num_experts=8, hidden=64, inner=96, dtype=torch.bfloat16).cuda().requires_grad_(False)
+    torch.compiler.reset()
+    x = rows(37).cuda().requires_grad_()
+    torch.compile(model, backend=moe_fx.backend())(x).sum().backward()
+    assert x.grad is not None
+
+
 @pytest.mark.parametrize("quantize", [None, moe_fx.Int4WeightOnly(32), moe_fx.Float8Dynamic()], ids=repr)
 def test_tuned(quantize):
     found = tuning.tune(

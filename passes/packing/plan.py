@@ -48,7 +48,7 @@ def plan_layers(work: Work) -> None:
         }
         formats = list(layer.formats.values())
         techniques = [form.name for form in formats if isinstance(form, AnyLinear)]
-        layer.lowering, layer.why = choose_lowering(layer, work.config, formats, _trains(work, layer))
+        layer.lowering, layer.why = choose_lowering(layer, work.config, formats, work.program.trains)
         if techniques and layer.lowering != "linear":
             layer.lowering, layer.why = "linear", f"{techniques[0]} is a technique for linears"
         per_expert = work.config.storage == "per_expert"
@@ -108,15 +108,6 @@ def _amx_takes(layer: Layer, dtype: torch.dtype, formats: list[WeightFormat]) ->
         if any(grouped_amx.unfit_sizes(outputs, inputs, group) for group in groups):
             return False
     return grouped_amx.unavailable() is None
-
-
-def _trains(work: Work, layer: Layer) -> bool:
-    """Whether a model is compiled whose weights can be trained. An exported program runs as a forward pass."""
-    from moe_fx.backend import CapturedWork  # which is built on the passes
-
-    parts = [part for node in layer.originals for part in work.program.weights[node].parts]
-    compiled = isinstance(work.program, CapturedWork)
-    return compiled and torch.is_grad_enabled() and any(part.requires_grad for part in parts)
 
 
 def _by_slots(
