@@ -38,7 +38,7 @@ def _normalize(work: Work) -> None:
     spell(work.program.graph)
     flatten_masks(work.program.graph)
     drop_no_ops(work.program.graph, work.written)
-    merge_equal_values(work.program.graph, work.written)
+    merge_equal_values(work.program.graph, work.written, work.program.weights)
     spell(work.program.graph)  # what a no-op stood between
     spell_parts(work.program.graph)
     spell_nonzero_lists(work.program.graph)

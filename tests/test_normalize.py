@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from moe_fx.passes.normalize import drop_no_ops, functionalize, spell, synonyms
+from moe_fx.passes.normalize import drop_no_ops, functionalize, merge_equal_values, spell, synonyms
 
 import moe_fx
 from moe_fx.matcher import op_name
@@ -193,6 +193,49 @@ def test_casts_that_change_something_are_kept():
     module, _ = normal(exported(lambda x: x.to(torch.float64).to(torch.float64) + 1, torch.randn(3)))
     casts = [node for node in module.graph.nodes if "aten.to" in str(node.target)]
     assert len(casts) == 1
+
+
+def merged(function, *args):
+    """How many calls are left; the last argument is the model's own."""
+    module, written = normal(exported(function, *args))
+    merge_equal_values(module.graph, written, module.graph.find_nodes(op="placeholder")[-1:])
+    torch.testing.assert_close(module(*(arg.clone() for arg in args))[0], function(*(arg.clone() for arg in args)))
+    return sum(node.op == "call_function" for node in module.graph.nodes)
+
+
+def test_what_is_computed_of_a_weight_twice_is_computed_once():
+    def function(x, weight):
+        return x * (1.0 + weight).double() + (1.0 + weight).double()
+
+    assert merged(function, torch.randn(3), torch.randn(3)) == 4
+
+
+def test_what_is_computed_of_an_input_twice_stays():
+    def function(x, weight):
+        return weight * (1.0 + x).double() + (1.0 + x).double()
+
+    assert merged(function, torch.randn(3), torch.randn(3)) == 6
+
+
+def test_a_comparison_before_a_write_and_one_after_it_stay_two():
+    def function(x, count):
+        before = count == 1
+        count.add_(1)
+        return x * before + (count == 1)
+
+    assert merged(function, torch.ones(3), torch.ones(3)) == 5
+
+
+def test_flatten_of_a_batch_of_any_size_is_a_reshape():
+    batch = torch.export.Dim("batch", min=2)
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return x.flatten(0, 1)
+
+    module, _ = normal(torch.export.export(Model(), (torch.randn(3, 4, 5),), dynamic_shapes=({0: batch},)))
+    (call,) = [node for node in module.graph.nodes if op_name(node) == "aten::reshape"]
+    assert call.args[1] == [-1, 5]
 
 
 def names(function, *args):

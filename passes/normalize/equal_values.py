@@ -3,12 +3,17 @@
 a = aten.select(ids, 1, 0)       =>     a = aten.select(ids, 1, 0)
 b = aten.select(ids, 1, 0)
 a == 3, b == 3                          m = a == 3, read twice
+
+So does what is computed element by element from the model's own tensors: a scale that a norm shifts or casts in each of
+its calls is one scale, and no expert's own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
+import torch
 from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Graph, Node
 
@@ -26,11 +31,20 @@ CHEAP = frozenset({
 })  # fmt: skip
 
 
-def merge_equal_values(graph: Graph, written: set[Node]) -> None:
-    """Let the first of equal calls stand for all; ``written`` is memory that ops in place still write."""
+def merge_equal_values(graph: Graph, written: set[Node], weights: Collection[Node]) -> None:
+    """Let the first of equal calls stand for all; ``written`` is memory that ops in place still write.
+
+    ``weights`` are the model's own tensors.
+    """
     known: dict[Any, Node] = {}
+    own = set(weights)
     for node in list(graph.nodes):
-        if op_name(node) not in CHEAP or memory_of(node) in written or node.kwargs:
+        if node.kwargs or any(memory_of(each) in written for each in (node, *node.all_input_nodes)):
+            continue
+        cheap, operands = op_name(node) in CHEAP, node.all_input_nodes
+        if operands and own.issuperset(operands) and (cheap or _is_elementwise(node)):
+            own.add(node)
+        elif not cheap:
             continue
         if any(depends_on_values(size) for size in shape_of(node) or ()):
             continue  # of rows chosen by data, two calls count their own
@@ -40,6 +54,12 @@ def merge_equal_values(graph: Graph, written: set[Node]) -> None:
         if first is not node:
             replace(node, first)
             graph.erase_node(node)
+
+
+def _is_elementwise(node: Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    random = torch.Tag.nondeterministic_seeded in tags
+    return op_name(node) == "aten::to" or (torch.Tag.pointwise in tags and not random)
 
 
 def _key(arg: Any) -> Any:

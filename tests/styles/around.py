@@ -195,3 +195,24 @@ class RouterElsewhere(Listed):
         table = torch.zeros(rows.shape[0], self.E, dtype=x.dtype).scatter(-1, ids, weights)
         every = torch.stack([expert(rows) for expert in self.experts], dim=-1)
         return x + (every @ table.unsqueeze(-1)).view(x.shape)
+
+
+@style("stacked_hit_experts_then_shared_norm", through="moe_fx.export")
+class SharedNorm(Stacked):
+    """One norm after every expert, which shifts and casts its scale in each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(H) * 0.1)
+
+    def expert(self, rows, e):
+        return F.rms_norm(super().expert(rows, e) * (1.0 + self.scale).float(), (H,), eps=1e-6)
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        out = torch.zeros_like(x)
+        mask = F.one_hot(ids, self.E).permute(2, 1, 0)
+        for e in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero():
+            slot, token = torch.where(mask[e[0]])
+            out.index_add_(0, token, self.expert(x[token], e[0]) * weights[token, slot, None])
+        return out
