@@ -2,7 +2,7 @@
 
 | written | becomes |
 |---|---|
-| `view`, `_unsafe_view`, `flatten` to one dimension or fixed sizes | `reshape` |
+| `view`, `_unsafe_view`, `flatten` to sizes of which at most one is not fixed | `reshape` |
 | `_softmax(x, d, False)` | `softmax.int` |
 | `_to_copy(x, dtype=d)`, `type_as` | `to.dtype` |
 | `div(x, y, rounding_mode="floor")` | `floor_divide` |
@@ -69,9 +69,10 @@ def _view(node: Node, given: dict[str, Any]) -> Spelling | None:
 
 def _flatten(node: Node, given: dict[str, Any]) -> Spelling | None:
     shape = shape_of(node)
-    if shape is None or not (len(shape) == 1 or all(isinstance(size, int) for size in shape)):
+    sizes = [size if isinstance(size, int) else -1 for size in shape or ()]
+    if shape is None or sizes.count(-1) > 1 or (0 in sizes and -1 in sizes):
         return None
-    return aten.reshape.default, (given["self"], [-1] if len(shape) == 1 else list(shape))
+    return aten.reshape.default, (given["self"], [-1] if len(shape) == 1 else sizes)
 
 
 def _softmax(node: Node, given: dict[str, Any]) -> Spelling | None:

@@ -25,7 +25,8 @@ __all__ = [
 SETTING_APART = frozenset({"aten::scatter", "aten::one_hot", "aten::masked_fill", "aten::index_put", "aten::where"})
 
 GROUPED = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback", "moe_fx::grouped_mm"})
-PRODUCTS = frozenset({"aten::bmm", "aten::baddbmm", "aten::matmul", "aten::einsum", "aten::mul"})
+MATRIX_PRODUCTS = frozenset({"aten::bmm", "aten::baddbmm", "aten::matmul", "aten::einsum"})
+PRODUCTS = MATRIX_PRODUCTS | {"aten::mul"}
 #: views and casts through which a weight is read
 STEPS = frozenset({
     "aten::index", "aten::transpose", "aten::permute", "aten::to", "aten::reshape", "aten::unsqueeze", "aten::expand",
@@ -107,6 +108,9 @@ def leads_to_experts(value: Node, through: bool = False) -> bool:
         ):
             return True
         if name in PRODUCTS and any(reads_stack(operand) for operand in node.all_input_nodes):
+            return True
+        # An expert of one neuron is a row; what rows chose is multiplied alone where it is an embedding.
+        if name in MATRIX_PRODUCTS and any(reads_chosen_stack(operand) for operand in node.all_input_nodes):
             return True
         if name not in MIXING:
             pending.extend(node.all_input_nodes)

@@ -31,6 +31,7 @@ MOVES = frozenset({
     "aten::contiguous", "aten::transpose", "aten::permute", "aten::unflatten", "aten::expand", "aten::narrow",
     "aten::roll", "aten::flip", "aten::repeat", "aten::repeat_interleave", "aten::gather", "aten::index",
     "aten::take_along_dim", "aten::index_select", "aten::unbind", "aten::split_with_sizes", "aten::amax", "aten::amin",
+    "aten::flatten",
 })  # fmt: skip
 #: ops that make nothing negative of what is not
 KEEPING = frozenset({

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from styles.base import (
     BATCHED,
@@ -16,6 +19,7 @@ from styles.base import (
     Interleaved,
     MaxOfSoftmax,
     MoE,
+    Router,
     Simple,
     Sorted,
     Stacked,
@@ -213,3 +217,51 @@ class SlotStackAfter(SlotStack):
         ids, weights = self.router(x)
         outs = torch.stack([self.slot(x, ids[:, k]) for k in range(self.K)], dim=1)
         return torch.einsum("tk,tkh->th", weights, outs)
+
+
+class ProductKeys(Router):
+    """PEER: the best halves of a key, then the best pairs of them."""
+
+    def __init__(self, experts: int, k: int, hidden: int = H) -> None:
+        super().__init__(experts, k, hidden)
+        self.keys = math.isqrt(experts)
+        self.linear = nn.Linear(hidden, 2 * self.keys, bias=False)
+
+    def forward(self, x):
+        scores, places = self.linear(x).view(-1, 2, self.keys).topk(self.k, dim=-1)
+        pairs = (scores[:, 0, :, None] + scores[:, 1, None, :]).flatten(1)
+        numbers = (places[:, 0, :, None] * self.keys + places[:, 1, None, :]).flatten(1)
+        best, chosen = pairs.topk(self.k, dim=-1)
+        return numbers.gather(-1, chosen), best.softmax(dim=-1)
+
+
+@style("gathered_one_neuron_matmul")
+class OneNeuron(MoE):
+    """PEER: an expert is one neuron, a row of two embeddings."""
+
+    E = 16
+    route = ProductKeys
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down_embed, self.up_embed = nn.Embedding(self.E, H), nn.Embedding(self.E, H)
+
+    def expert(self, rows, e):
+        return F.gelu(rows @ self.down_embed.weight[e, :, None]) * self.up_embed.weight[e]
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        neurons = torch.matmul(self.down_embed(ids), x.unsqueeze(-1)).squeeze(-1)
+        return torch.matmul((F.gelu(neurons) * weights).unsqueeze(1), self.up_embed(ids)).squeeze(1)
+
+
+@style("gathered_one_neuron_einsum", **BATCHED)
+class OneNeuronEinsum(OneNeuron):
+    """The same on batch and sequence, by einsum."""
+
+    def forward(self, x):
+        rows = x.flatten(0, 1)
+        ids, weights = self.router(rows)
+        ids, weights = ids.view(*x.shape[:2], self.K), weights.view(*x.shape[:2], self.K)
+        neurons = torch.einsum("bnd,bnkd->bnk", x, self.down_embed(ids))
+        return torch.einsum("bnk,bnkd->bnd", F.gelu(neurons) * weights, self.up_embed(ids))
