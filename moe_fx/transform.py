@@ -16,6 +16,7 @@ from moe_fx.passes.normalize import (
     inline_regions,
     merge_equal_values,
     spell,
+    spell_dropped_rows,
     spell_nonzero_lists,
     spell_parts,
 )
@@ -42,6 +43,7 @@ def _normalize(work: Work) -> None:
     spell(work.program.graph)  # what a no-op stood between
     spell_parts(work.program.graph)
     spell_nonzero_lists(work.program.graph)
+    spell_dropped_rows(work.program.graph)
 
 
 FIND = (

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from expecttest import assert_expected_inline
-from moe_fx.passes.normalize import drop_no_ops, functionalize, merge_equal_values, spell, synonyms
+from moe_fx.passes.normalize import drop_no_ops, functionalize, merge_equal_values, spell, spell_dropped_rows, synonyms
 
 import moe_fx
 from moe_fx.matcher import op_name
@@ -236,6 +237,26 @@ def test_flatten_of_a_batch_of_any_size_is_a_reshape():
     module, _ = normal(torch.export.export(Model(), (torch.randn(3, 4, 5),), dynamic_shapes=({0: batch},)))
     (call,) = [node for node in module.graph.nodes if op_name(node) == "aten::reshape"]
     assert call.args[1] == [-1, 5]
+
+
+def dropped(function, *args):
+    module, _ = normal(exported(function, *args))
+    spell_dropped_rows(module.graph)
+    for found, wanted in zip(module(*args), function(*args), strict=True):
+        assert torch.equal(found, wanted)
+    return any(op_name(node) == "aten::one_hot" for node in module.graph.nodes)
+
+
+def test_a_one_hot_mask_with_rows_dropped_is_that_of_ids_that_name_no_expert():
+    ids, kept = torch.tensor([[0, 2], [1, 1], [3, 0]]), torch.rand(3, 2, 4) < 0.5
+    assert not dropped(lambda ids, kept: torch.where(F.one_hot(ids, 4) * kept), ids, kept)
+    assert not dropped(lambda ids, kept: torch.where((kept * F.one_hot(ids, 4)).view(-1, 4).t()), ids, kept)
+
+
+def test_a_one_hot_mask_that_is_weighted_or_of_which_no_places_are_taken_stays():
+    ids, numbers = torch.tensor([0, 2, 1]), torch.rand(3, 4)
+    assert dropped(lambda ids, numbers: torch.where(F.one_hot(ids, 4) * numbers), ids, numbers)
+    assert dropped(lambda ids, numbers: [F.one_hot(ids, 4) * (numbers > 0.5)], ids, numbers)
 
 
 def names(function, *args):

@@ -7,6 +7,7 @@ return to
 """
 
 from moe_fx.passes.normalize.cut_rows import spell_parts
+from moe_fx.passes.normalize.dropped import spell_dropped_rows
 from moe_fx.passes.normalize.equal_values import merge_equal_values
 from moe_fx.passes.normalize.functional import functionalize
 from moe_fx.passes.normalize.masks import flatten_masks
@@ -16,5 +17,5 @@ from moe_fx.passes.normalize.spelling import drop_no_ops, spell
 
 __all__ = [
     "drop_no_ops", "flatten_masks", "functionalize", "inline_regions", "merge_equal_values", "spell",
-    "spell_nonzero_lists", "spell_parts",
+    "spell_dropped_rows", "spell_nonzero_lists", "spell_parts",
 ]  # fmt: skip

@@ -248,3 +248,24 @@ class SlotFound(Listed):
             weight = torch.gather(weights.index_select(0, token), -1, slot).squeeze(-1)
             out.index_add_(0, token, expert(x.index_select(0, token)) * weight.unsqueeze(-1))
         return out
+
+
+@style("modulelist_hit_experts_dropped_beyond_capacity", shape=(2, 5, H), **ASKS)
+class Dropped(Listed):
+    """Switch: of each sequence, an expert takes the first two tokens; the others get nothing of the layer."""
+
+    K, capacity = 1, 2
+
+    def mask(self, scores):
+        hot = F.one_hot(scores.argmax(dim=-1), self.E)
+        return hot * (hot.cumsum(dim=-2) <= self.capacity)
+
+    def forward(self, x):
+        scores = self.router.linear(x).softmax(dim=-1)
+        mask, weights = self.mask(scores).view(-1, 1, self.E), scores.max(dim=-1).values.view(-1, 1)
+        rows, mask = x.view(-1, H), mask.permute(2, 1, 0)
+        out = torch.zeros_like(rows)
+        for e in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero():
+            slot, token = torch.where(mask[e].squeeze(0))
+            out.index_add_(0, token, self.experts[e[0]](rows[token]) * weights[token, slot, None])
+        return out.view_as(x)

@@ -49,8 +49,9 @@ def build(family: str, form: str, dtype: torch.dtype = torch.float32) -> torch.n
             config = _config(getattr(module, entry["of"]), entry)
             config._experts_implementation = form
             model = getattr(module, entry["block"])(config, *entry.get("args", ()))
-            keep_classifier(model)
         model = model.to(dtype).eval()
+        if "block" in entry:
+            keep_classifier(model)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:
@@ -66,9 +67,10 @@ def build(family: str, form: str, dtype: torch.dtype = torch.float32) -> torch.n
 
 
 def keep_classifier(block: torch.nn.Module) -> None:
-    """Some routers cast their classifier in every call, which torch.export refuses: in float32 that changes nothing."""
+    """Some routers cast their classifier to float32 in every call, which torch.export refuses: here it is cast once."""
     for name, module in block.named_modules():
         if name.endswith("classifier"):
+            module.float()
             module.to = lambda *_, module=module: module
 
 

@@ -212,7 +212,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     ),
     "switch_transformers": dict(
         block="SwitchTransformersSparseMLP",
-        missed=dict(eager="wanted aten::one_hot"),
         forms=EAGER,
         of="SwitchTransformersConfig",
         layers=1,

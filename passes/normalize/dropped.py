@@ -1,0 +1,85 @@
+"""A one-hot mask of which some rows are dropped is the mask of ids that name no expert there.
+
+mask = one_hot(ids, E) * kept       =>    named = where(kept.gather(-1, ids[..., None])[..., 0], ids, E)
+token = where(mask[e])                    mask = (named[..., None] == arange(E)).to(int64)
+
+Only a mask whose places are taken: which tokens an expert has no room for is then a matter of the ids, and no expert's.
+Ids that are no class are an error of ``one_hot``, so that there is a column to look at.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, Node
+
+from moe_fx.matcher import arguments, op_name
+from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
+from moe_fx.shapes import known_equal, same_shape, shape_of, tensor_of
+
+__all__ = ["spell_dropped_rows"]
+
+aten = torch.ops.aten
+
+#: ops that show the same places in another shape or dtype
+VIEWS = frozenset({
+    "aten::reshape", "aten::transpose", "aten::permute", "aten::select", "aten::squeeze", "aten::unsqueeze",
+    "aten::to",
+})  # fmt: skip
+
+
+def spell_dropped_rows(graph: Graph) -> None:
+    """Rewrite every such mask."""
+    for node in list(graph.nodes):
+        found = _masked(node) if op_name(node) == "aten::mul" and _places_are_taken(node) else None
+        if found is not None:
+            _rewrite(node, *found)
+
+
+def _masked(node: Node) -> tuple[Node, Node] | None:
+    """The one-hot rows of a product with a mask of the same shape, and the mask."""
+    operands = (node.args[0], node.args[1])
+    for hot, kept in (operands, operands[::-1]):
+        if not isinstance(hot, Node) or not isinstance(kept, Node) or op_name(hot) != "aten::one_hot":
+            continue
+        value = tensor_of(kept)
+        if value is None or value.dtype is not torch.bool:
+            continue
+        classes, shape = arguments(hot)["num_classes"], shape_of(node) or ()
+        if same_shape(shape_of(kept) or (), shape) and isinstance(classes, int) and known_equal(shape[-1], classes):
+            return hot, kept
+    return None
+
+
+def _places_are_taken(mask: Node) -> bool:
+    pending = [mask]
+    while pending:
+        for user in pending.pop().users:
+            if op_name(user) in ("aten::where", "aten::nonzero") and len(user.args) == 1:
+                return True
+            if op_name(user) in VIEWS:
+                pending.append(user)
+    return False
+
+
+def _rewrite(node: Node, hot: Node, kept: Node) -> None:
+    graph, ids = node.graph, arguments(hot)["self"]
+    classes, values = arguments(hot)["num_classes"], FakeValues(tensor_of(ids).fake_mode)
+    emit = Emitter(graph, node, values)
+    place = emit(aten.gather.default, kept, -1, emit(aten.unsqueeze.default, ids, -1))
+    named = emit(aten.where.ScalarOther, emit(aten.squeeze.dim, place, -1), ids, classes)
+
+    def compared(emit: Emitter, ids: Node) -> Node:
+        numbers = emit(aten.arange.default, classes, device=tensor_of(ids).device)
+        same = emit(aten.eq.Tensor, emit(aten.unsqueeze.default, ids, -1), numbers)
+        return emit(aten.to.dtype, same, torch.int64)
+
+    for user in list(node.users):
+        shape = shape_of(user) or ()
+        if op_name(user) == "aten::reshape" and len(shape) > 1 and known_equal(shape[-1], classes):
+            # The mask in another shape is that of the ids in it.
+            emit = Emitter(graph, user, values)
+            replace(user, compared(emit, emit(aten.reshape.default, named, list(user.args[1][:-1]))))
+            graph.erase_node(user)
+    if node.users:
+        replace(node, compared(Emitter(graph, node, values), named))
+    erase_dead(graph, [node])
