@@ -35,7 +35,7 @@ from moe_fx.pipeline import Layer, Work, run_passes
 from moe_fx.program import ExportedWork
 from moe_fx.questions import EveryExpert, NothingJoined
 from moe_fx.report import source_line
-from moe_fx.rewrite import Outline, drop_dead_code, erase_dead, outline, same_graph
+from moe_fx.rewrite import WITHOUT_PARAMETERS, Outline, drop_dead_code, erase_dead, outline, same_graph
 from moe_fx.tracing import EachExpert
 from moe_fx.transform import FIND, WRITE, work_report
 from moe_fx.vmaps import without_vmaps
@@ -148,12 +148,12 @@ def _every_expert(given: Given) -> ExportedProgram | Work:
                 continue  # some expert has rows wherever there are tokens
             raise
         assert isinstance(none, Work)
-        looked_at = sum(layer.num_experts for layer in every.layers) - sum(layer.num_experts for layer in none.layers)
+        looked_at = _num_experts(every) - _num_experts(none)
         # A loop that ends at the first expert without rows asks fewer questions than there are experts.
         stops = other.hit and (looked_at == 0 or other.questions % looked_at > 0)
         # Without rows more is left in the program: the places of rows that nobody reads, and what is asserted of them.
         # Whatever number the model multiplies a layer's result with, nothing comes of a layer without rows.
-        all_of_it = _outline(every, set())
+        all_of_it = _outline(every, set(), _idle_but(()))
         rest = _outline(none, {all_of_it.numbers[moved(slot)] for layer in every.layers for slot in layer.node.args[2]})
         if stops or all_of_it.yielded != rest.yielded or all_of_it.asserted - rest.asserted:
             if every.misses:
@@ -193,7 +193,7 @@ def _check_some(given: Given, every: Work, idle: Idle, length: int) -> None:
     """
     some = _raised(given, EveryExpert(hit=True, idle=idle, length=length), partial=True)
     assert isinstance(some, Work)
-    one, other = _outline(every), _outline(some)
+    one, other = _outline(every, idle=idle), _outline(some)
     layers = list(zip(every.layers, some.layers, strict=False))
     same = len(every.layers) == len(some.layers) and one.yielded == other.yielded
     if not same or not all(_same_but_for(idle, pair, (one, other)) for pair in layers):
@@ -224,11 +224,17 @@ def _same_but_for(idle: Idle, layers: tuple[Layer, Layer], outlines: tuple[Outli
     return one == other and same_graph(layers[0].body.graph, layers[1].body.graph)
 
 
-def _outline(work: Work, weights: Collection[int] | None = None) -> Outline:
+def _num_experts(work: Work) -> int:
+    """How many experts a program has, with those that have no parameters."""
+    alone = sum(WITHOUT_PARAMETERS in node.meta for node in work.program.graph.nodes)
+    return sum(layer.num_experts for layer in work.layers) + alone
+
+
+def _outline(work: Work, weights: Collection[int] | None = None, idle: Idle = lambda expert: False) -> Outline:
     program = work.program
     assert isinstance(program, ExportedWork)
     constants = {node: weight.tensor for node, weight in program.weights.items() if weight.fqn in program.constants}
-    return outline(program.graph, constants, weights)
+    return outline(program.graph, constants, weights, idle)
 
 
 def _name(given: Given) -> str:

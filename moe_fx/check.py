@@ -80,7 +80,9 @@ def check_layer(
     routing = Routing(count, in_range, distinct)
     parts = [part for node in params for part in _parts(node)]
     sources = [_source(node) for node in views]
-    given_nodes = [tokens, ids, *slots, *params, *parts, *shared, *sources, *([base] if base is not None else [])]
+    longer = {param: _source(param) for param in params if _is_shortened(param)}
+    given_nodes = [tokens, ids, *slots, *params, *parts, *longer.values(), *shared, *sources]
+    given_nodes += [base] if base is not None else []
     nodes = _between(root, [*given_nodes, *([each] if each is not None else [])])
     sizes = Sizes(ids, count, _affordable(params, ids, count), shrink=not views)
     generator = torch.Generator().manual_seed(0)
@@ -90,6 +92,10 @@ def check_layer(
     for node in params:
         env[node] = windows(node, generator)
         env.update(zip(_parts(node), env[node], strict=False))
+        if node in longer:
+            # What it holds for experts of no layer is not read; if it is, it shows.
+            beyond = shape_of(longer[node])[0] - count
+            env[longer[node]] = torch.cat([env[node], env[node].new_full((beyond, *env[node].shape[1:]), math.nan)])
     if base is not None and base not in env:
         env[base] = random_value(base, sizes, generator)
     env[ids] = random_ids(tuple(sizes.leading(ids.meta["val"].shape)), routing, generator)
@@ -133,6 +139,11 @@ def _parts(param: Node) -> list[Node]:
     """What a parameter was stacked of."""
     parts: Any = param.args[0] if op_name(param) == "aten::stack" else []
     return list(parts)
+
+
+def _is_shortened(param: Node) -> bool:
+    """Whether a parameter is the first part of what the model holds."""
+    return op_name(param) == "aten::slice" and tuple(param.args[1:3]) == (0, 0)
 
 
 def _affordable(params: Sequence[Node], ids: Node, num_experts: int) -> int:

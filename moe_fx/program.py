@@ -50,6 +50,7 @@ META_KEY = "moe_fx"
 #: what a program may make of a weight before it reads it
 DERIVING = frozenset({
     "aten::to", "aten::reshape", "aten::unsqueeze", "aten::squeeze", "aten::transpose", "aten::permute",
+    "aten::slice",
 })  # fmt: skip
 
 #: outputs that are new values of the program's own tensors

@@ -22,6 +22,8 @@ __all__ = [
 ]  # fmt: skip
 
 #: what a new node tells about where it comes from
+#: marks what an expert without parameters adds to a layer's result, with its number
+WITHOUT_PARAMETERS = "moe_fx_without_parameters"
 PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn")
 
 #: what torch.export writes for numbers that depend on sizes
@@ -191,7 +193,12 @@ class Outline:
     numbers: dict[Node, int]
 
 
-def outline(graph: Graph, constants: Mapping[Node, torch.Tensor], weights: Collection[int] | None = None) -> Outline:
+def outline(
+    graph: Graph,
+    constants: Mapping[Node, torch.Tensor],
+    weights: Collection[int] | None = None,
+    idle: Callable[[int], bool] = lambda expert: False,
+) -> Outline:
     """What a graph computes, to be compared with others.
 
     The layers raised count as zeros.
@@ -200,13 +207,18 @@ def outline(graph: Graph, constants: Mapping[Node, torch.Tensor], weights: Colle
         graph: without dead code. constants: the values of those placeholders that are constants.
         weights: where a layer is compared with what is left of one without rows, the numbers of its routing weights:
             zeros times these, times plain numbers, and sums of them.
+        idle: which of the experts without parameters have no rows, and add nothing.
     """
     zeros: set[Node] = set()
     numbers: dict[Node, int] = {}
     yielded: list[int] = []
     asserted: set[int] = set()
     for node in graph.nodes:
-        value = node.meta.get("val")
+        value, alone = node.meta.get("val"), node.meta.get(WITHOUT_PARAMETERS)
+        if alone is not None and idle(alone):
+            numbers[node] = numbers[node.args[0]]
+            zeros |= {node} if node.args[0] in zeros else set()
+            continue
         if _is_left_of_layer(node, zeros, numbers, weights):
             zeros.add(node)
         if node in zeros or moved(node) in zeros:

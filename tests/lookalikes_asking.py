@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from lookalikes_bins import LOOKALIKES, lookalike
+from styles.asking import ReturnsTheToken
 from styles.base import ASKS, Listed
 from styles.dispatcher import Gated, SparseDispatcher
 
@@ -358,3 +359,25 @@ class Halves(Listed):
             rows = mask[:, e]
             out[rows] += expert(x[rows]) * probs[rows, e, None]
         return out
+
+
+@lookalike("asking_returned_tokens_shifted", "an expert without parameters adds something where it has no rows", **ASKS)
+class ShiftedWithoutRows(ReturnsTheToken):
+    """Of tokens that an expert returns, something is added to all."""
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        out = torch.zeros_like(x)
+        for e in range(self.E + self.EXTRA):
+            token, slot = torch.where(ids == e)
+            if token.numel() == 0:
+                out = out + (1.0 if e >= self.E else 0.0)
+                continue
+            out = out.index_add(0, token, self.expert(x[token], e) * weights[token, slot, None])
+        return out
+
+
+@lookalike("asking_returned_tokens_summed", "tokens that are returned are summed over before", **ASKS)
+class Summed(ReturnsTheToken):
+    def expert(self, rows, e):
+        return super().expert(rows, e) if e < self.E else rows.cumsum(0)

@@ -49,9 +49,11 @@ def loop_of_steps(root: Node, loop: loops.Loop) -> Region | Miss:
             return region
         regions.append(region)
     # Experts without parameters, which return the token or zeros, are none of the layer's: their steps follow it.
+    alone: list[tuple[int, Region]] = []
     while len(steps) > 1 and not regions[-1].params and not regions[-1].shared:
-        regions.pop()
-        steps.pop()
+        region, (_, found) = regions.pop(), steps.pop()
+        if isinstance(found["expert"], int) and not loop.once and "routed" not in found.bindings:
+            alone.append((found["expert"], region))
         root = steps[-1][0]
     if len(steps) < 2:
         return Miss("a loop over experts", "a single step", root)
@@ -71,7 +73,10 @@ def loop_of_steps(root: Node, loop: loops.Loop) -> Region | Miss:
         return whole
     interior = set().union(*(region.interior for region in regions), (step for step, _ in steps[:-1]))
     step = None if isinstance(steps[0][1]["expert"], int) else steps[0][0]
-    return dataclasses.replace(whole, root=root, interior=interior, step=step)
+    # They are held to the same sizes, but for parameters.
+    fits = [misfit(dataclasses.replace(each, params=whole.params, visits=whole.visits)) is None for _, each in alone]
+    behind = [each for each, fitting in zip(alone, fits, strict=True) if fitting]
+    return dataclasses.replace(whole, root=root, interior=interior, step=step, alone=behind)
 
 
 def _told_by_table(steps: list[tuple[Node, Match]]) -> Miss | None:
@@ -103,15 +108,15 @@ def _all_experts(regions: list[Region], experts: list[int | Node], root: Node) -
     merged = merge_steps(regions)
     if isinstance(merged, Miss):
         return merged
+    numbers = [expert for expert in experts if isinstance(expert, int)]
+    merged = dataclasses.replace(merged, visits=[tuple(sorted(numbers))] if numbers else [])
     wrong = misfit(merged)
     if wrong is not None:
         return wrong
-    numbers = [expert for expert in experts if isinstance(expert, int)]
     every = list(range(merged.num_experts))
     if len(set(experts)) < len(experts) or (not numbers and len(experts) < 2):
         return Miss(f"every expert of {len(every)} once", f"experts {', '.join(map(str, experts))}", root)
-    # Whether these are all, is asked when all else is known.
-    return dataclasses.replace(merged, visits=[tuple(sorted(numbers))] if numbers else [])
+    return merged  # whether these are all, is asked when all else is known
 
 
 def _step(root: Node, found: Match, loop: loops.Loop) -> Region | Miss:

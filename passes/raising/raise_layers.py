@@ -16,6 +16,7 @@ from moe_fx.passes.raising.one_slot import ends_of_one_slot
 from moe_fx.passes.raising.region import Region
 from moe_fx.passes.raising.routing import describe_router, foreign_slot, selection_of
 from moe_fx.passes.raising.rows_of_linears import several_rows_at_once
+from moe_fx.passes.raising.without_parameters import write_terms
 from torch.fx import Node
 
 from moe_fx.check import CheckResult, check_layer
@@ -77,15 +78,30 @@ def _raise(work: Work, region: Region) -> Miss | None:
     apart = [place for place, param in enumerate(region.params) if isinstance(param, tuple)]
     for place in apart:
         region.params[place] = _stacked(program, region.params[place], region.root)
+    shortened = _shorten(program, region)
     _flatten(program, region)
     wrong = _prove_and_rewrite(work, region)
-    if wrong is not None:
+    if wrong is None:
+        write_terms(program, region, _flatten)
+    else:
         erase_dead(program.graph, region.views)
+        erase_dead(program.graph, shortened)
         for place in apart:
             if not region.params[place].users:  # another layer's, if it has any
                 program.weights.pop(region.params[place], None)
                 erase_dead(program.graph, [region.params[place]])
     return wrong
+
+
+def _shorten(program: Program, region: Region) -> list[Node]:
+    """Parameters of the layer's experts only, where they hold something for others that it never comes to."""
+    count, shortened = region.num_experts, []
+    for place, param in enumerate(region.params):
+        if isinstance(param, Node) and not known_equal((shape_of(param) or (0,))[0], count):
+            emit = Emitter(program.graph, region.step or region.root, FakeValues(program.fake_mode))
+            shortened.append(emit(torch.ops.aten.slice.Tensor, param, 0, 0, count))
+            region.params[place] = shortened[-1]
+    return shortened
 
 
 def _flatten(program: Program, region: Region) -> None:

@@ -34,6 +34,7 @@ class Region:
     need not stand as ``[T, ...]`` and ``[T, K, ...]`` in the program; ``views`` are written to make them so. Slots
     among ``tables [T, E]`` are looked up by ids. The experts' sum is added to ``base``, if there is one. ``visits``
     are the experts whose rows were joined, where they were cut apart. Some tables are certainly ``not_negative``.
+    Experts without parameters, which are none of the layer's, stand ``alone`` behind it: their numbers and steps.
     """
 
     root: Node
@@ -55,15 +56,15 @@ class Region:
     base: Node | None = None
     visits: list[tuple[int, ...]] = field(default_factory=list)
     not_negative: set[Node] = field(default_factory=set)
+    alone: list[tuple[int, Region]] = field(default_factory=list)
 
     @property
     def num_experts(self) -> int:
-        if isinstance(self.params[0], tuple):
-            return len(self.params[0])
-        shape = shape_of(self.params[0])
-        assert shape is not None
-        assert isinstance(shape[0], int)
-        return shape[0]
+        counts = [experts_of(param) for param in self.params]
+        # A loop that visits no more of them reads nothing else of a longer parameter.
+        experts = min(counts) if self.visits else counts[0]
+        assert isinstance(experts, int)
+        return experts
 
     @property
     def top_k(self) -> int:
@@ -79,6 +80,11 @@ class Region:
     def inputs(self) -> list[Node]:
         params = [node for param in self.params for node in (param if isinstance(param, tuple) else (param,))]
         return [self.tokens, self.ids, *self.slots, *params, *self.shared]
+
+
+def experts_of(param: Node | tuple[Node, ...]) -> Dim:
+    """Of how many experts a parameter is."""
+    return len(param) if isinstance(param, tuple) else (shape_of(param) or (0,))[0]
 
 
 def told_of_ids(bindings: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,10 +136,14 @@ def misfit(region: Region) -> Miss | None:
         return miss("a number for every token and slot", found["one_number"], f"one for each token, of {top_k} slots")
     if not region.params:
         return miss("parameters that differ from expert to expert", region.root, "none")
-    experts = region.num_experts if isinstance(region.params[0], tuple) else size(region.params[0])
-    for param in region.params:
-        count, shown = (len(param), param[0]) if isinstance(param, tuple) else (size(param), param)
-        if not isinstance(experts, int) or not known_equal(count, experts):
+    counts = [experts_of(param) for param in region.params]
+    fixed = all(isinstance(count, int) for count in counts)
+    experts = min(counts) if fixed and region.visits else counts[0]
+    # Of those that a loop never comes to, a longer parameter may hold something.
+    longer = fixed and bool(region.visits) and all(max(visited) < experts for visited in region.visits)
+    for param, count in zip(region.params, counts, strict=True):
+        if not isinstance(experts, int) or not (known_equal(count, experts) or longer):
+            shown = param[0] if isinstance(param, tuple) else param
             return miss(f"parameters of {experts} experts", shown, f"{count} experts")
     for classes in (found.get("num_classes", experts), found.get("num_compared", experts)):
         if classes < experts:

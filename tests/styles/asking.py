@@ -5,7 +5,21 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from styles.base import ASKS, Apart, BestThenSoftmax, GeGLU, H, Listed, ReLU2, Sorted, Stacked, style
+from styles.base import (
+    ASKS,
+    Apart,
+    BestThenSoftmax,
+    GeGLU,
+    H,
+    I,
+    Listed,
+    ReLU2,
+    Sorted,
+    Stacked,
+    Unnormalised,
+    normal,
+    style,
+)
 
 
 @style("modulelist_len_of_places", **ASKS)
@@ -269,3 +283,30 @@ class Dropped(Listed):
             slot, token = torch.where(mask[e].squeeze(0))
             out.index_add_(0, token, self.experts[e[0]](rows[token]) * weights[token, slot, None])
         return out.view_as(x)
+
+
+@style("stacked_hit_experts_some_return_the_token_longcat", **ASKS)
+class ReturnsTheToken(Stacked):
+    """Ids from E on stand for experts that return the token, for which one of the stacks holds something too."""
+
+    EXTRA = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = Unnormalised(self.E + self.EXTRA, self.K)
+        self.gate_up = normal(self.E + self.EXTRA, 2 * I, H)
+
+    def expert(self, rows, e):
+        return super().expert(rows, e) if e < self.E else rows
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        out = torch.zeros_like(x)
+        mask = F.one_hot(ids, self.E + self.EXTRA).permute(2, 1, 0)
+        for hit in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero():
+            e = int(hit.item())
+            slot, token = torch.where(mask[e].squeeze(0))
+            if token.numel() == 0:
+                continue
+            out.index_add_(0, token, self.expert(x[token], e) * weights[token, slot, None])
+        return out
