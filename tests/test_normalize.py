@@ -301,6 +301,17 @@ def test_rows_scattered_by_a_mask_of_features_stay():
     assert "aten::masked_scatter" in names(function, torch.randn(2, 2), torch.tensor([True, False]))
 
 
+def test_a_single_row_put_in_a_single_place_keeps_its_dimension():
+    def inverse(order):
+        back = torch.empty_like(order)
+        back[order] = torch.arange(order.shape[0])
+        return back
+
+    module, _ = normal(exported(inverse, torch.tensor([0])))
+    (put,) = [node for node in module.graph.nodes if op_name(node) == "aten::index_put"]
+    assert op_name(put.args[2]) == "aten::arange"
+
+
 def test_a_scatter_that_sums_is_scatter_add():
     def scattered(reduce, include_self):
         index = torch.tensor([0, 0, 1])

@@ -92,6 +92,24 @@ def test_a_style_is_raised(name):
     check_raised(name, *exported(STYLES[name]))
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["all_experts_repeat_bmm_llama4", "gathered_one_neuron_einsum", "gathered_top1_baddbmm", "stack_einsum_gate",
+     "grouped_mm_repeated_rows_cast_to_bfloat16_fastmoe"],
+)  # fmt: skip
+@torch.no_grad()
+def test_a_style_is_raised_for_a_single_token(name):
+    # No dimension then tells tokens apart from what else is of size 1.
+    torch.manual_seed(0)
+    model, shape = STYLES[name].build().eval(), [1] * (len(STYLES[name].shape) - 1)
+    x, others = (given((*shape, 16), seed, model) for seed in (1, 2))
+    for experts in ("auto", "grouped_mm", "gather", "linear"):
+        config = moe_fx.Config(experts=experts, require=1)
+        after = moe_fx.transform(torch.export.export(model, (x,)), config)
+        tolerance = 2e-2 if "bfloat16" in name else 1e-5
+        assert (after.module()(others) - model(others)).abs().max() <= tolerance * model(others).abs().max()
+
+
 @torch.no_grad()
 def test_layers_that_share_their_experts_share_what_these_are_quantized_to():
     model, program = exported(STYLES["dense_loop_called_twice"])

@@ -6,6 +6,7 @@
 | `nonzero(mask).T[0]` | `nonzero(mask)[:, 0]` |
 | `masked_scatter(out, mask[:, None], rows)`, as many rows as the mask says | `index_put(out, [mask], rows)` |
 | `scatter_reduce(x, d, places, rows, "sum")` | `scatter_add(x, d, places, rows)` |
+| `index_put(out, [places], rows.reshape([]))` of one place and one row | `index_put(out, [places], rows)` |
 """
 
 from __future__ import annotations
@@ -86,9 +87,22 @@ def _scatter_add(node: Node, given: dict[str, Any]) -> Spelling | None:
     return aten.scatter_add.default, (given["self"], given["dim"], given["index"], given["src"])
 
 
+def _one_put(node: Node, given: dict[str, Any]) -> Spelling | None:
+    """A single number written to a single place: of ``out[places] = rows``, torch drops dimensions of size 1."""
+    values, places = given["values"], given["indices"]
+    if len(places) != 1 or op_name(values) != "aten::reshape" or shape_of(values) != ():
+        return None
+    rows = values.args[0]
+    one = all(len(shape_of(each) or ()) == 1 and known_equal(shape_of(each)[0], 1) for each in (rows, *places))
+    if not one or len(shape_of(given["self"]) or ()) != 1:
+        return None
+    return aten.index_put.default, (given["self"], places, rows, given["accumulate"])
+
+
 RULES: dict[str, Callable[[Node, dict[str, Any]], Spelling | None]] = {
     "aten::unbind": _columns,
     "aten::select": _column,
     "aten::masked_scatter": _rows_put,
     "aten::scatter_reduce": _scatter_add,
+    "aten::index_put": _one_put,
 }

@@ -105,7 +105,9 @@ class Outside(Routes):
             return self.body.reshaped(self.row("s", node, ()), shape)
         if known and node not in known:
             return self.miss("one tensor of token rows", node)
-        return self.body.reshaped(self.row("x", node, tuple(features(place))), shape)
+        # Batch and sequence of a single token are no features of it.
+        wide = tuple(size for size in features(place) if size > 1)
+        return self.body.reshaped(self.row("x", node, wide or tuple(features(place))), shape)
 
     def cut_rows(self, source: Node, place: Place) -> Value | Miss:
         """Some rows of another value: those of tokens, or a number for each."""
@@ -151,7 +153,9 @@ class Outside(Routes):
         self.bindings.setdefault("indexed", node)
         self.interior.add(node)
         self.count_experts(count)
-        return self.expert_value(param, ((EXPERT,), *place[rank:]))
+        # Dimensions of size 1 among those of the ids are the row's, too.
+        own = self.expert_value(param, ((EXPERT,), *place[rank:]))
+        return own if isinstance(own, Miss) else self.body.reshaped(own, features(place))
 
     def chosen(self, node: Node, place: Place) -> Value | Miss | None:
         """``results.gather(1, ids)``: of what every expert makes of a token, what it was routed to."""

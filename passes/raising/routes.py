@@ -11,6 +11,7 @@ from moe_fx.passes.raising.axes import (
     SLOT,
     Place,
     features,
+    size_of,
 )
 from moe_fx.passes.raising.state import State
 from moe_fx.passes.raising.tables import Slots, is_step, read_table
@@ -101,6 +102,13 @@ class Routes(State):
         return self.table(table, (*rows, (EXPERT,)))
 
     def table_at(self, node: Node, place: Place, after: Sequence[Node]) -> Slots | Miss:
-        if place not in ((self.tokens, (EXPERT,)), (*((token,) for token in self.tokens), (EXPERT,))):
+        apart = (*((token,) for token in self.tokens), (EXPERT,))
+        if place not in ((self.tokens, (EXPERT,)), apart) and not self.is_row_of_experts(place):
             return Miss("a table [T, E] of routing weights", f"{node.name} ({op_name(node) or node.op})", node)
         return read_table(node, after)
+
+    def is_row_of_experts(self, place: Place) -> bool:
+        """Whether a value is ``[1, E]`` for a single token, which may count to the other dimension as well."""
+        one = len(place) == 2 and known_equal(size_of(self.tokens, self.sizes), 1)
+        others = [size_of((axis,), self.sizes) for dim in place for axis in dim if axis != EXPERT]
+        return one and EXPERT in place[1] and all(known_equal(size, 1) for size in others)

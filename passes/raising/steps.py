@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from moe_fx.passes.raising.region import Region
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from moe_fx.experts import per_row
 from moe_fx.matcher import Miss, op_name
@@ -23,6 +23,7 @@ from moe_fx.shapes import same_shape, shape_of, tensor_of
 __all__ = ["merge_steps"]
 
 aten = torch.ops.aten
+Shapes = dict[Node, tuple[int, ...]]
 
 
 def merge_steps(regions: Sequence[Region]) -> Region | Miss:
@@ -71,8 +72,9 @@ def _source(node: Node) -> Node:
 
 def _with_parameters(region: Region, own: Sequence[int]) -> tuple[GraphModule, set[int]] | Miss:
     """The body with some of its shared operands as parameters; and which of these are now read transposed."""
-    graph = Graph()
-    graph.output(graph.graph_copy(region.body.graph, {}))
+    graph, copied = Graph(), dict[Node, Node]()
+    graph.output(graph.graph_copy(region.body.graph, copied))
+    shapes = {copied[node]: shape for node, shape in _shapes(region).items() if node in copied}
     holders = graph.find_nodes(op="placeholder")
     rows, before = holders[0], holders[: 1 + len(region.slots) + len(region.params)]
     shared = holders[len(before) :]
@@ -89,7 +91,7 @@ def _with_parameters(region: Region, own: Sequence[int]) -> tuple[GraphModule, s
                 matrix = graph.call_function(aten.transpose.int, (holder, 0, 1))
             holder.replace_all_uses_with(matrix, delete_user_cb=lambda user, new=matrix: user is not new)
         for user in list(matrix.users):
-            if not _read(graph, user, matrix, rows):
+            if not _read(graph, user, matrix, rows, shapes):
                 return Miss("a parameter that multiplies rows, or meets them element by element", user.name, outer)
     for number, holder in enumerate([*before[1 + len(region.slots) :], *(shared[place] for place in own)]):
         holder.target = holder.name = f"p{number}"
@@ -98,7 +100,33 @@ def _with_parameters(region: Region, own: Sequence[int]) -> tuple[GraphModule, s
     return GraphModule({}, graph), flipped
 
 
-def _read(graph: Graph, user: Node, matrix: Node, rows: Node) -> bool:
+def _shapes(region: Region) -> Shapes:
+    """The shapes of the values of a body, of a few rows; of none, if they cannot be found out."""
+    given: list[Any] = []
+    for kind, start in (("rows", 0), ("params", 1), ("shared", 0)):
+        for node in [region.tokens, *region.slots] if kind == "rows" else getattr(region, kind):
+            value = tensor_of(node[0] if isinstance(node, tuple) else node)
+            if value is None:
+                return {}
+            shape = (3, *region.features[node]) if kind == "rows" else tuple(value.shape)
+            shape = shape[1:] if start and not isinstance(node, tuple) else shape
+            given.append(torch.empty([int(size) for size in shape], dtype=value.dtype, device="meta"))
+    known: Shapes = {}
+
+    class Counting(Interpreter):
+        def run_node(self, n: Node) -> Any:
+            result = super().run_node(n)
+            known[n] = tuple(result.shape) if isinstance(result, torch.Tensor) else ()
+            return result
+
+    try:
+        Counting(region.body).run(*given)
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return {}
+    return known
+
+
+def _read(graph: Graph, user: Node, matrix: Node, rows: Node, shapes: Shapes) -> bool:
     """A call of the body that read the same tensor for every row now reads its expert's; False if it cannot."""
     name, args = op_name(user), list(user.args)
     if name == "aten::linear" and matrix is args[1] and len(args) < 3:
@@ -107,7 +135,7 @@ def _read(graph: Graph, user: Node, matrix: Node, rows: Node) -> bool:
         user.replace_all_uses_with(matrix.args[0])  # turned around twice is as it was
         return True
     if name == "aten::transpose":
-        return all(_read(graph, reader, user, rows) for reader in list(user.users))
+        return all(_read(graph, reader, user, rows, shapes) for reader in list(user.users))
     with graph.inserting_before(user):
         if name in ("aten::matmul", "aten::mm") and matrix is args[1]:
             turned = matrix.args[0] if matrix.op != "placeholder" else None  # turned around twice is as it was
@@ -116,20 +144,29 @@ def _read(graph: Graph, user: Node, matrix: Node, rows: Node) -> bool:
             return True
         if name == "aten::linear" and matrix in args[1:]:
             product = graph.call_function(aten.linear.default, (args[0], args[1]))
-            bias = graph.call_function(per_row, (args[2], rows)) if matrix is args[2] else args[2]
+            bias = _beside_rows(graph, args[2], rows, shapes, user) if matrix is args[2] else args[2]
             user.target, user.args = aten.add.Tensor, (product, bias)
             return True
         if name in ("aten::rms_norm", "aten::layer_norm") and matrix in args[2:]:
-            _norm(graph, user, matrix, rows)
+            _norm(graph, user, matrix, rows, shapes)
             return True
         if matrix.op != "placeholder" or torch.Tag.pointwise not in user.target.tags:
             return False
-        lifted: Any = graph.call_function(per_row, (matrix, rows))
+        lifted = _beside_rows(graph, matrix, rows, shapes, user)
     user.replace_input_with(matrix, lifted)
     return True
 
 
-def _norm(graph: Graph, user: Node, own: Node, rows: Node) -> None:
+def _beside_rows(graph: Graph, own: Any, rows: Node, shapes: Shapes, user: Node) -> Node:
+    """An expert's parameter for each row, as an operand of a call: what a row has more dimensions stands between."""
+    lifted = graph.call_function(per_row, (own, rows))
+    missing = len(shapes.get(user, ())) - 1 - len(shapes.get(own, ()))
+    if missing <= 0 or own not in shapes:
+        return lifted
+    return graph.call_function(aten.reshape.default, (lifted, [-1, *[1] * missing, *shapes[own]]))
+
+
+def _norm(graph: Graph, user: Node, own: Node, rows: Node, shapes: Shapes) -> None:
     """A norm whose scale or shift is the expert's: these follow as ops of their own."""
     args = list(user.args)
     scale, shift = (*args[2:4], None)[:2] if op_name(user) == "aten::layer_norm" else (args[2], None)
@@ -137,7 +174,7 @@ def _norm(graph: Graph, user: Node, own: Node, rows: Node) -> None:
     result = graph.call_function(user.target, (*args[:2], *after, *args[2 + len(after) :]))
     for op, param in ((aten.mul.Tensor, scale), (aten.add.Tensor, shift)):
         if isinstance(param, Node):
-            lifted = graph.call_function(per_row, (param, rows)) if param is own else param
+            lifted = _beside_rows(graph, param, rows, shapes, user) if param is own else param
             result = graph.call_function(op, (result, lifted))
     user.replace_all_uses_with(result)
     graph.erase_node(user)
