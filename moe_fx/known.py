@@ -23,6 +23,7 @@ from moe_fx.meaning import (
     Meaning,
     Tensor,
 )
+from moe_fx.shapes import known_equal
 from moe_fx.tracing import NONZERO
 
 __all__ = ["Known", "is_counts"]
@@ -132,7 +133,10 @@ class Known:
             self._masks.append((result, ids))  # added up over the slots of a token
         by_expert = result.dim() == 1 and summed == set(range(mask.dim() - 1))
         if by_expert and (mask.dim() == 2 or ids is not None):
-            source, total = (mask, None) if ids is None else (self.origin(ids), ids.numel())
+            # The same tensor in another shape has the same columns if its last dimension stayed.
+            whole = self.origin(mask)
+            whole = whole if whole.dim() > 0 and known_equal(whole.shape[-1], mask.shape[-1]) else mask
+            source, total = (whole, None) if ids is None else (self.origin(ids), ids.numel())
             return Meaning("count", source, None, total=total)
         return None
 

@@ -79,7 +79,9 @@ class EveryExpert(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         first = self.known.of(args[0]) if args else None
-        if func in NONZERO and is_vector(args[0]) and first is not None and first.expert is None:
+        counted = first is not None and first.kind == "count" and is_counts(args[0], first)
+        vector = func in NONZERO and (is_vector(args[0]) or (counted and isinstance(args[0].shape[0], int)))
+        if vector and first is not None and first.expert is None:
             return self.listed(args[0], first, kwargs.get("as_tuple", False))
         if func is Tensor.__bool__ and first is not None and first.kind == "count" and first.expert is not None:
             return self.answer(first) is not first.no

@@ -53,8 +53,11 @@ def _masked(node: Node) -> tuple[Node, Node] | None:
 def _places_are_taken(mask: Node) -> bool:
     pending = [mask]
     while pending:
-        for user in pending.pop().users:
+        mask = pending.pop()
+        for user in mask.users:
             if op_name(user) in ("aten::where", "aten::nonzero") and len(user.args) == 1:
+                return True
+            if op_name(user) in ("aten::index", "aten::index_put") and mask is not user.args[0]:
                 return True
             if op_name(user) in VIEWS:
                 pending.append(user)
@@ -68,14 +71,19 @@ def _rewrite(node: Node, hot: Node, kept: Node) -> None:
     place = emit(aten.gather.default, kept, -1, emit(aten.unsqueeze.default, ids, -1))
     named = emit(aten.where.ScalarOther, emit(aten.squeeze.dim, place, -1), ids, classes)
 
-    def compared(emit: Emitter, ids: Node) -> Node:
+    def compared(emit: Emitter, ids: Node, dtype: torch.dtype = torch.int64) -> Node:
         numbers = emit(aten.arange.default, classes, device=tensor_of(ids).device)
         same = emit(aten.eq.Tensor, emit(aten.unsqueeze.default, ids, -1), numbers)
-        return emit(aten.to.dtype, same, torch.int64)
+        return same if dtype is torch.bool else emit(aten.to.dtype, same, dtype)
 
     for user in list(node.users):
-        shape = shape_of(user) or ()
-        if op_name(user) == "aten::reshape" and len(shape) > 1 and known_equal(shape[-1], classes):
+        shape, value = shape_of(user) or (), tensor_of(user)
+        if op_name(user) == "aten::to" and value is not None and value.dtype is torch.bool:
+            _columns(user, named, values)
+            if user.users:
+                replace(user, compared(Emitter(graph, user, values), named, torch.bool))
+            erase_dead(graph, [user])
+        elif op_name(user) == "aten::reshape" and len(shape) > 1 and known_equal(shape[-1], classes):
             # The mask in another shape is that of the ids in it.
             emit = Emitter(graph, user, values)
             replace(user, compared(emit, emit(aten.reshape.default, named, list(user.args[1][:-1]))))
@@ -83,3 +91,20 @@ def _rewrite(node: Node, hot: Node, kept: Node) -> None:
     if node.users:
         replace(node, compared(Emitter(graph, node, values), named))
     erase_dead(graph, [node])
+
+
+def _columns(mask: Node, named: Node, values: FakeValues) -> None:
+    """Where a class is looked at, the ids are compared with it; in one dimension, if the column is."""
+    graph, flat = mask.graph, None
+    for column in [user for user in mask.users if op_name(user) == "aten::select"]:
+        given, rank = arguments(column), len(shape_of(mask) or ())
+        if given["dim"] % rank != rank - 1 or not isinstance(given["index"], int) or given["index"] < 0:
+            continue
+        for user in [user for user in column.users if op_name(user) == "aten::reshape"]:
+            if len(shape_of(user) or ()) == 1:
+                flat = flat or Emitter(graph, mask, values)(aten.reshape.default, named, [-1])
+                replace(user, Emitter(graph, user, values)(aten.eq.Scalar, flat, given["index"]))
+                graph.erase_node(user)
+        if column.users:
+            replace(column, Emitter(graph, column, values)(aten.eq.Scalar, named, given["index"]))
+        erase_dead(graph, [column])

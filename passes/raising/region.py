@@ -70,9 +70,8 @@ class Region:
     def top_k(self) -> int:
         shape = shape_of(self.ids)
         assert shape is not None
-        apart = len(shape_of(self.tokens) or ()) - len(self.features.get(self.tokens, ()))
         # One expert per token needs no dimension.
-        top_k = 1 if len(shape) == 1 or (known_equal(self.size[1], 1) and len(shape) == apart) else shape[-1]
+        top_k = 1 if len(shape) == 1 or known_equal(self.size[1], 1) else shape[-1]
         assert isinstance(top_k, int)
         return top_k
 

@@ -53,7 +53,9 @@ class Routes(State):
                 return node
             step = through(node, place, self.sizes) if is_view(node) else ""
             if isinstance(step, str):
-                return None
+                # Of batch and sequence in one dimension, what was in two is told apart no longer.
+                whole = self.single and is_view(node) and place == (self.tokens,)
+                return node if whole else None
             ((node, place),) = step.operands
 
     @property

@@ -40,7 +40,7 @@ class Selection:
 
 def selection_of(ids: Node, num_experts: int) -> Selection:
     """Follow ids back to the op that chose them."""
-    node, clamped, moved = ids, False, False
+    node, clamped, moved, dropped = ids, False, False, False
     element: object = None  # which of several results the ids are
     while True:
         name = op_name(node)
@@ -56,6 +56,12 @@ def selection_of(ids: Node, num_experts: int) -> Selection:
             # Batch and sequence may be taken apart.
             apart = name in ("aten::reshape", "aten::unflatten") and known_equal(before[-1], after[-1])
             moved |= name not in ("aten::to", "aten::slice", "aten::clone", "aten::contiguous") and not apart
+        elif name == "aten::where" and isinstance((*node.args, None, None)[2], int):
+            # Some ids give way to a number, which need not be an expert's.
+            if not isinstance(node.args[1], Node):
+                break
+            dropped, node = True, node.args[1]
+            continue
         elif node.target is operator.getitem and isinstance(node.args[0], Node):
             element = node.args[1]
         else:
@@ -63,7 +69,7 @@ def selection_of(ids: Node, num_experts: int) -> Selection:
         if not isinstance(node.args[0], Node):
             break
         node = node.args[0]
-    if op_name(node) == "aten::cat":
+    if op_name(node) == "aten::cat" and not dropped:
         return _maxima(node, num_experts, clamped) or Selection(None, clamped, False)
     if op_name(node) not in CHOOSING:
         return Selection(None, clamped, False)
@@ -79,6 +85,8 @@ def selection_of(ids: Node, num_experts: int) -> Selection:
     several = op_name(node) in ("aten::topk", "aten::sort", "aten::argsort")
     k = shape_of(ids)
     one = k is not None and k[-1] == 1
+    if dropped:
+        return Selection(node, False, one)
     return Selection(node, clamped or over_experts, over_experts and ((several and not moved) or one))
 
 
@@ -139,7 +147,11 @@ def foreign_slot(slot: Node, ids: Node, selection: Selection) -> Node | None:
         return None
     mine = set(ancestors(ids))
     chosen = [node for node in ancestors(slot) if op_name(node) in CHOOSING]
-    if not chosen or any(node in mine for node in chosen) or ids in ancestors(slot):
+    # Of the same scores, the largest and its place are one choice.
+    scores = arguments(selection.chooser)["self"]
+    if not chosen or any(node in mine or arguments(node)["self"] is scores for node in chosen):
+        return None
+    if ids in ancestors(slot):
         return None
     return chosen[0]
 

@@ -27,7 +27,7 @@ from moe_fx.passes.raising.walk import Walk
 from moe_fx.passes.raising.writer import Value
 from torch.fx import Node
 
-from moe_fx.constants import filled_with
+from moe_fx.constants import is_zero
 from moe_fx.matcher import Match, Miss, match
 from moe_fx.pattern import As, AtLeast, Last, Var, aten, either, optional
 from moe_fx.shapes import shape_of
@@ -90,7 +90,7 @@ def written(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
         return walk.miss("every expert once", node, f"experts {', '.join(map(str, experts))}")
     walk.visits.append(tuple(sorted(experts)))
     # Rows of no expert keep what stood there: nothing, if that is zero.
-    walk.bindings["rows_skipped" if filled_with(base) == 0 else "counts_beyond"] = node
+    walk.bindings["rows_skipped" if is_zero(base) else "counts_beyond"] = node
     chain = {step for step, _ in steps}
     interior = set().union(*(region.interior for region in regions), *map(set, cuts), chain)
     merged = dataclasses.replace(merged, root=node, interior=interior, form="written_rows")

@@ -310,3 +310,16 @@ class ReturnsTheToken(Stacked):
                 continue
             out.index_add_(0, token, self.expert(x[token], e) * weights[token, slot, None])
         return out
+
+
+@style("modulelist_rows_of_batch_and_sequence_written_switch", shape=(2, 5, H), **ASKS)
+class DroppedAndWritten(Dropped):
+    """The first Switch in transformers: the experts with any rows by their counts, which write the rows of a mask."""
+
+    def forward(self, x):
+        scores = self.router.linear(x).softmax(dim=-1)
+        mask = self.mask(scores).bool()
+        out = torch.zeros(x.shape, dtype=x.dtype)
+        for e in torch.nonzero(mask.reshape(-1, self.E).sum(dim=0), as_tuple=True)[0].tolist():
+            out[mask[:, :, e]] = self.experts[e](x[mask[:, :, e]])
+        return scores.max(dim=-1).values.unsqueeze(-1) * out
