@@ -54,7 +54,7 @@ class Routes(State):
             step = through(node, place, self.sizes) if is_view(node) else ""
             if isinstance(step, str):
                 # Of batch and sequence in one dimension, what was in two is told apart no longer.
-                whole = self.single and is_view(node) and place == (self.tokens,)
+                whole = self.single and op_name(node) == "aten::reshape" and place == (self.tokens,)
                 return node if whole else None
             ((node, place),) = step.operands
 

@@ -110,7 +110,9 @@ def _shapes(region: Region) -> Shapes:
                 return {}
             shape = (3, *region.features[node]) if kind == "rows" else tuple(value.shape)
             shape = shape[1:] if start and not isinstance(node, tuple) else shape
-            given.append(torch.empty([int(size) for size in shape], dtype=value.dtype, device="meta"))
+            if not all(isinstance(size, int) for size in shape):
+                return {}
+            given.append(torch.empty(shape, dtype=value.dtype, device="meta"))
     known: Shapes = {}
 
     class Counting(Interpreter):
