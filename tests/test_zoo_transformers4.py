@@ -23,7 +23,6 @@ pytestmark = [
 #: what is not found yet, and why
 MISSED = {
     "nllb_moe": "results written over the experts' inputs, and no ids: a mask of tokens and experts with a capacity",
-    "switch_transformers": "a list of hit experts from counts rather than a mask, and rows of batch and sequence",
     "vitpose": "an expert for each image rather than each token, and every expert on every token of batch and sequence",
 }
 #: what torch.export takes for one shape only: a state space model that loops over the sequence, one that takes along

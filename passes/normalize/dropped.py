@@ -30,8 +30,8 @@ VIEWS = frozenset({
 def spell_dropped_rows(graph: Graph) -> None:
     """Rewrite every such mask."""
     for node in list(graph.nodes):
-        found = _masked(node) if op_name(node) == "aten::mul" and _places_are_taken(node) else None
-        if found is not None:
+        found = _masked(node) if op_name(node) == "aten::mul" else None
+        if found is not None and any(_takes_places(user, node) for user in node.users):
             _rewrite(node, *found)
 
 
@@ -50,18 +50,13 @@ def _masked(node: Node) -> tuple[Node, Node] | None:
     return None
 
 
-def _places_are_taken(mask: Node) -> bool:
-    pending = [mask]
-    while pending:
-        mask = pending.pop()
-        for user in mask.users:
-            if op_name(user) in ("aten::where", "aten::nonzero") and len(user.args) == 1:
-                return True
-            if op_name(user) in ("aten::index", "aten::index_put") and mask is not user.args[0]:
-                return True
-            if op_name(user) in VIEWS:
-                pending.append(user)
-    return False
+def _takes_places(user: Node, mask: Node) -> bool:
+    """Whether a call asks where a mask is true, or is a view of it of which that is asked."""
+    if op_name(user) in ("aten::where", "aten::nonzero"):
+        return len(user.args) == 1
+    if op_name(user) in ("aten::index", "aten::index_put"):
+        return mask is not user.args[0]
+    return op_name(user) in VIEWS and any(_takes_places(reader, user) for reader in user.users)
 
 
 def _rewrite(node: Node, hot: Node, kept: Node) -> None:
@@ -76,7 +71,9 @@ def _rewrite(node: Node, hot: Node, kept: Node) -> None:
         same = emit(aten.eq.Tensor, emit(aten.unsqueeze.default, ids, -1), numbers)
         return same if dtype is torch.bool else emit(aten.to.dtype, same, dtype)
 
-    for user in list(node.users):
+    whole = None
+    # Whoever reads the mask for anything else goes on to do so.
+    for user in [user for user in node.users if _takes_places(user, node)]:
         shape, value = shape_of(user) or (), tensor_of(user)
         if op_name(user) == "aten::to" and value is not None and value.dtype is torch.bool:
             _columns(user, named, values)
@@ -88,8 +85,9 @@ def _rewrite(node: Node, hot: Node, kept: Node) -> None:
             emit = Emitter(graph, user, values)
             replace(user, compared(emit, emit(aten.reshape.default, named, list(user.args[1][:-1]))))
             graph.erase_node(user)
-    if node.users:
-        replace(node, compared(Emitter(graph, node, values), named))
+        else:
+            whole = whole or compared(Emitter(graph, node, values), named)
+            user.replace_input_with(node, whole)
     erase_dead(graph, [node])
 
 

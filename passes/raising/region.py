@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moe_fx.passes.raising.routing import chosen_once
 from torch.fx import GraphModule, Node
 
 from moe_fx.constants import reads_shapes
@@ -70,8 +71,10 @@ class Region:
     def top_k(self) -> int:
         shape = shape_of(self.ids)
         assert shape is not None
-        # One expert per token needs no dimension.
-        top_k = 1 if len(shape) == 1 or known_equal(self.size[1], 1) else shape[-1]
+        apart = len(shape_of(self.tokens) or ()) - len(self.features.get(self.tokens, ()))
+        # One expert per token needs no dimension; batch and sequence may stand apart in the ids only.
+        alone = known_equal(self.size[1], 1) and (len(shape) == apart or chosen_once(self.ids))
+        top_k = 1 if len(shape) == 1 or alone else shape[-1]
         assert isinstance(top_k, int)
         return top_k
 

@@ -13,6 +13,7 @@ from moe_fx.passes.raising.axes import (
     features,
     size_of,
 )
+from moe_fx.passes.raising.routing import chosen_once
 from moe_fx.passes.raising.state import State
 from moe_fx.passes.raising.tables import Slots, is_step, read_table
 from moe_fx.passes.raising.through import is_view, through
@@ -53,9 +54,9 @@ class Routes(State):
                 return node
             step = through(node, place, self.sizes) if is_view(node) else ""
             if isinstance(step, str):
-                # Of batch and sequence in one dimension, what was in two is told apart no longer.
-                whole = self.single and op_name(node) == "aten::reshape" and place == (self.tokens,)
-                return node if whole else None
+                # Batch and sequence in one dimension, of which each token chose one expert: no slots are among them.
+                flat = self.single and op_name(node) == "aten::reshape" and place == (self.tokens,)
+                return node if flat and chosen_once(node) else None
             ((node, place),) = step.operands
 
     @property

@@ -12,7 +12,7 @@ from torch.fx import Node
 from moe_fx.matcher import arguments, op_name
 from moe_fx.shapes import known_equal, shape_of, tensor_of
 
-__all__ = ["Selection", "describe_router", "foreign_slot", "selection_of"]
+__all__ = ["Selection", "chosen_once", "describe_router", "foreign_slot", "selection_of"]
 
 #: ops that choose experts by score
 CHOOSING = frozenset({"aten::topk", "aten::sort", "aten::argsort", "aten::argmax", "aten::max"})
@@ -88,6 +88,13 @@ def selection_of(ids: Node, num_experts: int) -> Selection:
     if dropped:
         return Selection(node, False, one)
     return Selection(node, clamped or over_experts, over_experts and ((several and not moved) or one))
+
+
+def chosen_once(ids: Node) -> bool:
+    """Whether an expert was chosen once for each row of scores."""
+    chooser = selection_of(ids, 0).chooser
+    scores = shape_of(arguments(chooser)["self"]) if chooser is not None else None
+    return bool(scores) and known_equal(math.prod(shape_of(ids) or (0,)), math.prod((scores or ())[:-1]))
 
 
 def _maxima(joined: Node, num_experts: int, clamped: bool) -> Selection | None:
