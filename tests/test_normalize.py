@@ -253,6 +253,14 @@ def test_a_one_hot_mask_with_rows_dropped_is_that_of_ids_that_name_no_expert():
     assert not dropped(lambda ids, kept: torch.where((kept * F.one_hot(ids, 4)).view(-1, 4).t()), ids, kept)
 
 
+def test_who_reads_a_mask_with_rows_dropped_for_more_than_its_places_reads_it_as_it_was():
+    def function(ids, kept):
+        mask = F.one_hot(ids, 4) * kept
+        return *torch.where(mask.bool()), mask.argmax(-1)
+
+    assert dropped(function, torch.tensor([0, 2, 1]), torch.rand(3, 4) < 0.5)
+
+
 def test_a_one_hot_mask_that_is_weighted_or_of_which_no_places_are_taken_stays():
     ids, numbers = torch.tensor([0, 2, 1]), torch.rand(3, 4)
     assert dropped(lambda ids, numbers: torch.where(F.one_hot(ids, 4) * numbers), ids, numbers)
