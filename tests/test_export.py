@@ -170,21 +170,45 @@ def test_masked_tokens_stay_masked():
             assert relative_error(result.module()(*args), model(*args)) < 1e-6
 
 
+class Passing(Masked):
+    """What is of the last class is passed on."""
+
+    def forward(self, x, ids, weights):
+        return self.experts(x, ids, weights)
+
+    def experts(self, x, ids, weights):
+        out = torch.zeros_like(x)
+        mask = self.mask(ids)
+        for found in self.hit(mask):
+            e = found[0]
+            token, slot = self.places(mask, e)
+            rows = self.passed(x[token]) if e == self.E else self.expert(x[token], e)
+            out.index_add_(0, token, rows * weights[token, slot, None])
+        return out
+
+    def passed(self, rows):
+        return rows
+
+
+def test_tokens_of_the_last_class_that_are_passed_on_are_weighted():
+    model = Passing().eval()
+    ids = torch.tensor([[0, 4], [4, 4], [2, 1], [3, 3], [0, 1]])
+    none, weights = torch.zeros_like(ids), torch.rand(5, 2, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        result = moe_fx.transform(moe_fx.export(model, (x(5), ids, weights)), moe_fx.Config(require="all"))
+        for each in (ids, none, none + 4):
+            args = (x(5), each, weights)
+            assert relative_error(result.module()(*args), model(*args)) < 1e-6
+
+
 def test_refuses_a_last_class_that_is_not_left_out():
-    class Passing(Masked):
-        """What is of the last class is passed on."""
+    class Summed(Passing):
+        forward = Masked.forward
 
-        def experts(self, x, ids, weights):
-            out = torch.zeros_like(x)
-            mask = self.mask(ids)
-            for found in self.hit(mask):
-                e = found[0]
-                token, slot = self.places(mask, e)
-                rows = x[token] if e == self.E else self.expert(x[token], e)
-                out.index_add_(0, token, rows * weights[token, slot, None])
-            return out
+        def passed(self, rows):
+            return rows.cumsum(0)
 
-    assert "or on whether the last class is among them" in refusal(Passing())
+    assert "an op along other dimensions than the rows, found cumsum" in refusal(Summed())
 
 
 def test_refuses_what_depends_on_how_many_experts_were_hit():
