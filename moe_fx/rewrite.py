@@ -21,9 +21,10 @@ __all__ = [
     "respell", "same_graph",
 ]  # fmt: skip
 
-#: what a new node tells about where it comes from
 #: marks what an expert without parameters adds to a layer's result, with its number
 WITHOUT_PARAMETERS = "moe_fx_without_parameters"
+
+#: what a new node tells about where it comes from
 PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn")
 
 #: what torch.export writes for numbers that depend on sizes
