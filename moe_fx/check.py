@@ -90,7 +90,7 @@ def check_layer(
     for node in (tokens, *slots, *shared):
         env[node] = random_value(node, sizes, generator)
     for node in params:
-        env[node] = windows(node, generator)
+        env[node] = _tied(windows(node, generator), _parts(node))
         env.update(zip(_parts(node), env[node], strict=False))
         if node in longer:
             # What it holds for experts of no layer is not read; if it is, it shows.
@@ -144,6 +144,12 @@ def _parts(param: Node) -> list[Node]:
 def _is_shortened(param: Node) -> bool:
     """Whether a parameter is the first part of what the model holds."""
     return op_name(param) == "aten::slice" and tuple(param.args[1:3]) == (0, 0)
+
+
+def _tied(stack: torch.Tensor, parts: Sequence[Node]) -> torch.Tensor:
+    """Random parameters that are the same for experts of which the model holds one in several places."""
+    first = [parts.index(part) for part in parts]
+    return stack if first == list(range(len(parts))) else stack[first]
 
 
 def _affordable(params: Sequence[Node], ids: Node, num_experts: int) -> int:

@@ -181,11 +181,12 @@ class Program(ABC):
         return name
 
     def apart(self, stack: Node, names: Sequence[str]) -> list[Node]:
-        """A stacked weight as one for each expert; layers that share it share these."""
+        """A stacked weight as one for each expert; layers that share it share these, and experts that are one do."""
         self._apart = self._apart if self._apart is not None else {}
         if stack not in self._apart:
             tensor = self.weights[stack].tensor
-            self._apart[stack] = [self.add_weight(name, tensor[expert]) for expert, name in enumerate(names)]
+            held = {name: self.add_weight(name, tensor[names.index(name)]) for name in dict.fromkeys(names)}
+            self._apart[stack] = [held[name] for name in names]
         return self._apart[stack]
 
     def derive(self, node: Node) -> None:

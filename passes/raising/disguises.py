@@ -32,7 +32,7 @@ FAR = 400
 
 
 def region_at(root: Node) -> tuple[Region | Miss, set[Node]] | None:
-    """The layer that ends in a node, or why it is none; and the multiplications that suggest one.
+    """The layer that ends in a node, or why it is none; and the multiplications that suggest one, if there are any.
 
     None for a node in which no disguise ends.
     """
@@ -159,8 +159,10 @@ def _sum(root: Node) -> tuple[Region | Miss, set[Node]] | None:
             return found, found.interior
         by_slot = SLOT in ending.sizes
         near[by_slot] = found if by_slot not in near or found.depth > near[by_slot].depth else near[by_slot]
-    if not near or (op_name(root) != "aten::sum" and max(miss.depth for miss in near.values()) < FAR):
+    if not near:
         return None
+    if op_name(root) != "aten::sum" and max(miss.depth for miss in near.values()) < FAR:
+        return max(near.values(), key=lambda miss: miss.depth), set()
     # Weights that are chosen by row speak of slots.
     chosen = anchors_behind(root, chosen=True)
     if not chosen and True in near and "ids" in near[True].bindings:

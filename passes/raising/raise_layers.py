@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from moe_fx.passes.normalize.functional import memory_of
 from moe_fx.passes.raising.anchors import anchors_behind, anchors_near, is_anchor
+from moe_fx.passes.raising.choices_left import choices_left
 from moe_fx.passes.raising.disguises import one_slot_at, region_at
 from moe_fx.passes.raising.negatives import may_be_negative
 from moe_fx.passes.raising.one_slot import ends_of_one_slot
@@ -38,7 +39,8 @@ def raise_layers(work: Work) -> None:
     """Replace the layers found; file a miss for what looks like one and is not proven."""
     graph = work.program.graph
     covered: set[Node] = set()
-    near: list[tuple[Miss, set[Node]]] = []
+    near: list[tuple[Miss, Node, set[Node]]] = []
+    told: set[Node] = set()
     for root in [node for node in graph.nodes if node.op == "call_function"]:
         found = region_at(root)
         if found is None:
@@ -49,8 +51,9 @@ def raise_layers(work: Work) -> None:
             failed = _raise(work, region)
             if failed is not None:
                 work.misses.append(describe_miss(region.form, failed))
+                told.add(root)
         else:
-            near.append((region, anchors))
+            near.append((region, root, anchors))
     for root in list(ends_of_one_slot(graph, covered)):
         layer = one_slot_at(root)
         if isinstance(layer, Region):
@@ -58,18 +61,22 @@ def raise_layers(work: Work) -> None:
         if isinstance(layer, Region):
             covered |= layer.interior
         elif layer is not None and "ids" in layer.bindings:
-            near.append((layer, anchors_behind(root)))
+            near.append((layer, root, anchors_behind(root)))
     # Of several values in which the same multiplications might have ended, the one that came the furthest tells most.
-    for miss, anchors in sorted(near, key=lambda each: -each[0].depth):
+    for miss, root, anchors in sorted(near, key=lambda each: -each[0].depth):
         if anchors - covered:
             covered |= anchors
             work.misses.append(describe_miss(UNKNOWN_FORM, miss))
+            told |= {root, *anchors}
     for node in graph.nodes:
         if is_anchor(node) and node not in covered:
             users = ", ".join(user.name for user in node.users) or "nothing"
             miss = Miss("a sum over each token's slots behind this multiplication", f"only {users}", node)
             work.misses.append(describe_miss(UNKNOWN_FORM, miss))
             covered.update(anchors_near(node))
+            told.add(node)
+    for miss in choices_left(graph, told, [(miss, root) for miss, root, _ in near]):
+        work.misses.append(describe_miss(UNKNOWN_FORM, miss))
 
 
 def _raise(work: Work, region: Region) -> Miss | None:

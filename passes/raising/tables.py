@@ -54,6 +54,9 @@ COUNTED = aten.sum(cast(cast(chosen)), [Last(-2)])
 SOME = either(COUNTED, aten.any(cast(cast(chosen)), Last(-2)), aten.amax(cast(cast(chosen)), [Last(-2)]))
 #: of one expert per token
 ONE_EACH = aten.one_hot(Var("ids", rank=1), ANY)
+#: what is asked of a table that is not read
+EXACT = "a mask of the experts that were chosen by their ids: scattered, or one-hot rows"
+KNOWN = "a table of which it is known that experts not chosen have zero: scattered into zeros, or one-hot rows of ids"
 ADDED = aten.sum(aten.mul(cast(cast(chosen)), column), [Last(-2)])
 
 
@@ -96,7 +99,7 @@ def read_table(table: Node, after: Sequence[Node] = ()) -> Slots | Miss:
         rest = _applied(step, rest)
     if rest != 0:
         return Miss("a table that is zero for experts not chosen", f"{rest} there", table)
-    if found is None:
+    if found is None or not isinstance(found["values"], Node):  # of a mask, one number is scattered for all
         return Slots(ids_of_table, None, tuple(after))
     return Slots(ids_of_table, found["values"], tuple(steps))
 
@@ -132,6 +135,9 @@ def _elsewhere(node: Node) -> tuple[Node, float] | Miss:
     name = op_name(node)
     if is_step(node):
         return _through(node, node.all_input_nodes[0])
+    compared: Miss | None = None
+    if name in ("aten::ge", "aten::gt", "aten::le", "aten::lt"):
+        return Miss(EXACT, f"{node.name}, which compares scores: of equal ones more than K pass", node)
     if name == "aten::softmax" and node.args[1] in (-1, value.dim() - 1):
         before = _elsewhere(node.args[0])
         if isinstance(before, Miss) or before[1] == -math.inf:
@@ -142,6 +148,7 @@ def _elsewhere(node: Node) -> tuple[Node, float] | Miss:
             before = _elsewhere(factor)
             if not isinstance(before, Miss) and before[1] == 0:
                 return before
+            compared = before if isinstance(before, Miss) and before.wanted == EXACT else compared
     if name in ("aten::masked_fill", "aten::where"):
         mask, kept = (node.args[1], node.args[2]) if name == "aten::masked_fill" else (node.args[0], node.args[2])
         filling = kept if not isinstance(kept, Node) else filled_with(kept)
@@ -149,7 +156,10 @@ def _elsewhere(node: Node) -> tuple[Node, float] | Miss:
         told = not isinstance(before, Miss) and isinstance(filling, int | float)
         if told and bool(before[1]) is (name == "aten::masked_fill"):
             return before[0], float(filling)
-    return found if name == "aten::scatter" else Miss("aten::scatter", _describe(node), node)
+        compared = before if isinstance(before, Miss) and before.wanted == EXACT else None
+    if compared is not None:
+        return compared
+    return found if name == "aten::scatter" else Miss(KNOWN, _describe(node), node)
 
 
 def _scattered(node: Node) -> Match | Miss:

@@ -1,0 +1,120 @@
+"""Choices among experts of which no layer came, and of which nothing was said yet: a miss must not be silent.
+
+A choice (a ``topk``, an ``argmax``, ...) among E scores is taken for one of experts if, next to it, rows meet
+parameters of E experts: a stack with a dimension of E, E matrices of one shape, or one linear whose results are cut
+into E parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+from moe_fx.passes.raising.routing import ancestors
+from torch.fx import Graph, Node
+
+from moe_fx.experts import experts
+from moe_fx.matcher import Miss, arguments, op_name
+from moe_fx.shapes import shape_of, tensor_of
+
+__all__ = ["choices_left"]
+
+CHOOSING = frozenset({"aten::topk", "aten::sort", "aten::argsort", "aten::argmax", "aten::max", "aten::kthvalue"})
+PRODUCTS = frozenset({
+    "aten::linear", "aten::mm", "aten::addmm", "aten::matmul", "aten::bmm", "aten::baddbmm", "aten::einsum",
+    "aten::mul",
+})  # fmt: skip
+#: what a parameter is read through
+READ = frozenset({
+    "aten::index", "aten::index_select", "aten::select", "aten::slice", "aten::transpose", "aten::permute", "aten::to",
+    "aten::reshape", "aten::unsqueeze", "aten::squeeze", "aten::expand", "aten::clone", "aten::gather", "aten::unbind",
+})  # fmt: skip
+VIEWS = frozenset({"aten::reshape", "aten::unflatten"})
+CUTS = frozenset({"aten::split_with_sizes", "aten::split", "aten::chunk"})
+
+WANTED = "a sum over each token's slots, or over all experts, of what the experts make of it"
+
+
+def choices_left(graph: Graph, told: Collection[Node], near: Sequence[tuple[Miss, Node]]) -> Iterator[Miss]:
+    """A reason for each choice without a layer.
+
+    ``told`` are nodes of which the report speaks already, ``near`` the mismatches that it does not, each with the node
+    from which it was looked for: the deepest is the reason.
+    """
+    known: set[Node] = set()
+    for layer in graph.find_nodes(op="call_function", target=experts):
+        known.update(each for node in layer.all_input_nodes for each in ancestors(node))
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    choices = _choices(graph)
+    for place, group in enumerate(choices):
+        if known.intersection(group):
+            continue
+        # The experts may have been computed before one is chosen.
+        start = order[choices[place - 1][-1]] if place else -1
+        end = order[choices[place + 1][0]] if place + 1 < len(choices) else len(order)
+        window = [node for node, at in order.items() if start < at < end]
+        if any(node in told for node in window) or not any(_meet_experts(window, count) for count in _counts(group)):
+            continue
+        within = [(miss, root) for miss, root in near if start < order.get(root, -1) < end]
+        reason = max((miss for miss, _ in within), key=lambda miss: miss.depth, default=None)
+        found = f"{group[-1].name}, of whose choice no such sum is made"
+        yield Miss(WANTED, found, group[-1]) if reason is None else reason
+
+
+def _choices(graph: Graph) -> list[list[Node]]:
+    """Ops that choose by score; those made of another's choice, or with no product between them, belong together."""
+    groups: list[list[Node]] = []
+    between = True
+    for node in graph.nodes:
+        between |= op_name(node) in PRODUCTS and _parameter(node) is not None
+        value = tensor_of(node.args[0]) if op_name(node) in CHOOSING and node.args else None
+        if value is None or not value.is_floating_point() or arguments(node).get("dim", -1) is None:
+            continue
+        if groups and (not between or set(groups[-1]).intersection(ancestors(node.args[0]))):
+            groups[-1].append(node)
+        else:
+            groups.append([node])
+        between = False
+    return groups
+
+
+def _counts(group: Sequence[Node]) -> set[int]:
+    """How many experts a choice may be among: of scores by token and expert, that of the experts is fixed."""
+    sizes = (size for node in group for size in (shape_of(node.args[0]) or ())[-2:])
+    return {size for size in sizes if isinstance(size, int) and size > 1}
+
+
+def _parameter(product: Node) -> Node | None:
+    """The parameter, or input, that is one of a product's factors."""
+    for operand in product.all_input_nodes:
+        while op_name(operand) in READ or op_name(operand) is None:
+            if not operand.args or not isinstance(operand.args[0], Node):
+                break
+            operand = operand.args[0]
+        shape = shape_of(operand) or ()
+        if (
+            operand.op in ("placeholder", "get_attr")
+            and len(shape) > 1
+            and all(isinstance(each, int) for each in shape)
+        ):
+            return operand
+    return None
+
+
+def _meet_experts(window: Sequence[Node], count: int) -> bool:
+    """Whether rows meet parameters of as many experts."""
+    alike: dict[tuple[object, ...], set[Node]] = {}
+    for node in window:
+        parameter = _parameter(node) if op_name(node) in PRODUCTS else None
+        if parameter is None:
+            continue
+        shape = shape_of(parameter) or ()
+        if len(shape) > 2:
+            if count in shape:
+                return True
+            continue
+        alike.setdefault(tuple(shape), set()).add(parameter)
+        for user in node.users:
+            inner = (shape_of(user) or ())[-2:] if op_name(user) in VIEWS else ()
+            if count in inner or (op_name(user) in CUTS and len(user.users) == count):
+                return True
+    return any(len(parameters) >= count for parameters in alike.values())
