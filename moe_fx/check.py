@@ -21,6 +21,7 @@ from moe_fx.check_inputs import Routing, Sizes, random_ids, random_value, window
 from moe_fx.check_run import Interpreter, filled, in_float64
 from moe_fx.experts import experts
 from moe_fx.matcher import op_name
+from moe_fx.rewrite import EXPERTS_FIRST
 from moe_fx.shapes import depends_on_values, shape_of
 
 __all__ = ["CheckResult", "check_layer"]
@@ -80,6 +81,7 @@ def check_layer(
     routing = Routing(count, in_range, distinct)
     parts = [part for node in params for part in _parts(node)]
     sources = [_source(node) for node in views]
+    parts += [part for node in params for part, _ in _moved_back(node, None)]
     longer = {param: _source(param) for param in params if _is_shortened(param)}
     given_nodes = [tokens, ids, *slots, *params, *parts, *longer.values(), *shared, *sources]
     given_nodes += [base] if base is not None else []
@@ -96,6 +98,7 @@ def check_layer(
             # What it holds for experts of no layer is not read; if it is, it shows.
             beyond = shape_of(longer[node])[0] - count
             env[longer[node]] = torch.cat([env[node], env[node].new_full((beyond, *env[node].shape[1:]), math.nan)])
+        env.update(_moved_back(node, env[node]))
     if base is not None and base not in env:
         env[base] = random_value(base, sizes, generator)
     env[ids] = random_ids(tuple(sizes.leading(ids.meta["val"].shape)), routing, generator)
@@ -106,6 +109,9 @@ def check_layer(
             table = table.clamp_min(0) if source in not_negative else table
             env[source] = torch.zeros_like(table).scatter(-1, env[ids], table.gather(-1, env[ids]))
             env[view] = env[source].gather(-1, env[ids])
+        elif op_name(view) == "aten::expand":  # a number for each token
+            env[source] = env[view][:, :1].clone()
+            env[view] = env[source].expand_as(env[view])
         else:
             env[source] = env[view].reshape(sizes.evaluate(source.meta["val"].shape))
     given = dict(zip(("slots", "params", "shared"), ([env[n] for n in g] for g in operands[2:]), strict=True))
@@ -144,6 +150,20 @@ def _parts(param: Node) -> list[Node]:
 def _is_shortened(param: Node) -> bool:
     """Whether a parameter is the first part of what the model holds."""
     return op_name(param) == "aten::slice" and tuple(param.args[1:3]) == (0, 0)
+
+
+def _moved_back(param: Node, value: Any) -> list[tuple[Node, Any]]:
+    """What a parameter was made of by putting its experts first, and their values given that of the parameter."""
+    found = []
+    while EXPERTS_FIRST in param.meta:
+        source, argument = _source(param), param.args[1]
+        if value is not None and op_name(param) == "aten::permute":
+            value = value.permute(sorted(range(len(argument)), key=argument.__getitem__))
+        elif value is not None:
+            value = value.reshape(shape_of(source))
+        found.append((source, value))
+        param = source
+    return found
 
 
 def _tied(stack: torch.Tensor, parts: Sequence[Node]) -> torch.Tensor:

@@ -31,6 +31,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from moe_fx.errors import ProgramError
 from moe_fx.matcher import arguments, op_name
+from moe_fx.rewrite import GIVEN
 from moe_fx.shapes import tensor_of
 
 __all__ = [
@@ -273,6 +274,10 @@ class ExportedWork(Program):
             if spec.kind in WEIGHT_KINDS and spec.target is not None:
                 tensors = self.state_dict if spec.target in self.state_dict else self.constants
                 self.held[node] = Weight(spec.target, tensors[spec.target])
+        # Of a program with weights of its own, what it is called with is none: a batch of rows is no stack of matrices.
+        for node, spec in self.inputs:
+            if self.held and spec.kind is InputKind.USER_INPUT:
+                node.meta[GIVEN] = True
         # What the program itself writes is no constant to quantize, or to keep in other tensors.
         changed = {spec.target for spec in ep.graph_signature.output_specs if spec.kind in MUTATIONS}
         self.weights = {node: weight for node, weight in self.held.items() if weight.fqn not in changed}

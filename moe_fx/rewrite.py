@@ -17,8 +17,8 @@ from moe_fx.experts import experts
 from moe_fx.matcher import op_name
 
 __all__ = [
-    "Emitter", "FakeValues", "Outline", "drop_dead_code", "erase_dead", "only_asserted", "outline", "replace",
-    "respell", "same_graph",
+    "EXPERTS_FIRST", "GIVEN", "Emitter", "FakeValues", "Outline", "drop_dead_code", "erase_dead", "only_asserted",
+    "outline", "replace", "respell", "same_graph",
 ]  # fmt: skip
 
 #: marks what an expert without parameters adds to a layer's result, with its number
@@ -26,6 +26,9 @@ WITHOUT_PARAMETERS = "moe_fx_without_parameters"
 
 #: what a new node tells about where it comes from
 PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn")
+
+#: marks, among the keys of a node's meta: a parameter written with its experts first; what a model is called with
+EXPERTS_FIRST, GIVEN = "moe_fx_experts_first", "moe_fx_given"
 
 #: what torch.export writes for numbers that depend on sizes
 SIZE_CALLS = frozenset({"sym_max", "sym_min", "sym_not", "sym_ite", "sym_float", "sym_int", "sym_sum"})

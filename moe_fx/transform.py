@@ -16,6 +16,7 @@ from moe_fx.passes.normalize import (
     inline_regions,
     merge_equal_values,
     spell,
+    spell_choices_in_turn,
     spell_dropped_rows,
     spell_nonzero_lists,
     spell_parts,
@@ -44,6 +45,7 @@ def _normalize(work: Work) -> None:
     spell_parts(work.program.graph)
     spell_nonzero_lists(work.program.graph)
     spell_dropped_rows(work.program.graph)
+    spell_choices_in_turn(work.program.graph)
 
 
 FIND = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from lookalikes import BATCHED, LOOKALIKES, lookalike
+from lookalikes_choices import BATCHED, LOOKALIKES, lookalike
 from styles.base import H, Listed, MaxOfSoftmax, Sequence, Simple
 
 __all__ = ["LOOKALIKES", "lookalike"]

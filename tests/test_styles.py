@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lookalikes_asking import LOOKALIKES
+from lookalikes_choices import REASONS
 from styles import STYLES
 from torch.export import Dim
 
@@ -22,6 +23,7 @@ NOT_DECOMPOSED = (
     "all_experts_einsum_router",
     "all_experts_gather_arange_scatter_add_llama4",
     "gathered_top1_baddbmm",
+    "modulelist_positive_gates_of_two_argmaxes",
     "modulelist_sparse_dispatcher",
     "one_hot_dispatch_combine_tec_gshard",
     "one_hot_dispatch_switch_mesh",
@@ -150,6 +152,13 @@ def test_a_look_alike_is_left_alone(name):
         return
     _, program = exported(LOOKALIKES[name])
     assert nodes(moe_fx.transform(program)) == nodes(program)
+
+
+@pytest.mark.parametrize("name", REASONS)
+@torch.no_grad()
+def test_a_choice_that_leads_to_no_layer_has_its_reason(name):
+    _, program = exported(LOOKALIKES[name])
+    assert any(REASONS[name] in str(miss) for miss in moe_fx.explain(program).misses)
 
 
 @pytest.mark.parametrize("name", products(LOOKALIKES))

@@ -6,6 +6,7 @@ to = aten.to(view, f32)  # is f32        return reshape
 return to
 """
 
+from moe_fx.passes.normalize.choices_in_turn import spell_choices_in_turn
 from moe_fx.passes.normalize.cut_rows import spell_parts
 from moe_fx.passes.normalize.dropped import spell_dropped_rows
 from moe_fx.passes.normalize.equal_values import merge_equal_values
@@ -17,5 +18,5 @@ from moe_fx.passes.normalize.spelling import drop_no_ops, spell
 
 __all__ = [
     "drop_no_ops", "flatten_masks", "functionalize", "inline_regions", "merge_equal_values", "spell",
-    "spell_dropped_rows", "spell_nonzero_lists", "spell_parts",
+    "spell_choices_in_turn", "spell_dropped_rows", "spell_nonzero_lists", "spell_parts",
 ]  # fmt: skip

@@ -34,6 +34,7 @@ from moe_fx.passes.normalize.functional import memory_of
 from moe_fx.passes.normalize.recompose import Spelling
 from torch.fx import Graph, Node
 
+from moe_fx.constants import filled_with
 from moe_fx.matcher import arguments, op_name
 from moe_fx.rewrite import ASSERTS, erase_dead, replace, respell
 from moe_fx.shapes import depends_on_values, same_shape, shape_of, tensor_of
@@ -194,6 +195,9 @@ _RULES: dict[str, Callable[[Node, dict[str, Any]], Spelling | None]] = {
 }
 
 
+ADDITIONS = frozenset({"aten::add", "aten::index_add", "aten::index_put", "aten::scatter_add"})
+
+
 def drop_no_ops(graph: Graph, written: set[Node]) -> None:
     """Drop casts to the dtype a value has, changes to the shape it has, and asserts about metadata.
 
@@ -215,6 +219,8 @@ def _undone(node: Node, written: set[Node]) -> Node | None:
     """What a call returns that takes back another one: an ``unsqueeze``, a ``reshape``, a mask cast to numbers."""
     if op_name(node) == "aten::to":
         return _mask_again(node, written)
+    if op_name(node) == "aten::clone":
+        return _sum_so_far(node, written)
     if op_name(node) == "aten::reshape":
         return _reshaped_back(node) if memory_of(node) not in written else None
     source = node.args[0] if op_name(node) == "aten::squeeze" else None
@@ -229,6 +235,17 @@ def _undone(node: Node, written: set[Node]) -> Node | None:
         return None
     undone = source.args[0]
     return undone if isinstance(undone, Node) and all(user.op != "output" for user in node.users) else None
+
+
+def _sum_so_far(copy: Node, written: set[Node]) -> Node | None:
+    """What is copied between two additions of a loop, which writes to neither."""
+    source = copy.args[0]
+    if not isinstance(source, Node) or memory_of(copy) in written or memory_of(source) in written:
+        return None
+    sums = [user for user in copy.users if op_name(user) != "aten::index"]  # rows may be read before they are written
+    sums += [source] if filled_with(source) != 0 else []
+    added = any(user in sums for user in copy.users) and all(op_name(each) in ADDITIONS for each in sums)
+    return source if added and all(user.args[0] is copy for user in copy.users) else None
 
 
 def _reshaped_back(node: Node) -> Node | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import operator
 
+import torch
 from moe_fx.passes.raising.routing import MIXING, ancestors
 from moe_fx.passes.raising.where_chains import is_where_chain
 from torch.fx import Node
 
 from moe_fx.matcher import arguments, op_name
 from moe_fx.report import module_of
+from moe_fx.rewrite import GIVEN
 from moe_fx.shapes import depends_on_values, shape_of
 
 __all__ = [
@@ -27,6 +29,8 @@ SETTING_APART = frozenset({"aten::scatter", "aten::one_hot", "aten::masked_fill"
 GROUPED = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback", "moe_fx::grouped_mm"})
 MATRIX_PRODUCTS = frozenset({"aten::bmm", "aten::baddbmm", "aten::matmul", "aten::einsum"})
 PRODUCTS = MATRIX_PRODUCTS | {"aten::mul"}
+#: what leaves one number of a token's scores
+NUMBERS = frozenset({"aten::sum", "aten::amax", "aten::argmax", "aten::max", "aten::gather", "aten::select"})
 #: views and casts through which a weight is read
 STEPS = frozenset({
     "aten::index", "aten::transpose", "aten::permute", "aten::to", "aten::reshape", "aten::unsqueeze", "aten::expand",
@@ -101,7 +105,7 @@ def leads_to_experts(value: Node, through: bool = False) -> bool:
             continue
         if (
             name in GROUPED
-            or name == "aten::stack"
+            or (name == "aten::stack" and not all(map(_is_number, arguments(node)["tensors"])))
             or _joins_parts(node)
             or is_where_chain(node)
             or (name == "aten::index" and (_is_stack(node.args[0]) or _is_cut_in_stack(node.args[0])))
@@ -115,6 +119,18 @@ def leads_to_experts(value: Node, through: bool = False) -> bool:
         if name not in MIXING:
             pending.extend(node.all_input_nodes)
     return False
+
+
+def _is_number(value: object, depth: int = 0) -> bool:
+    """Whether a value is a number for each token: something over all features, or experts, and ops on such numbers."""
+    if not isinstance(value, Node) or value.op != "call_function" or depth > 12:
+        return not isinstance(value, Node)
+    made_by = value.args[0] if value.target is operator.getitem else value
+    if op_name(made_by) in NUMBERS:
+        return True
+    pointwise = isinstance(value.target, torch._ops.OpOverload) and torch.Tag.pointwise in value.target.tags
+    steps = pointwise or op_name(value) in ("aten::to", "aten::clone", "aten::unsqueeze", "aten::squeeze")
+    return steps and all(_is_number(each, depth + 1) for each in value.all_input_nodes)
 
 
 def _joins_parts(node: Node) -> bool:
@@ -135,7 +151,7 @@ def _is_stack(node: object) -> bool:
     if not isinstance(node, Node) or node.op not in ("placeholder", "get_attr") or shape is None or len(shape) < 3:
         return False
     # An input of any batch size, such as the one that a router multiplies, is no parameter.
-    return all(isinstance(size, int) for size in shape)
+    return GIVEN not in node.meta and all(isinstance(size, int) for size in shape)
 
 
 def _is_cut_in_stack(node: object) -> bool:

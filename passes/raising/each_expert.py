@@ -47,7 +47,7 @@ of_one_wide = either(aten.mul(wide_slot, cast(one_wide)), aten.where(one_wide, w
 
 #: a column of a table of all experts, or the expert's results, where a token's ids name it
 named = either(one_each, aten.any(any_slots_of, Last(-1)))
-named_wide = either(aten.any(any_slots_of, Last(-1), True), aten.unsqueeze(named, Last(-1)), one_wide)
+named_wide = either(aten.any(any_slots_of, Last(-1), True), aten.unsqueeze(cast(named), Last(-1)), one_wide)
 not_named, rows = either(aten.bitwise_not(named), aten.logical_not(named)), Var("rows")
 not_named_wide = either(aten.bitwise_not(named_wide), aten.logical_not(named_wide), aten.unsqueeze(not_named, Last(-1)))
 wide_zero = either(zero, aten.zeros_like(ANY), aten.full_like(ANY, 0))

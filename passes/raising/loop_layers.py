@@ -92,6 +92,8 @@ def _told_by_table(steps: list[tuple[Node, Match]]) -> Miss | None:
         ids, value = known[table], tensor_of(table)
         if isinstance(ids, Miss):
             return ids
+        if 1 < len(shape_of(ids) or ()) < len(shape_of(table) or ()):
+            return Miss("a table by token and expert", table.name, table)  # by slot: its rows are no tokens
         if "flag" in bindings and (value is None or value.dtype is not torch.bool):
             return Miss("a mask of tokens, or places", table.name, table)
         if ids_of_mask(table) is not None:

@@ -47,9 +47,13 @@ def is_not_negative(value: Any, depth: int = 0) -> bool:
     name = op_name(value) or ""
     if name in ALWAYS:
         return True
+    given = arguments(value) if name in {*KEEPS, "aten::clamp", "aten::stack", "aten::cat"} else {}
+    if name == "aten::clamp" and isinstance(given["min"], int | float) and given["min"] >= 0:
+        return True
+    if name in ("aten::stack", "aten::cat"):
+        return all(is_not_negative(each, depth + 1) for each in given["tensors"])
     if name not in KEEPS:
         return False
-    given = arguments(value)
     if name == "aten::add" and given["alpha"] != 1:
         return False
     kept = [given.get(argument, given.get("value")) for argument in KEEPS[name]]

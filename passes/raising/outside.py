@@ -15,6 +15,7 @@ from moe_fx.passes.raising.axes import (
     features,
     is_row_dim,
 )
+from moe_fx.passes.raising.experts_first import experts_first
 from moe_fx.passes.raising.region import Region, told_of_ids
 from moe_fx.passes.raising.routes import Routes
 from moe_fx.passes.raising.through import is_view, through
@@ -99,15 +100,18 @@ class Outside(Routes):
                 return self.inside(node, place)
             return self.body.reshaped(self.row("s", node, tuple(features(place))), shape)
         known = self.body.captured["x"]
-        if self.specific is not None and node not in known and all(size == 1 for size in features(place)):
-            # Of tokens that all experts take, a number is that of their slot, if they have one.
-            self.bindings.setdefault("one_number", node)
-            return self.body.reshaped(self.row("s", node, ()), shape)
+        if node not in known and all(size == 1 for size in features(place)):
+            return self.body.reshaped(self.number(node), shape)
         if known and node not in known:
             return self.miss("one tensor of token rows", node)
         # Batch and sequence of a single token are no features of it.
         wide = tuple(size for size in features(place) if size > 1)
         return self.body.reshaped(self.row("x", node, wide or tuple(features(place))), shape)
+
+    def number(self, node: Node) -> Value:
+        """A number for each token: that of each of its slots."""
+        self.each_token.add(node)
+        return self.row("s", node, ())
 
     def cut_rows(self, source: Node, place: Place) -> Value | Miss:
         """Some rows of another value: those of tokens, or a number for each."""
@@ -124,13 +128,19 @@ class Outside(Routes):
         if place[0] != (EXPERT,) or is_view(node):
             step = through(node, place, self.sizes) if is_view(node) else "a parameter with its experts first"
             if isinstance(step, str):
+                if not is_view(node) and node.op in LEAVES:
+                    return self.own_part(experts_first(node, place, self.sizes), place)
                 return self.miss(step, node)
             before = step.operands[0][1]
             # One matrix of all experts' rows is theirs when it is cut.
             if place[0] != (EXPERT,) or all(is_row_dim(dim) or EXPERT not in dim for dim in before):
                 inner = self.value(*step.operands[0])
                 return inner if isinstance(inner, Miss) else self.applied(node, place, step, [inner])
-        outer = Value(self.body.placeholder("p", node), EXPERTS_OWN, self.numbers(node, 1))
+        return self.own_part(node, place)
+
+    def own_part(self, param: Node, place: Place) -> Value:
+        """One expert's part of ``param [E, ...]``."""
+        outer = Value(self.body.placeholder("p", param), EXPERTS_OWN, self.numbers(param, 1))
         return self.body.reshaped(outer, features(place))
 
     def gathered(self, node: Node, place: Place) -> Value | Miss | None:
@@ -198,6 +208,9 @@ class Outside(Routes):
             known = self.bindings.setdefault(name, told)
             if known != told and not (isinstance(known, Node) and isinstance(told, Node)):
                 return self.miss("the same for the ids of all slots", node, f"{name} = {known}, and {told}")
+        if found.each_token and rows:
+            return self.miss("a number for every token and slot", next(iter(found.each_token)))
+        self.each_token |= found.each_token
         self.visits += [visited for visited in found.visits if visited not in self.visits]
         given = []
         for kind, outside in (("x", [found.tokens]), ("s", found.slots)):

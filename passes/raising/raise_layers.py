@@ -12,6 +12,7 @@ from moe_fx.passes.normalize.functional import memory_of
 from moe_fx.passes.raising.anchors import anchors_behind, anchors_near, is_anchor
 from moe_fx.passes.raising.choices_left import choices_left
 from moe_fx.passes.raising.disguises import one_slot_at, region_at
+from moe_fx.passes.raising.experts_first import drop_unread
 from moe_fx.passes.raising.negatives import may_be_negative
 from moe_fx.passes.raising.one_slot import ends_of_one_slot
 from moe_fx.passes.raising.region import Region
@@ -75,6 +76,7 @@ def raise_layers(work: Work) -> None:
             work.misses.append(describe_miss(UNKNOWN_FORM, miss))
             covered.update(anchors_near(node))
             told.add(node)
+    drop_unread(graph)
     for miss in choices_left(graph, told, [(miss, root) for miss, root, _ in near]):
         work.misses.append(describe_miss(UNKNOWN_FORM, miss))
 
@@ -118,6 +120,8 @@ def _flatten(program: Program, region: Region) -> None:
     def flat(node: Node, *inner: int) -> Node:
         if node in region.tables:
             return looked_up(node)
+        if node in region.each_token and top_k != 1:
+            return repeated(node)
         if known_equal((shape_of(node) or (0,))[0], region.size[0]) and len(shape_of(node) or ()) == 1 + len(inner):
             return node
         region.views.append(emit(torch.ops.aten.reshape.default, node, [-1, *inner]))
@@ -131,6 +135,14 @@ def _flatten(program: Program, region: Region) -> None:
             table = emit(torch.ops.aten.reshape.default, table, [-1, shape[-1]])
             region.views.append(table)
         region.views.insert(place, emit(torch.ops.aten.gather.default, table, -1, region.ids))
+        return region.views[place]
+
+    def repeated(number: Node) -> Node:
+        place = len(region.views)
+        if not known_equal((shape_of(number) or ())[-1], 1) or len(shape_of(number) or ()) != 2:
+            number = emit(torch.ops.aten.reshape.default, number, [-1, 1])
+            region.views.append(number)
+        region.views.insert(place, emit(torch.ops.aten.expand.default, number, [-1, top_k]))
         return region.views[place]
 
     top_k = region.top_k

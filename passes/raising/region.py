@@ -20,7 +20,7 @@ __all__ = ["Region", "misfit", "read_outside", "told_of_ids"]
 #: what pieces say of ids that name no expert, of how an id was changed before it was used, and of how many a token has
 OF_IDS = frozenset({
     "last_expert", "lowest_expert", "num_compared", "num_classes", "num_experts", "counts_beyond", "rows_skipped",
-    "indexed", "looked_up", "one_number",
+    "indexed", "looked_up",
 })  # fmt: skip
 
 
@@ -34,8 +34,9 @@ class Region:
     how many tokens there are, and slots for each. ``features`` are the sizes that a row of tokens and slots has, which
     need not stand as ``[T, ...]`` and ``[T, K, ...]`` in the program; ``views`` are written to make them so. Slots
     among ``tables [T, E]`` are looked up by ids. The experts' sum is added to ``base``, if there is one. ``visits``
-    are the experts whose rows were joined, where they were cut apart. Some tables are certainly ``not_negative``.
-    Experts without parameters, which are none of the layer's, stand ``alone`` behind it: their numbers and steps.
+    are the experts whose rows were joined, where they were cut apart. Some tables are certainly ``not_negative``. Some
+    slots are numbers for ``each_token``, the same in all of its slots. Experts without parameters, which are none of
+    the layer's, stand ``alone`` behind it: their numbers and steps.
     """
 
     root: Node
@@ -58,6 +59,7 @@ class Region:
     visits: list[tuple[int, ...]] = field(default_factory=list)
     not_negative: set[Node] = field(default_factory=set)
     alone: list[tuple[int, Region]] = field(default_factory=list)
+    each_token: set[Node] = field(default_factory=set)
 
     @property
     def num_experts(self) -> int:
@@ -134,10 +136,9 @@ def misfit(region: Region) -> Miss | None:
             return miss(wanted, node, f"shape {list(shape_of(node) or ())}")
     if found.get("top_k", top_k) != top_k:
         return miss(f"{top_k} rows for each token", tokens, f"{found['top_k']}")
-    if "one_number" in found and top_k != 1:
-        return miss("a number for every token and slot", found["one_number"], f"one for each token, of {top_k} slots")
     if not region.params:
-        return miss("parameters that differ from expert to expert", region.root, "none")
+        same = "none: all experts hold the same" if region.shared else "none"
+        return miss("parameters that differ from expert to expert", region.root, same)
     counts = [experts_of(param) for param in region.params]
     fixed = all(isinstance(count, int) for count in counts)
     experts = min(counts) if fixed and region.visits else counts[0]

@@ -93,6 +93,8 @@ class Routes(State):
             ((node, place),) = step.operands
         if self.bindings.setdefault("ids", found.ids) is not found.ids:
             return self.miss("the layer's own ids", found.ids)
+        if 1 < len(shape_of(found.ids) or ()) == len(self.tokens):
+            self.bindings.setdefault("one_each", found.ids)  # no dimension for the one slot of a token
         if found.values is None:
             self.tables.add(node)
         value = found.write(self.body.graph, self.row("s", found.values or node, ()).node)

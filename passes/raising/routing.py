@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterator
 import torch
 from torch.fx import Node
 
-from moe_fx.matcher import arguments, op_name
+from moe_fx.matcher import Match, arguments, match, op_name
+from moe_fx.pattern import ANY, Last, Var, aten, either, optional
 from moe_fx.shapes import known_equal, shape_of, tensor_of
 
 __all__ = ["Selection", "chosen_once", "describe_router", "foreign_slot", "selection_of"]
@@ -23,6 +24,19 @@ MOVING = frozenset({
 })  # fmt: skip
 #: where one token's features are mixed: what lies behind is no longer the router's doing
 MIXING = frozenset({"aten::linear", "aten::mm", "aten::addmm", "aten::matmul", "aten::bmm"})
+
+
+#: one-hot rows as a mask: scores that were set to minus infinity by it
+_numbers = either(aten.arange(ANY, dtype=ANY), aten.arange(0, ANY, dtype=ANY))
+_hot = either(aten.one_hot(Var("ids"), ANY), aten.eq(aten.unsqueeze(Var("ids"), Last(-1)), _numbers))
+_mask = _hot
+for _ in range(3):  # of truth values, a cast to any dtype and back is the same
+    _mask = optional(lambda each: aten.to(each, ANY), _mask)
+_least = either(-math.inf, aten.scalar_tensor(-math.inf), aten.full(ANY, -math.inf), aten.full_like(ANY, -math.inf))
+MASKED = either(
+    aten.masked_fill(Var("scores"), either(_mask, aten.ne(_mask, 0), aten.gt(_mask, 0)), _least),
+    aten.where(either(_mask, aten.ne(_mask, 0), aten.gt(_mask, 0)), _least, Var("scores")),
+)
 
 
 class Selection:
@@ -69,7 +83,7 @@ def selection_of(ids: Node, num_experts: int) -> Selection:
         if not isinstance(node.args[0], Node):
             break
         node = node.args[0]
-    if op_name(node) == "aten::cat" and not dropped:
+    if op_name(node) in ("aten::cat", "aten::stack") and not dropped:
         return _maxima(node, num_experts, clamped) or Selection(None, clamped, False)
     if op_name(node) not in CHOOSING:
         return Selection(None, clamped, False)
@@ -101,7 +115,8 @@ def _maxima(joined: Node, num_experts: int, clamped: bool) -> Selection | None:
     """Ids joined of the best expert, the best of the others, and so on; None for anything else."""
     parts = arguments(joined)["tensors"]
     shape = shape_of(joined) or ()
-    if arguments(joined)["dim"] not in (-1, len(shape) - 1) or any((shape_of(part) or (0,))[-1] != 1 for part in parts):
+    one_wide = op_name(joined) == "aten::stack" or all((shape_of(part) or (0,))[-1] == 1 for part in parts)
+    if arguments(joined)["dim"] not in (-1, len(shape) - 1) or not one_wide:
         return None
     selections = [selection_of(part, num_experts) for part in parts]
     if any(each.chooser is None or not each.in_range for each in selections):
@@ -109,20 +124,31 @@ def _maxima(joined: Node, num_experts: int, clamped: bool) -> Selection | None:
     distinct = True
     for place, each in enumerate(selections):
         assert each.chooser is not None
-        distinct &= set(parts[:place]) <= _left_out(arguments(each.chooser)["self"])
+        left_out = {_bare(ids) for ids in _left_out(arguments(each.chooser)["self"])}
+        distinct &= {_bare(part) for part in parts[:place]} <= left_out
     return Selection(selections[-1].chooser, True, distinct)
+
+
+def _bare(ids: Node) -> Node:
+    """Ids of one slot, without a dimension for it."""
+    wide = op_name(ids) == "aten::unsqueeze" and arguments(ids)["dim"] in (-1, len(shape_of(ids) or ()) - 1)
+    return arguments(ids)["self"] if wide else ids
 
 
 def _left_out(scores: Node) -> set[Node]:
     """Ids whose scores were set to minus infinity, so that they are not chosen again."""
     found: set[Node] = set()
-    while op_name(scores) == "aten::scatter":
-        given = arguments(scores)
+    while True:
+        masked = match(MASKED, scores)
+        if isinstance(masked, Match):
+            found.add(masked["ids"])
+            scores = masked["scores"]
+            continue
+        given = arguments(scores) if op_name(scores) == "aten::scatter" else {}
         if given.get("value") != -math.inf or given["dim"] not in (-1, len(shape_of(scores) or ()) - 1):
-            break  # what was left out before may have been put back
+            return found  # what was left out before may have been put back
         found.add(given["index"])
         scores = given["self"]
-    return found
 
 
 def _holds(cast: Node, num_experts: int) -> bool:

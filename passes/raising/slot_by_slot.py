@@ -90,9 +90,7 @@ def merge_slots(regions: Sequence[Region], root: Node, in_order: bool = False) -
     columns_of = dict(zip((first.ids, *first.slots), wholes, strict=True))
     features = {columns_of.get(node, node): sizes for node, sizes in first.features.items()}
     interior = set().union(*(region.interior for region in regions))
-    bindings = {
-        name: bound for name, bound in first.bindings.items() if name not in ("ids", "top_k", "perm", "one_number")
-    }
+    bindings = {name: bound for name, bound in first.bindings.items() if name not in ("ids", "top_k", "perm")}
     if "perm" in first.bindings:
         bindings["rows_skipped"] = first.bindings["perm"]
     return dataclasses.replace(

@@ -69,6 +69,8 @@ class State:
         self.splits: dict[tuple[Node, Node], Node] = {}
         #: the experts whose rows are in a joined value, in order
         self.visits: list[tuple[int, ...]] = []
+        #: numbers for each token, which are those of all its slots
+        self.each_token: set[Node] = set()
         #: values of the body that are zero for a token's row where it was not routed to the expert
         self.zeros: list[Node] = []
         #: copies that stand for what a mask leaves of a value

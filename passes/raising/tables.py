@@ -53,7 +53,7 @@ SCATTERED_NUMBER = aten.scatter(Var("base"), Last(-1), Var("ids"), Var("number")
 COUNTED = aten.sum(cast(cast(chosen)), [Last(-2)])
 SOME = either(COUNTED, aten.any(cast(cast(chosen)), Last(-2)), aten.amax(cast(cast(chosen)), [Last(-2)]))
 #: of one expert per token
-ONE_EACH = aten.one_hot(Var("ids", rank=1), ANY)
+ONE_EACH = chosen
 #: what is asked of a table that is not read
 EXACT = "a mask of the experts that were chosen by their ids: scattered, or one-hot rows"
 KNOWN = "a table of which it is known that experts not chosen have zero: scattered into zeros, or one-hot rows of ids"

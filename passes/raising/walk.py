@@ -107,7 +107,7 @@ class Walk(Outside):
             alone = self.single and piece.layout == kinds.TOKEN_MAJOR and place[:1] == ((*self.tokens, SLOT),)
             if place[: len(layout)] != layout and not alone:
                 continue
-            found = match(piece.pattern, node, self.bindings)
+            found = match(piece.pattern, node, self.known_of(piece, place))
             if isinstance(found, Match) and not self.one_slot_fits(found):
                 continue
             if isinstance(found, Match):
@@ -115,6 +115,15 @@ class Walk(Outside):
             if near is None or found.depth >= near.depth:
                 near = found
         return False, near
+
+    def known_of(self, piece: kinds.Piece, place: Place) -> dict[str, Any]:
+        """What a piece is held to: a number for each token is read as token rows are, and is none."""
+        if self.is_number(piece, place):
+            return {name: bound for name, bound in self.bindings.items() if name != "tokens"}
+        return self.bindings
+
+    def is_number(self, piece: kinds.Piece, place: Place) -> bool:
+        return isinstance(piece, kinds.Dispatch) and not self.single and all(size == 1 for size in features(place))
 
     def one_slot_fits(self, found: Match) -> bool:
         """Whether ids of one slot each, as a piece takes them for, have no dimension for it, or one of size 1.
@@ -130,6 +139,12 @@ class Walk(Outside):
         shape = features(place)
         layout = self.layouts[piece.layout]
         match piece:
+            case kinds.Dispatch() if self.is_number(piece, place):
+                tokens_known = {name: bound for name, bound in self.bindings.items() if name == "tokens"}
+                self.bind(found)
+                del self.bindings["tokens"]
+                self.bindings |= tokens_known
+                return self.body.reshaped(self.number(found["tokens"]), shape)
             case kinds.Dispatch():
                 self.bind(found)
                 known = self.body.captured["x"]
@@ -360,7 +375,7 @@ class Walk(Outside):
         region.features = {node: self.outer[node] for node in (tokens, *s)}
         slots = 1 if "one_each" in self.bindings else self.sizes.get(SLOT)
         region.size = (self.token_count, region.top_k if slots is None else slots)
-        region.tables = self.tables
+        region.tables, region.each_token = self.tables, self.each_token
         region.visits = self.visits
         return region
 

@@ -1,0 +1,85 @@
+"""A table of routing weights added up choice by choice, as fairseq and DeepSpeed write the two best:
+
+table = g1[:, None] * one_hot(best) + g2[:, None] * one_hot(second)
+=>
+table = (one_hot(stack([best, second], -1)) * stack([g1, g2], -1)[..., None]).sum(-2)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, Node
+
+from moe_fx.matcher import Match, match, op_name
+from moe_fx.pattern import ANY, As, Last, Pattern, Var, aten, either, optional
+from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
+from moe_fx.shapes import same_shape, shape_of, tensor_of
+
+__all__ = ["spell_choices_in_turn"]
+
+_aten = torch.ops.aten
+
+
+def cast(pattern: Pattern) -> Pattern:
+    return optional(lambda value: aten.to(value, ANY), pattern)
+
+
+numbers = either(aten.arange(ANY, dtype=ANY), aten.arange(0, ANY, dtype=ANY))
+hot = either(aten.one_hot(Var("ids"), ANY), aten.eq(aten.unsqueeze(Var("ids"), Last(-1)), numbers))
+#: what one choice adds to the table
+TERM = aten.mul(Var("weights"), As("mask", cast(cast(hot))))
+
+
+def spell_choices_in_turn(graph: Graph) -> None:
+    """Rewrite every such sum."""
+    for node in list(graph.nodes):
+        if op_name(node) != "aten::add" or any(op_name(user) == "aten::add" and _terms(user) for user in node.users):
+            continue
+        found = _terms(node)
+        if found is not None and len(found) > 1:
+            _rewrite(node, found)
+            erase_dead(graph, [node])
+
+
+def _terms(node: object) -> list[Match] | None:
+    """The choices that a table is the sum of, in order; None for any other value."""
+    if not isinstance(node, Node):
+        return None
+    if op_name(node) == "aten::add" and len(node.args) == 2 and not node.kwargs:
+        before, after = _terms(node.args[0]), _terms(node.args[1])
+        return before + after if before is not None and after is not None else None
+    found = match(TERM, node)
+    if not isinstance(found, Match):
+        return None
+    ids, weights, mask = (tensor_of(found[name]) for name in ("ids", "weights", "mask"))
+    if ids is None or weights is None or mask is None or ids.is_floating_point() or weights.dtype != mask.dtype:
+        return None
+    return [found] if same_shape((*ids.shape, 1), weights.shape) and weights.is_floating_point() else None
+
+
+def _rewrite(node: Node, terms: list[Match]) -> None:
+    experts = (shape_of(node) or ())[-1]
+    first, table = terms[0], tensor_of(node)
+    if (
+        table is None
+        or not isinstance(experts, int)
+        or any(
+            not same_shape(shape_of(term[name]) or (), shape_of(first[name]) or ())
+            or tensor_of(term[name]).dtype != tensor_of(first[name]).dtype
+            for term in terms
+            for name in ("ids", "weights")
+        )
+    ):
+        return
+    emit = Emitter(node.graph, node, FakeValues(node.meta["val"].fake_mode))
+    ids = emit(_aten.stack.default, [term["ids"] for term in terms], -1)
+    weights = emit(_aten.stack.default, [_narrow(emit, term["weights"]) for term in terms], -1)
+    mask = emit(_aten.to.dtype, emit(_aten.one_hot.default, ids, experts), table.dtype)
+    each = emit(_aten.mul.Tensor, mask, emit(_aten.unsqueeze.default, weights, -1))
+    replace(node, emit(_aten.sum.dim_IntList, each, [-2]))
+
+
+def _narrow(emit: Emitter, weights: Node) -> Node:
+    """Without the dimension in which one weight stands beside the experts."""
+    wide = match(aten.unsqueeze(Var("narrow"), Last(-1)), weights)
+    return wide["narrow"] if isinstance(wide, Match) else emit(_aten.squeeze.dim, weights, -1)
