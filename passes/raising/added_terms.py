@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 from moe_fx.passes.raising import each_expert as each_expert_loop
-from moe_fx.passes.raising.axes import EXPERT, SLOT, SORTED_ROW, Place, axes_of, size_of
+from moe_fx.passes.raising.axes import EXPERT, SLOT, SORTED_ROW, Place, axes_of, features, size_of
 from moe_fx.passes.raising.each_expert import terms
 from moe_fx.passes.raising.endings import token_axes
 from moe_fx.passes.raising.pieces import Piece
@@ -106,8 +106,8 @@ def _each_slot(root: Node, values: Sequence[Node], ends: Collection[Node]) -> Re
 def stacked(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
     """``stack`` of every expert's results, or every slot's, written into the body as those of one. None for others."""
     given = arguments(node) if op_name(node) == "aten::stack" else {}
-    if not given or set(walk.tokens) - axes_of(place):
-        return None
+    if not given or set(walk.tokens) - axes_of(place) or max(features(place), default=1) == 1:
+        return None  # numbers are routing weights
     axis, values = place[given["dim"] % len(place)], given["tensors"]
     if axis == (EXPERT,):
         merged = each_expert_on(node, list(enumerate(values)))

@@ -18,6 +18,7 @@ __all__ = [
     "anchors_behind",
     "anchors_near",
     "is_anchor",
+    "is_cut_linear",
     "leads_to_experts",
     "reads_chosen_stack",
     "reads_stack",
@@ -121,6 +122,20 @@ def leads_to_experts(value: Node, through: bool = False) -> bool:
     return False
 
 
+def is_cut_linear(value: Node) -> bool:
+    """Whether a value is what one linear makes of every token, cut by a further dimension: perhaps by expert."""
+    cut, node = False, value
+    for _ in range(12):
+        if op_name(node) in ("aten::linear", "aten::addmm", "aten::mm"):
+            return cut
+        pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+        cut |= op_name(node) == "aten::reshape" and len(shape_of(node) or ()) > len(shape_of(node.args[0]) or ())
+        if not (pointwise or op_name(node) in ("aten::reshape", "aten::to")) or not isinstance(node.args[0], Node):
+            return False
+        node = node.args[0]
+    return False
+
+
 def _is_number(value: object, depth: int = 0) -> bool:
     """Whether a value is a number for each token: something over all features, or experts, and ops on such numbers."""
     if not isinstance(value, Node) or value.op != "call_function" or depth > 12:
@@ -148,6 +163,9 @@ def _joins_parts(node: Node) -> bool:
 
 def _is_stack(node: object) -> bool:
     shape = shape_of(node)
+    if op_name(node) == "aten::stack" and isinstance(node, Node):
+        parts = arguments(node)["tensors"]
+        return all(part.op in ("placeholder", "get_attr") and len(shape_of(part) or ()) > 1 for part in parts)
     if not isinstance(node, Node) or node.op not in ("placeholder", "get_attr") or shape is None or len(shape) < 3:
         return False
     # An input of any batch size, such as the one that a router multiplies, is no parameter.

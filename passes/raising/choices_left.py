@@ -21,7 +21,7 @@ __all__ = ["choices_left"]
 CHOOSING = frozenset({"aten::topk", "aten::sort", "aten::argsort", "aten::argmax", "aten::max", "aten::kthvalue"})
 PRODUCTS = frozenset({
     "aten::linear", "aten::mm", "aten::addmm", "aten::matmul", "aten::bmm", "aten::baddbmm", "aten::einsum",
-    "aten::mul",
+    "aten::mul", "aten::conv1d", "aten::conv2d", "aten::convolution",
 })  # fmt: skip
 #: what a parameter is read through
 READ = frozenset({
@@ -43,6 +43,7 @@ def choices_left(graph: Graph, told: Collection[Node], near: Sequence[tuple[Miss
     known: set[Node] = set()
     for layer in graph.find_nodes(op="call_function", target=experts):
         known.update(each for node in layer.all_input_nodes for each in ancestors(node))
+    known.update(each for root in told for node in root.all_input_nodes for each in ancestors(node))
     order = {node: place for place, node in enumerate(graph.nodes)}
     choices = _choices(graph)
     for place, group in enumerate(choices):
@@ -86,6 +87,8 @@ def _counts(group: Sequence[Node]) -> set[int]:
 def _parameter(product: Node) -> Node | None:
     """The parameter, or input, that is one of a product's factors."""
     for operand in product.all_input_nodes:
+        if op_name(operand) == "aten::stack":
+            operand = operand.all_input_nodes[0]
         while op_name(operand) in READ or op_name(operand) is None:
             if not operand.args or not isinstance(operand.args[0], Node):
                 break
@@ -108,10 +111,8 @@ def _meet_experts(window: Sequence[Node], count: int) -> bool:
         if parameter is None:
             continue
         shape = shape_of(parameter) or ()
-        if len(shape) > 2:
-            if count in shape:
-                return True
-            continue
+        if len(shape) > 2 and count in shape:
+            return True
         alike.setdefault(tuple(shape), set()).add(parameter)
         for user in node.users:
             inner = (shape_of(user) or ())[-2:] if op_name(user) in VIEWS else ()

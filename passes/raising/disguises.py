@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moe_fx.passes.raising import grouped, loops
 from moe_fx.passes.raising.added_terms import stacked, sum_of_terms
-from moe_fx.passes.raising.anchors import anchors_behind, leads_to_experts, reads_stack
+from moe_fx.passes.raising.anchors import anchors_behind, is_cut_linear, leads_to_experts
 from moe_fx.passes.raising.axes import SLOT, SORTED_ROW, features, size_of
 from moe_fx.passes.raising.dispatched import drop_tests
 from moe_fx.passes.raising.endings import Ending, endings, token_axes
@@ -151,9 +151,11 @@ def _sum(root: Node) -> tuple[Region | Miss, set[Node]] | None:
     near: dict[bool, Miss] = {}
     looked = False
     for ending in endings(root):
-        # Of several factors the last may be the experts' second stack, and the first linear one of them all.
-        several = len(root.all_input_nodes) > 2 and any(reads_stack(factor) for factor in root.all_input_nodes)
-        if not looked and not several and not leads_to_experts(root, through=True):
+        if (
+            not looked
+            and not leads_to_experts(root, through=True)
+            and not any(map(is_cut_linear, root.all_input_nodes))
+        ):
             return None
         looked = True
         found = _walk(root, ending)

@@ -35,10 +35,12 @@ def loop_of_steps(root: Node, loop: loops.Loop) -> Region | Miss:
         node = found["base"]
     if (told := _told_by_table(steps)) is not None:
         return told
-    if not is_zero(node):
+    # What a loop of all steps adds to is added to the layer; a few steps that stand for all must add to zeros.
+    base = None if is_zero(node) else node
+    if base is not None and not all(isinstance(found["expert"], int) for _, found in steps):
         return Miss("a sum that starts with zeros", f"{node.name}, which need not be zero", node)
     reads = {root, *(step for step, _ in steps), *(each for _, found in steps for each in found.nodes)}
-    for inner in [node, *(step for step, _ in steps[:-1])]:
+    for inner in [*([node] if base is None else []), *(step for step, _ in steps[:-1])]:
         if any(user not in reads for user in inner.users):
             users = ", ".join(user.name for user in inner.users)
             return Miss("a sum that nothing in the loop reads", f"{inner.name}, read by {users}", inner)
@@ -76,7 +78,7 @@ def loop_of_steps(root: Node, loop: loops.Loop) -> Region | Miss:
     # They are held to the same sizes, but for parameters.
     fits = [misfit(dataclasses.replace(each, params=whole.params, visits=whole.visits)) is None for _, each in alone]
     behind = [each for each, fitting in zip(alone, fits, strict=True) if fitting]
-    return dataclasses.replace(whole, root=root, interior=interior, step=step, alone=behind)
+    return dataclasses.replace(whole, root=root, interior=interior, step=step, base=base, alone=behind)
 
 
 def _told_by_table(steps: list[tuple[Node, Match]]) -> Miss | None:

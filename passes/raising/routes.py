@@ -13,7 +13,7 @@ from moe_fx.passes.raising.axes import (
     features,
     size_of,
 )
-from moe_fx.passes.raising.routing import chosen_once
+from moe_fx.passes.raising.routing import chosen_once, selection_of
 from moe_fx.passes.raising.state import State
 from moe_fx.passes.raising.tables import Slots, is_step, read_table
 from moe_fx.passes.raising.through import is_view, through
@@ -94,6 +94,9 @@ class Routes(State):
         if self.bindings.setdefault("ids", found.ids) is not found.ids:
             return self.miss("the layer's own ids", found.ids)
         if 1 < len(shape_of(found.ids) or ()) == len(self.tokens):
+            chooser = selection_of(found.ids, int(self.sizes[EXPERT])).chooser
+            if chooser is not None and "k" in (given := arguments(chooser)) and given["k"] != 1:
+                return self.miss("a table by token and expert", node, f"{node.name}, which is by slot")
             self.bindings.setdefault("one_each", found.ids)  # no dimension for the one slot of a token
         if found.values is None:
             self.tables.add(node)
