@@ -208,7 +208,10 @@ class EveryExpert(TorchFunctionMode):
     def finish(self) -> None:
         """What was asked about must have been used: otherwise the answer decides on something else."""
         if self._last is not None and not self._used and not self.idle(self._last.expert or 0):
-            raise ExportError(f"a question whether expert {self._last.expert} has rows, which are not used then")
+            raise ExportError(
+                f"a question whether expert {self._last.expert} has rows, which are not used then (a statistic of how "
+                "many rows an expert has can be counted from the ids, by torch.bincount, instead of by len)"
+            )
 
     def size(self, places: Tensor, meaning: Meaning | None, size: Any) -> Any:
         """How many rows there are was asked: the answer."""

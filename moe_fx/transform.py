@@ -15,6 +15,7 @@ from moe_fx.passes.normalize import (
     functionalize,
     inline_regions,
     merge_equal_values,
+    select_masks,
     spell,
     spell_choices_in_turn,
     spell_dropped_rows,
@@ -38,6 +39,7 @@ def _normalize(work: Work) -> None:
     inline_regions(work.program.graph_module)
     work.written = functionalize(work.program.graph)
     spell(work.program.graph)
+    select_masks(work.program.graph)
     flatten_masks(work.program.graph)
     drop_no_ops(work.program.graph, work.written)
     merge_equal_values(work.program.graph, work.written, work.program.weights)

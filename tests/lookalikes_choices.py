@@ -16,6 +16,8 @@ REASONS = {
     "two_argmaxes_of_other_scores": "which may repeat",
     "rows_times_one_hot_into_biased_experts": "an expert's output that is zero wherever its routing weight is",
     "rows_beyond_a_capacity_left_out": "of whose choice no such sum is made",
+    "experts_that_read_the_residual_so_far": "a sum that nothing in the loop reads",
+    "table_of_tokens_that_experts_chose": "scattered along another dimension than the experts'",
 }
 
 
@@ -76,3 +78,21 @@ class FirstRows(Listed):
             rows, slots = (places[:2] for places in torch.where(ids == e))
             out.index_add_(0, rows, expert(x[rows]) * weights[rows, slots, None])
         return out
+
+
+@lookalike("experts_that_read_the_residual_so_far", "an expert reads what those before it have added")
+class ReadsTheSum(Listed):
+    def forward(self, x):
+        ids, weights = self.router(x)
+        out = x.clone()
+        for e, expert in enumerate(self.experts):
+            rows, slots = torch.where(ids == e)
+            out = out.index_add(0, rows, expert(out[rows]) * weights[rows, slots, None])
+        return out
+
+
+@lookalike("table_of_tokens_that_experts_chose", "an expert chooses its three best tokens")
+class ExpertsChoose(Dense):
+    def table(self, scores):
+        best, tokens = scores.topk(3, dim=0)
+        return torch.zeros_like(scores).scatter(0, tokens, best)

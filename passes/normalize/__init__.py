@@ -11,12 +11,12 @@ from moe_fx.passes.normalize.cut_rows import spell_parts
 from moe_fx.passes.normalize.dropped import spell_dropped_rows
 from moe_fx.passes.normalize.equal_values import merge_equal_values
 from moe_fx.passes.normalize.functional import functionalize
-from moe_fx.passes.normalize.masks import flatten_masks
+from moe_fx.passes.normalize.masks import flatten_masks, select_masks
 from moe_fx.passes.normalize.nonzero_lists import spell_nonzero_lists
 from moe_fx.passes.normalize.regions import inline_regions
 from moe_fx.passes.normalize.spelling import drop_no_ops, spell
 
 __all__ = [
-    "drop_no_ops", "flatten_masks", "functionalize", "inline_regions", "merge_equal_values", "spell",
+    "drop_no_ops", "flatten_masks", "functionalize", "inline_regions", "merge_equal_values", "select_masks", "spell",
     "spell_choices_in_turn", "spell_dropped_rows", "spell_nonzero_lists", "spell_parts",
 ]  # fmt: skip

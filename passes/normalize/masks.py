@@ -2,10 +2,16 @@
 
 x[mask]          x [B, S, H], mask [B, S]        =>     x.reshape(-1, H)[mask.reshape(-1)]
 x[mask] = y                                      =>     the same, in the shape of x again
+
+Masks, and columns, that a loop takes one after the other are those that it would select:
+
+mask.unbind(0)[e]         mask [E, T, K]         =>     mask.select(0, e)
+ids.t().unbind(0)[k]      ids [T, K]             =>     ids.select(1, k)
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -15,7 +21,7 @@ from moe_fx.matcher import arguments, op_name
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
 from moe_fx.shapes import shape_of, tensor_of
 
-__all__ = ["flatten_masks"]
+__all__ = ["flatten_masks", "select_masks"]
 
 aten = torch.ops.aten
 
@@ -29,6 +35,26 @@ def flatten_masks(graph: Graph) -> None:
             continue
         values = values or FakeValues(tensor_of(mask).fake_mode)
         _flatten(node, mask, Emitter(graph, node, values))
+
+
+def select_masks(graph: Graph) -> None:
+    """Rewrite every mask of a list of masks, and every column of a matrix that was turned around."""
+    for node in list(graph.nodes):
+        source = node.args[0] if node.target is operator.getitem else None
+        if op_name(source) != "aten::unbind" or not isinstance(source, Node):
+            continue
+        given = arguments(source)
+        whole, dim = given["self"], given["dim"]
+        value = tensor_of(whole)
+        if value is None:
+            continue
+        if op_name(whole) == "aten::transpose" and value.dim() == 2:
+            whole, dim = whole.args[0], 1 - dim % 2
+        elif value.dtype is not torch.bool:
+            continue
+        emit = Emitter(graph, node, FakeValues(node.meta["val"].fake_mode))
+        replace(node, emit(aten.select.int, whole, dim, node.args[1]))
+        erase_dead(graph, [node])
 
 
 def _mask(node: Node) -> Node | None:

@@ -132,13 +132,19 @@ def expert_number(term: Node) -> tuple[int, Node | None] | None:
         for pattern in NUMBERED:
             found = match(pattern, node)
             if isinstance(found, Match) and isinstance(found["expert"], int) and _is_one_wide(node):
-                numbers.add((found["expert"], found["ids"] if pattern is one_slot_of else None))
+                one = pattern is one_slot_of or (pattern is any_slots_of and _is_of_one_slot(found["ids"]))
+                numbers.add((found["expert"], found["ids"] if one else None))
                 break
         else:
             pending.extend(node.all_input_nodes)
     # What is the column of a table where an expert is looked up is that of a slot where one slot is.
     numbers = {key for key in numbers if key[1] is not None} or numbers
     return numbers.pop() if len(numbers) == 1 else None
+
+
+def _is_of_one_slot(ids: Node) -> bool:
+    """Whether ids by batch and sequence are a column of those of all slots."""
+    return isinstance(match(aten.select(Var("whole", rank=3), Last(-1), ANY), ids), Match)
 
 
 def _is_one_wide(node: Node) -> bool:

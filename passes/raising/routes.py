@@ -21,7 +21,7 @@ from moe_fx.passes.raising.writer import ROWS, Value
 from torch.fx import Node
 
 from moe_fx.matcher import Miss, arguments, op_name
-from moe_fx.shapes import known_equal, shape_of
+from moe_fx.shapes import known_equal, same_shape, shape_of
 
 __all__ = ["Routes"]
 
@@ -93,7 +93,8 @@ class Routes(State):
             ((node, place),) = step.operands
         if self.bindings.setdefault("ids", found.ids) is not found.ids:
             return self.miss("the layer's own ids", found.ids)
-        if 1 < len(shape_of(found.ids) or ()) == len(self.tokens):
+        of_tokens = same_shape(shape_of(found.ids) or (), [self.sizes[token] for token in self.tokens])
+        if len(self.tokens) > 1 and of_tokens:
             chooser = selection_of(found.ids, int(self.sizes[EXPERT])).chooser
             if chooser is not None and "k" in (given := arguments(chooser)) and given["k"] != 1:
                 return self.miss("a table by token and expert", node, f"{node.name}, which is by slot")

@@ -159,6 +159,9 @@ def _elsewhere(node: Node) -> tuple[Node, float] | Miss:
         compared = before if isinstance(before, Miss) and before.wanted == EXACT else None
     if compared is not None:
         return compared
+    if name == "aten::scatter" and node.args[1] not in (-1, value.dim() - 1):
+        # Whatever is chosen along the tokens: an expert takes as many of them as it is given places for.
+        return Miss(KNOWN, f"{node.name}, scattered along another dimension than the experts'", node)
     return found if name == "aten::scatter" else Miss(KNOWN, _describe(node), node)
 
 

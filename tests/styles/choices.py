@@ -208,3 +208,54 @@ class Tied(Listed):
             rows, slots = torch.where(ids == e)
             out.index_add_(0, rows, expert(x[rows]) * weights[rows, slots, None])
         return out
+
+
+@style("modulelist_masks_listed_litgpt", **BATCHED)
+class ListedMasks(Listed):
+    def forward(self, x):
+        rows = x.view(-1, H)
+        best, ids = self.router.linear(rows).topk(self.K)
+        weights = best.softmax(dim=1)
+        masks = (ids.unsqueeze(-1) == torch.arange(self.E)).permute(2, 0, 1)
+        out = torch.zeros_like(rows)
+        for mask, expert in zip(masks, self.experts, strict=True):
+            tokens, slots = torch.where(mask)
+            out[tokens] += weights[tokens, slots, None] * expert(rows[tokens])
+        return out.view_as(x)
+
+
+@style("modulelist_added_to_the_residual")
+class AddedToResidual(Listed):
+    def forward(self, x):
+        ids, weights = self.router(x)
+        out = x.clone()
+        for e, expert in enumerate(self.experts):
+            rows, slots = torch.where(ids == e)
+            out.index_add_(0, rows, expert(x[rows]) * weights[rows, slots, None])
+        return out
+
+
+@style("parameterlist_stacked_bmm")
+class StackedParameters(MoE):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ParameterList(normal(H, I) for _ in range(self.E))
+        self.down = nn.ParameterList(normal(I, H) for _ in range(self.E))
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        up, down = torch.stack(list(self.up)), torch.stack(list(self.down))
+        y = torch.bmm(F.gelu(torch.bmm(x.unsqueeze(0).expand(self.E, -1, -1), up)), down)
+        return torch.einsum("eth,te->th", y, torch.zeros(x.shape[0], self.E).scatter_(1, ids, weights))
+
+
+@style("dense_loop_where_slot_by_slot_batched", **BATCHED)
+class WhereSlots(Listed):
+    def forward(self, x):
+        weights, ids = self.router.linear(x).softmax(dim=-1).topk(self.K, dim=-1)
+        out = torch.zeros_like(x)
+        for k in range(self.K):
+            for e, expert in enumerate(self.experts):
+                mask = (ids[..., k] == e).unsqueeze(-1)
+                out = out + torch.where(mask, expert(x) * weights[..., k].unsqueeze(-1), torch.zeros_like(x))
+        return out
