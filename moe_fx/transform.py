@@ -47,7 +47,7 @@ def _normalize(work: Work) -> None:
     spell_parts(work.program.graph)
     spell_nonzero_lists(work.program.graph)
     spell_dropped_rows(work.program.graph)
-    spell_choices_in_turn(work.program.graph)
+    spell_choices_in_turn(work.program.graph, work.written)
 
 
 FIND = (

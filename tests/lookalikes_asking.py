@@ -271,12 +271,6 @@ class Dispatched(Gated, Listed):
         return [self.experts[e](rows[e]) for e in range(self.E)]
 
 
-@lookalike("dispatcher_first_expert_twice", "the second expert does what the first does")
-class FirstTwice(Dispatched):
-    def results(self, rows, dispatcher):
-        return [self.experts[0](rows[0]), *(self.experts[e // 2](rows[e]) for e in range(1, self.E))]
-
-
 @lookalike("dispatcher_rows_turned_around", "a token takes the result of another")
 class TurnedAround(Dispatched):
     def results(self, rows, dispatcher):

@@ -15,7 +15,7 @@ REASONS = {
     "two_argmaxes_of_scores_times_zero": "which may repeat",
     "two_argmaxes_of_other_scores": "which may repeat",
     "rows_times_one_hot_into_biased_experts": "an expert's output that is zero wherever its routing weight is",
-    "rows_beyond_a_capacity_left_out": "of whose choice no such sum is made",
+    "rows_beyond_a_capacity_left_out": "tokens can be dropped, as it takes 2 rows of an expert at most",
     "experts_that_read_the_residual_so_far": "a sum that nothing in the loop reads",
     "table_of_tokens_that_experts_chose": "scattered along another dimension than the experts'",
 }

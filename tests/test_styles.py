@@ -25,6 +25,7 @@ NOT_DECOMPOSED = (
     "gathered_top1_baddbmm",
     "modulelist_positive_gates_of_two_argmaxes",
     "modulelist_sparse_dispatcher",
+    "modulelist_sparse_dispatcher_experts_shared",
     "one_hot_dispatch_combine_tec_gshard",
     "one_hot_dispatch_switch_mesh",
     "one_hot_dispatch_without_weights_tec",

@@ -7,7 +7,10 @@ table = (one_hot(stack([best, second], -1)) * stack([g1, g2], -1)[..., None]).su
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
+from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Graph, Node
 
 from moe_fx.matcher import Match, match, op_name
@@ -30,13 +33,14 @@ hot = either(aten.one_hot(Var("ids"), ANY), aten.eq(aten.unsqueeze(Var("ids"), L
 TERM = aten.mul(Var("weights"), As("mask", cast(cast(hot))))
 
 
-def spell_choices_in_turn(graph: Graph) -> None:
-    """Rewrite every such sum."""
+def spell_choices_in_turn(graph: Graph, written: Collection[Node]) -> None:
+    """Rewrite every such sum; ``written`` is memory that ops in place still write."""
     for node in list(graph.nodes):
         if op_name(node) != "aten::add" or any(op_name(user) == "aten::add" and _terms(user) for user in node.users):
             continue
         found = _terms(node)
-        if found is not None and len(found) > 1:
+        read = [term[name] for term in found or () for name in ("ids", "weights")]
+        if found is not None and len(found) > 1 and not any(memory_of(each) in written for each in read):
             _rewrite(node, found)
             erase_dead(graph, [node])
 

@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 
 from moe_fx.experts import experts
 from moe_fx.matcher import Miss, arguments, op_name
-from moe_fx.shapes import shape_of, tensor_of
+from moe_fx.shapes import depends_on_values, shape_of, tensor_of
 
 __all__ = ["choices_left"]
 
@@ -30,6 +30,11 @@ READ = frozenset({
 })  # fmt: skip
 VIEWS = frozenset({"aten::reshape", "aten::unflatten"})
 CUTS = frozenset({"aten::split_with_sizes", "aten::split", "aten::chunk"})
+
+STEPS = frozenset({"aten::to", "aten::softmax", "aten::sigmoid", "aten::clone", "aten::mul", "aten::add"})
+TURNS = frozenset({"aten::transpose", "aten::permute", "aten::select"})
+#: how deep a walk must have come for its mismatch to say more than that tokens are dropped
+FAR = 10**5
 
 WANTED = "a sum over each token's slots, or over all experts, of what the experts make of it"
 
@@ -57,8 +62,51 @@ def choices_left(graph: Graph, told: Collection[Node], near: Sequence[tuple[Miss
             continue
         within = [(miss, root) for miss, root in near if start < order.get(root, -1) < end]
         reason = max((miss for miss, _ in within), key=lambda miss: miss.depth, default=None)
-        found = f"{group[-1].name}, of whose choice no such sum is made"
-        yield Miss(WANTED, found, group[-1]) if reason is None else reason
+        limit = _limit(window) if reason is None or reason.depth < FAR else None
+        yield next(miss for miss in (limit, reason, _chosen_by_experts(group), _no_sum(group[-1])) if miss is not None)
+
+
+def _no_sum(choice: Node) -> Miss:
+    return Miss(WANTED, f"{choice.name}, of whose choice no such sum is made", choice)
+
+
+def _limit(window: Sequence[Node]) -> Miss | None:
+    """Where an expert takes no more than some number of rows, if it shows."""
+    for node in window:
+        name, given = op_name(node), arguments(node) if op_name(node) in ("aten::lt", "aten::le", "aten::slice") else {}
+        if name in ("aten::lt", "aten::le") and isinstance(given["other"], int) and _counts_rows(given["self"]):
+            found = f"{node.name}: tokens can be dropped, as ranks are held to {given['other']}"
+        elif (
+            name == "aten::slice" and given["dim"] == 0 and isinstance(given["end"], int) and _some_rows(given["self"])
+        ):
+            found = f"{node.name}: tokens can be dropped, as it takes {given['end']} rows of an expert at most"
+        else:
+            continue
+        return Miss("every row that an expert can get", found, node)
+    return None
+
+
+def _counts_rows(value: object, depth: int = 8) -> bool:
+    """Whether a value is a rank among the rows of an expert: something added up along the tokens."""
+    if not isinstance(value, Node) or value.op != "call_function" or not depth:
+        return False
+    return op_name(value) == "aten::cumsum" or any(_counts_rows(each, depth - 1) for each in value.all_input_nodes)
+
+
+def _some_rows(value: Node) -> bool:
+    return depends_on_values((shape_of(value) or (0,))[0])
+
+
+def _chosen_by_experts(group: Sequence[Node]) -> Miss | None:
+    """Where an expert chooses its tokens: along a column of the scores, or along scores that are turned around."""
+    for node in group:
+        scores = node.args[0]
+        while isinstance(scores, Node) and op_name(scores) in (*STEPS, *TURNS):
+            if op_name(scores) in TURNS and op_name(node) == "aten::topk":
+                found = f"{node.name}, by which each expert chooses its tokens"
+                return Miss("experts that are chosen for each token", found, node)
+            scores = scores.args[0]
+    return None
 
 
 def _choices(graph: Graph) -> list[list[Node]]:

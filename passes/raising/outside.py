@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 import torch
@@ -25,7 +26,7 @@ from torch.fx import Node
 from moe_fx.matcher import Match, Miss, arguments, match, op_name
 from moe_fx.pattern import Last, Var, either
 from moe_fx.pattern import aten as aten_
-from moe_fx.shapes import shape_of
+from moe_fx.shapes import known_equal, shape_of
 
 __all__ = ["Outside"]
 
@@ -101,15 +102,18 @@ class Outside(Routes):
             return self.body.reshaped(self.row("s", node, tuple(features(place))), shape)
         known = self.body.captured["x"]
         if node not in known and all(size == 1 for size in features(place)):
-            return self.body.reshaped(self.number(node), shape)
+            number = self.number(node)
+            return number if isinstance(number, Miss) else self.body.reshaped(number, shape)
         if known and node not in known:
             return self.miss("one tensor of token rows", node)
         # Batch and sequence of a single token are no features of it.
         wide = tuple(size for size in features(place) if size > 1)
         return self.body.reshaped(self.row("x", node, wide or tuple(features(place))), shape)
 
-    def number(self, node: Node) -> Value:
+    def number(self, node: Node) -> Value | Miss:
         """A number for each token: that of each of its slots."""
+        if not known_equal(math.prod(shape_of(node) or ()), self.token_count):
+            return self.miss("a number for each token", node)
         self.each_token.add(node)
         return self.row("s", node, ())
 

@@ -191,7 +191,7 @@ def _stacked(program: Program, parts: tuple[Node, ...], before: Node) -> Node:
 
 def _prove_and_rewrite(work: Work, region: Region) -> Miss | None:
     program = work.program
-    for node in region.inputs:
+    for node in (*region.inputs, *([region.base] if region.base is not None else [])):
         if memory_of(node) in work.written:
             return Miss("operands that nobody writes in place", f"{node.name}, whose memory is written", node)
     given_ids = region.ids.args[0] if region.ids in region.views else region.ids

@@ -144,7 +144,8 @@ class Walk(Outside):
                 self.bind(found)
                 del self.bindings["tokens"]
                 self.bindings |= tokens_known
-                return self.body.reshaped(self.number(found["tokens"]), shape)
+                number = self.number(found["tokens"])
+                return number if isinstance(number, Miss) else self.body.reshaped(number, shape)
             case kinds.Dispatch():
                 self.bind(found)
                 known = self.body.captured["x"]

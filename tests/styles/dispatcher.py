@@ -50,6 +50,16 @@ class Dispatched(Gated, Listed):
         return dispatcher.combine([self.experts[e](rows[e]) for e in range(self.E)])
 
 
+@style("modulelist_sparse_dispatcher_experts_shared")
+class DispatchedToShared(Dispatched):
+    """Two numbers for each expert: a layer of as many experts, some of which are one."""
+
+    def forward(self, x):
+        dispatcher = SparseDispatcher(self.E, self.gates(x))
+        rows = dispatcher.dispatch(x)
+        return dispatcher.combine([self.experts[e // 2](rows[e]) for e in range(self.E)])
+
+
 @style("stacked_sparse_dispatcher")
 class DispatchedStacked(Gated, Stacked):
     def forward(self, x):
