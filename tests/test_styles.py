@@ -27,7 +27,6 @@ NOT_DECOMPOSED = (
     "modulelist_sparse_dispatcher",
     "modulelist_sparse_dispatcher_experts_shared",
     "one_hot_dispatch_combine_tec_gshard",
-    "one_hot_dispatch_switch_mesh",
     "one_hot_dispatch_without_weights_tec",
     "one_hot_per_slot_tke",
     "one_hot_sec_top1_deepspeed",
