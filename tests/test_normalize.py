@@ -6,7 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
-from moe_fx.passes.normalize import drop_no_ops, functionalize, merge_equal_values, spell, spell_dropped_rows, synonyms
+from moe_fx.passes.normalize import (
+    drop_no_ops,
+    functionalize,
+    merge_equal_values,
+    spell,
+    spell_choices_in_turn,
+    spell_dropped_rows,
+    synonyms,
+)
 
 import moe_fx
 from moe_fx.matcher import op_name
@@ -377,3 +385,28 @@ def test_another_name_of_an_op_becomes_the_op(name):
     assert not set(names) & set(synonyms.RULES)
     for mask in (x > 0, x < 0.3):
         torch.testing.assert_close(module(x, mask)[0], function(x, mask), rtol=0, atol=0)
+
+
+def one_hot_rows(ids):
+    return F.one_hot(ids, 4).float()
+
+
+def compared_rows(ids):
+    return (ids.unsqueeze(-1) == torch.arange(4)).float()
+
+
+@pytest.mark.parametrize("rows", [one_hot_rows, compared_rows])
+def test_a_table_added_up_choice_by_choice_is_that_of_stacked_ids(rows):
+    def function(best, second, weights):
+        return weights[:, :1] * rows(best) + weights[:, 1:] * rows(second)
+
+    generator = torch.Generator().manual_seed(0)
+    best, second = torch.randint(0, 4, (2, 5), generator=generator)
+    weights = torch.rand(5, 2, generator=generator)
+    module, written = normal(exported(function, best, second, weights))
+    spell_choices_in_turn(module.graph, written)
+    module.recompile()
+    assert [op_name(node) for node in module.graph.nodes].count("aten::stack") == 2
+    assert torch.equal(module(best, second, weights)[0], function(best, second, weights))
+    if rows is compared_rows:  # of which an id that is no class is no error
+        assert torch.equal(module(best + 1, second - 1, weights)[0], function(best + 1, second - 1, weights))

@@ -28,7 +28,7 @@ def cast(pattern: Pattern) -> Pattern:
 
 
 numbers = either(aten.arange(ANY, dtype=ANY), aten.arange(0, ANY, dtype=ANY))
-hot = either(aten.one_hot(Var("ids"), ANY), aten.eq(aten.unsqueeze(Var("ids"), Last(-1)), numbers))
+hot = either(aten.one_hot(Var("ids"), ANY), As("compared", aten.eq(aten.unsqueeze(Var("ids"), Last(-1)), numbers)))
 #: what one choice adds to the table
 TERM = aten.mul(Var("weights"), As("mask", cast(cast(hot))))
 
@@ -78,7 +78,12 @@ def _rewrite(node: Node, terms: list[Match]) -> None:
     emit = Emitter(node.graph, node, FakeValues(node.meta["val"].fake_mode))
     ids = emit(_aten.stack.default, [term["ids"] for term in terms], -1)
     weights = emit(_aten.stack.default, [_narrow(emit, term["weights"]) for term in terms], -1)
-    mask = emit(_aten.to.dtype, emit(_aten.one_hot.default, ids, experts), table.dtype)
+    if any("compared" in term.bindings for term in terms):  # an id that is no class is no error there
+        classes = emit(_aten.arange.default, experts, device=table.device)
+        hot_rows = emit(_aten.eq.Tensor, emit(_aten.unsqueeze.default, ids, -1), classes)
+    else:
+        hot_rows = emit(_aten.one_hot.default, ids, experts)
+    mask = emit(_aten.to.dtype, hot_rows, table.dtype)
     each = emit(_aten.mul.Tensor, mask, emit(_aten.unsqueeze.default, weights, -1))
     replace(node, emit(_aten.sum.dim_IntList, each, [-2]))
 
