@@ -228,3 +228,27 @@ def test_refuses_to_quantize_a_weight_that_is_multiplied_in_two_ways(lowering):
         moe_fx.transform(program, moe_fx.Config(experts=lowering, quantize=INT8))
     after = moe_fx.transform(program, moe_fx.Config(experts=lowering, quantize={"up": None}, require="all"))
     torch.testing.assert_close(after.module()(rows()), model(rows()))
+
+
+class ExpertsLast(Gathered):
+    """Weights [H, I, E] and [I, H, E] that all experts read at once."""
+
+    def __init__(self):
+        super().__init__(gated=False)
+        self.up = torch.nn.Parameter(self.up.detach().permute(2, 1, 0).contiguous())
+        self.down = torch.nn.Parameter(self.down.detach().permute(2, 1, 0).contiguous())
+
+    def forward(self, x):
+        ids, weights = self.route(x)
+        table = torch.zeros(x.shape[0], self.E).scatter(1, ids, weights)
+        h = torch.einsum("th,hie->tei", x, self.up).relu()
+        return torch.einsum("te,tei,ihe->th", table, h, self.down)
+
+
+@pytest.mark.parametrize("quantize", [None, INT8])
+def test_weights_whose_experts_stand_last_can_be_read_by_linears(quantize):
+    program, x = export(ExpertsLast()), torch.randn(6, 8)
+    after = moe_fx.transform(program, moe_fx.Config(quantize=quantize, storage="per_expert", require=1))
+    expected = program.module()(x)
+    error = (after.module()(x) - expected).abs().max() / expected.abs().max()
+    assert error < (1e-5 if quantize is None else 0.05)

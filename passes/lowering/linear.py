@@ -23,7 +23,7 @@ from torch.fx import Node
 from moe_fx.experts import expert_linear, per_row
 from moe_fx.formats import Unquantized, WeightFormat
 from moe_fx.pipeline import Layer
-from moe_fx.program import Program, StackedWeight
+from moe_fx.program import DerivedWeight, Program, StackedWeight
 from moe_fx.rewrite import Emitter
 from moe_fx.shapes import shape_of, tensor_of
 
@@ -137,7 +137,8 @@ def _by_expert(emit: Emitter, layer: Layer, program: Program, param: Node, kept:
 def _split(layer: Layer, program: Program, param: Node) -> Callable[[int], Node] | None:
     """One weight per expert, where the storage asks for it; None where experts are read from the stacked tensor."""
     weight = program.weights.get(param)
-    if layer.storage != "per_expert" or weight is None:
+    # What the program makes of a weight, such as its experts first, has no values to keep apart.
+    if layer.storage != "per_expert" or weight is None or isinstance(weight, DerivedWeight):
         return None
     if isinstance(weight, StackedWeight):
         return _unstacked(param)
