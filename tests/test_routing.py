@@ -36,3 +36,23 @@ def test_ids_are_valid_and_distinct_only_where_that_is_certain(choose, in_range,
 
 def test_a_choice_among_more_experts_than_the_layer_has_is_not_certainly_valid():
     assert not selection(lambda s: s.topk(2).indices, num_experts=3).in_range
+
+
+def in_turn(scores):
+    best = scores.argmax(-1, keepdim=True)
+    return torch.cat([best, scores.scatter(-1, best, float("-inf")).argmax(-1, keepdim=True)], -1)
+
+
+@pytest.mark.parametrize(
+    ("choose", "distinct"),
+    [
+        (lambda s: in_turn(s @ torch.eye(4)), True),
+        (lambda s: in_turn((s @ torch.eye(4)).softmax(-1)), True),
+        (lambda s: in_turn((s @ torch.eye(4)).masked_fill(s < 0, float("-inf"))), False),
+        (lambda s: in_turn(s @ torch.eye(4) + (s > 0).float().log()), False),
+        (lambda s: in_turn(s), False),
+    ],
+)
+def test_the_best_is_left_out_of_the_next_choice_only_if_another_is_better_than_minus_infinity(choose, distinct):
+    found = selection(choose)
+    assert (found.in_range, found.distinct) == (True, distinct)

@@ -124,8 +124,9 @@ def _maxima(joined: Node, num_experts: int, clamped: bool) -> Selection | None:
     distinct = True
     for place, each in enumerate(selections):
         assert each.chooser is not None
-        left_out = {_bare(ids) for ids in _left_out(arguments(each.chooser)["self"])}
-        distinct &= {_bare(part) for part in parts[:place]} <= left_out
+        left_out, scores = _left_out(arguments(each.chooser)["self"])
+        distinct &= {_bare(part) for part in parts[:place]} <= {_bare(ids) for ids in left_out}
+        distinct &= place == 0 or not _may_be_least(scores)
     return Selection(selections[-1].chooser, True, distinct)
 
 
@@ -135,8 +136,8 @@ def _bare(ids: Node) -> Node:
     return arguments(ids)["self"] if wide else ids
 
 
-def _left_out(scores: Node) -> set[Node]:
-    """Ids whose scores were set to minus infinity, so that they are not chosen again."""
+def _left_out(scores: Node) -> tuple[set[Node], Node]:
+    """Ids whose scores were set to minus infinity, so that they are not chosen again; and the scores before."""
     found: set[Node] = set()
     while True:
         masked = match(MASKED, scores)
@@ -146,9 +147,20 @@ def _left_out(scores: Node) -> set[Node]:
             continue
         given = arguments(scores) if op_name(scores) == "aten::scatter" else {}
         if given.get("value") != -math.inf or given["dim"] not in (-1, len(shape_of(scores) or ()) - 1):
-            return found  # what was left out before may have been put back
+            return found, scores  # what was left out before may have been put back
         found.add(given["index"])
         scores = given["self"]
+
+
+def _may_be_least(scores: Node) -> bool:
+    """Whether scores of other experts may be minus infinity, too: then one that was left out may be the best again."""
+    if scores.op == "placeholder":
+        return True
+    for node in ancestors(scores):
+        given = [*node.args, *node.kwargs.values()]
+        if op_name(node) == "aten::log" or any(isinstance(each, float) and math.isinf(each) for each in given):
+            return True
+    return False
 
 
 def _holds(cast: Node, num_experts: int) -> bool:
