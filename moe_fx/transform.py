@@ -45,8 +45,8 @@ def _normalize(work: Work) -> None:
     merge_equal_values(work.program.graph, work.written, work.program.weights)
     spell(work.program.graph)  # what a no-op stood between
     spell_parts(work.program.graph)
-    spell_nonzero_lists(work.program.graph)
-    spell_dropped_rows(work.program.graph)
+    spell_nonzero_lists(work.program.graph, work.written)
+    spell_dropped_rows(work.program.graph, work.written)
     spell_choices_in_turn(work.program.graph, work.written)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from lookalikes_choices import BATCHED, LOOKALIKES, lookalike
-from styles.base import H, Listed, MaxOfSoftmax, Sequence, Simple
+from styles.base import H, Listed, MaxOfSoftmax, Sequence, Simple, TwoArgmaxes
 
 __all__ = ["LOOKALIKES", "lookalike"]
 
@@ -95,3 +96,69 @@ class SlotOfSmallest(Listed):
             slot = (ids[token] <= e).int().argmax(dim=-1, keepdim=True)
             out.index_add_(0, token, expert(x[token]) * weights[token].gather(-1, slot))
         return out
+
+
+@lookalike("mask_written_in_part", "no expert has the first token, as a part of the mask is written in place")
+class MaskWrittenInPart(Simple):
+    def forward(self, x):
+        ids, weights = self.router(x)
+        mask = F.one_hot(ids, self.E).permute(2, 1, 0)
+        mask[:, :, 0] = 0
+        out = torch.zeros_like(x)
+        for e in range(self.E):
+            slot, token = torch.where(mask[e])
+            out.index_add_(0, token, self.expert(x[token], e) * weights[token, slot, None])
+        return out
+
+
+@lookalike("dropped_mask_written_in_part", "no expert has the first token, whatever room there is")
+class DroppedMaskWrittenInPart(Simple):
+    def forward(self, x):
+        ids, weights = self.router(x)
+        hot = F.one_hot(ids, self.E)
+        mask = hot * (hot.cumsum(0) < 4)
+        mask[0].fill_(0)
+        mask = mask.permute(2, 1, 0)
+        out = torch.zeros_like(x)
+        for e in range(self.E):
+            slot, token = torch.where(mask[e])
+            out.index_add_(0, token, self.expert(x[token], e) * weights[token, slot, None])
+        return out
+
+
+@lookalike("table_written_in_part", "of a table of routing weights, a column is halved in place")
+class TableWrittenInPart(Listed):
+    def forward(self, x):
+        ids, weights = self.router(x)
+        table = torch.zeros(x.shape[0], self.E).scatter(1, ids, weights)
+        table[:, 0].mul_(0.5)
+        return (table.unsqueeze(-1) * torch.stack([expert(x) for expert in self.experts], 1)).sum(1)
+
+
+class InTurn(Listed):
+    """The best expert, then the best of the others, as rows of a table."""
+
+    route = TwoArgmaxes
+
+    def masks(self, first, second):
+        raise NotImplementedError
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        first, second = self.masks(*ids.unbind(1))
+        table = weights[:, :1] * first.to(x.dtype) + weights[:, 1:] * second.to(x.dtype)
+        return (table.unsqueeze(-1) * torch.stack([expert(x) for expert in self.experts], 1)).sum(1)
+
+
+@lookalike("in_turn_one_column", "the weight of tokens that chose the first expert is that of all experts")
+class OneColumn(InTurn):
+    def masks(self, first, second):
+        return first.unsqueeze(-1) == torch.arange(1), second.unsqueeze(-1) == torch.arange(self.E)
+
+
+@lookalike("in_turn_mask_written_in_part", "the first token has its second choice only")
+class InTurnMaskWritten(InTurn):
+    def masks(self, first, second):
+        best = F.one_hot(first, self.E)
+        best[0].fill_(0)
+        return best, F.one_hot(second, self.E)

@@ -39,7 +39,8 @@ def spell_choices_in_turn(graph: Graph, written: Collection[Node]) -> None:
         if op_name(node) != "aten::add" or any(op_name(user) == "aten::add" and _terms(user) for user in node.users):
             continue
         found = _terms(node)
-        read = [term[name] for term in found or () for name in ("ids", "weights")]
+        given = {term[name] for term in found or () for name in ("ids", "weights")}
+        read = given.union(_added(node), *(term.nodes for term in found or ()))
         if found is not None and len(found) > 1 and not any(memory_of(each) in written for each in read):
             _rewrite(node, found)
             erase_dead(graph, [node])
@@ -61,6 +62,13 @@ def _terms(node: object) -> list[Match] | None:
     return [found] if same_shape((*ids.shape, 1), weights.shape) and weights.is_floating_point() else None
 
 
+def _added(node: Node) -> set[Node]:
+    """A sum of terms, its parts and the terms."""
+    if op_name(node) != "aten::add":
+        return {node}
+    return {node}.union(*(_added(each) for each in node.all_input_nodes))
+
+
 def _rewrite(node: Node, terms: list[Match]) -> None:
     experts = (shape_of(node) or ())[-1]
     first, table = terms[0], tensor_of(node)
@@ -71,8 +79,10 @@ def _rewrite(node: Node, terms: list[Match]) -> None:
             not same_shape(shape_of(term[name]) or (), shape_of(first[name]) or ())
             or tensor_of(term[name]).dtype != tensor_of(first[name]).dtype
             for term in terms
-            for name in ("ids", "weights")
+            for name in ("ids", "weights", "mask")
         )
+        # One column is that of every expert where it is added to a table.
+        or not same_shape(shape_of(first["mask"]) or (), shape_of(node) or ())
     ):
         return
     emit = Emitter(node.graph, node, FakeValues(node.meta["val"].fake_mode))

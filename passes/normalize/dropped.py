@@ -9,7 +9,10 @@ Ids that are no class are an error of ``one_hot``, so that there is a column to 
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
+from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Graph, Node
 
 from moe_fx.matcher import arguments, op_name
@@ -27,11 +30,13 @@ VIEWS = frozenset({
 })  # fmt: skip
 
 
-def spell_dropped_rows(graph: Graph) -> None:
-    """Rewrite every such mask."""
+def spell_dropped_rows(graph: Graph, written: Collection[Node]) -> None:
+    """Rewrite every such mask; ``written`` is memory that ops in place still write."""
     for node in list(graph.nodes):
         found = _masked(node) if op_name(node) == "aten::mul" else None
-        if found is not None and any(_takes_places(user, node) for user in node.users):
+        if found is None or any(memory_of(each) in written for each in (node, *found, arguments(found[0])["self"])):
+            continue
+        if any(_takes_places(user, node) for user in node.users):
             _rewrite(node, *found)
 
 

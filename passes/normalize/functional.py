@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from moe_fx.matcher import op_name
 from moe_fx.rewrite import respell
@@ -48,13 +49,23 @@ def functionalize(graph: Graph) -> set[Node]:
         functional = _functional_form(node)
         target = node.args[0] if node.args and isinstance(node.args[0], Node) else None
         if functional is None or target is None or not _harmless(node, target, order):
-            written.update(memory_of(arg) for arg in node.all_input_nodes)
+            written.update(map(memory_of, _written_to(node)))
             continue
         respell(node, functional, node.args, dict(node.kwargs))
         for user in list(target.users):
             if order[user] > order[node]:
                 user.replace_input_with(target, node)
     return written
+
+
+def _written_to(node: Node) -> list[Node]:
+    """The arguments that a call writes; a list of tensors is written as a whole."""
+    found: list[Node] = []
+    for place, argument in enumerate(node.target._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+            map_arg(given, found.append)
+    return found
 
 
 #: views of a part of a tensor, and the op that returns the tensor with that part replaced

@@ -11,9 +11,11 @@ Which of a column's places come first, a sort that is not stable leaves open: on
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from typing import Any
 
 import torch
+from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Graph, Node
 
 from moe_fx.matcher import Match, arguments, match, op_name
@@ -37,11 +39,11 @@ ADDED = aten.index_add(Var("base"), 0, token, optional(lambda rows: aten.to(rows
 counts = aten.sum(either(aten.gt(table, 0), aten.ne(table, 0)), [OneOfValues(0, -2)])
 
 
-def spell_nonzero_lists(graph: Graph) -> None:
-    """Rewrite every sum of rows that are read and added by such a list."""
+def spell_nonzero_lists(graph: Graph, written: Collection[Node]) -> None:
+    """Rewrite every sum of rows read and added by such a list; ``written`` is memory that ops in place write."""
     for node in list(graph.nodes):
         found = match(ADDED, node) if op_name(node) == "aten::index_add" else None
-        if not isinstance(found, Match):
+        if not isinstance(found, Match) or any(memory_of(each) in written for each in (*found.nodes, found["table"])):
             continue
         columns, parts = (shape_of(found["table"]) or (0, 0))[1], arguments(found["joined"])["tensors"]
         splits = _splits(found, node, columns)

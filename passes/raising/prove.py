@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from moe_fx.passes.normalize.functional import memory_of
+from moe_fx.passes.raising.memory import written_in_place
 from moe_fx.passes.raising.negatives import may_be_negative
 from moe_fx.passes.raising.region import Region
 from moe_fx.passes.raising.routing import Selection, foreign_slot, selection_of
@@ -45,7 +45,7 @@ def prove(work: Work, region: Region) -> Proof | Miss:
     selection = selection_of(ids, region.num_experts)
     in_range = selection.in_range or not _skips(region) or "looked_up" in region.bindings
     conditions = (
-        lambda: _written(work, region),
+        lambda: written_in_place(region, work.written),
         lambda: _unlike_ids(work, region, ids, selection),
         lambda: _foreign(region, ids, selection),
         lambda: _beyond(work, region, ids, selection),
@@ -74,13 +74,6 @@ def _skips(region: Region) -> bool:
     loops = "expert" in region.bindings
     sorts = "perm" in region.bindings or "rows_skipped" in region.bindings
     return sorts or (loops and region.bindings.get("num_classes") != region.num_experts)
-
-
-def _written(work: Work, region: Region) -> Miss | None:
-    for node in (*region.inputs, *([region.base] if region.base is not None else [])):
-        if memory_of(node) in work.written:
-            return Miss("operands that nobody writes in place", f"{node.name}, whose memory is written", node)
-    return None
 
 
 def _unlike_ids(work: Work, region: Region, ids: Node, selection: Selection) -> Miss | None:
