@@ -186,9 +186,19 @@ class Program(ABC):
         self._apart = self._apart if self._apart is not None else {}
         if stack not in self._apart:
             tensor = self.weights[stack].tensor
-            held = {name: self.add_weight(name, tensor[names.index(name)]) for name in dict.fromkeys(names)}
+            held = {name: self._part(name, tensor[names.index(name)]) for name in dict.fromkeys(names)}
             self._apart[stack] = [held[name] for name in names]
         return self._apart[stack]
+
+    def _part(self, name: str, tensor: torch.Tensor) -> Node:
+        """One expert's weight; an expert of several stacks is held once, if all store it alike."""
+        for each in {part for parts in (self._apart or {}).values() for part in parts}:
+            known = self.weights.get(each)
+            if known is not None and known.fqn == name and known.has_values and Weight(name, tensor).has_values:
+                alike = known.tensor.dtype == tensor.dtype and known.device == tensor.device
+                if alike and torch.equal(known.tensor.double(), tensor.double()):
+                    return each
+        return self.add_weight(name, tensor)
 
     def derive(self, node: Node) -> None:
         """Name what the program casts or reshapes of a weight after it, so that it is quantized as the weight is."""

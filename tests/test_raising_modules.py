@@ -233,3 +233,29 @@ def test_every_expert_in_turn_is_summed_in_the_dtype_of_the_model():
     assert actual.dtype is torch.float32
     # Terms are rounded alike, and no sum is.
     assert (actual - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+class TwoLayers(nn.Module):
+    """Two layers, the second of which has experts of the first in other places."""
+
+    def __init__(self, places):
+        super().__init__()
+        self.first, self.second = Model(), Model()
+        for place, other in enumerate(places):
+            if other is not None:
+                self.second.experts[place] = self.first.experts[other]
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+@pytest.mark.parametrize("form", [moe_fx.Int8WeightOnly(), moe_fx.Float8WeightOnly()], ids=repr)
+@pytest.mark.parametrize("places", [(3, 2, 1, 0), (None, None, None, 0)])
+def test_experts_that_two_layers_share_are_quantized_once(places, form):
+    exported = export(TwoLayers(places))
+    program = moe_fx.transform(exported, moe_fx.Config(quantize=form, storage="per_expert", require="all"))
+    stacked = moe_fx.transform(exported, moe_fx.Config(quantize=form, experts="linear", require="all"))
+    assert len(moe_fx.report(program).layers) == 2
+    held = [name for name in program.state_dict if name.endswith("up.weight_qdata")]
+    assert len(held) == 8 - sum(other is not None for other in places)
+    assert error(program, stacked.module()) < 1e-5
