@@ -14,6 +14,10 @@ from moe_fx.shapes import is_number, shape_of
 __all__ = ["Routing", "Sizes", "random_ids", "random_value", "windows"]
 
 
+#: how far apart experts may lie in the memory of their windows
+PRIMES = (7, 11, 13, 17, 19, 23)
+
+
 @dataclass(frozen=True)
 class Routing:
     """What must be true of the random routing, because it is of the original."""
@@ -81,9 +85,10 @@ def random_value(node: Node, sizes: Sizes, generator: torch.Generator) -> Any:
 def windows(node: Node, generator: torch.Generator) -> torch.Tensor:
     """``[E, ...]`` random parameters in the memory of little more than one expert's."""
     count, *shape = shape_of(node)  # type: ignore[misc]
-    size, step = math.prod(shape), 7
-    buffer = torch.randn(size + step * count, generator=generator, dtype=torch.float64)
     strides = [math.prod(shape[place + 1 :]) for place in range(len(shape))]
+    # As far apart as a parameter's own rows, experts exchanged with these would be the same.
+    size, step = math.prod(shape), next(each for each in PRIMES if each not in strides)
+    buffer = torch.randn(size + step * count, generator=generator, dtype=torch.float64)
     # Small values keep exponentials and squares in the activation well inside float64.
     return buffer.mul_(shape[-1] ** -0.5 if shape else 1.0).as_strided((count, *shape), (step, *strides))
 

@@ -226,6 +226,13 @@ def test_what_is_computed_of_an_input_twice_stays():
     assert merged(function, torch.randn(3), torch.randn(3)) == 6
 
 
+def test_zeros_of_two_signs_stay_two():
+    def function(x, weight):
+        return torch.copysign(x, weight * 0.0) + torch.copysign(x, weight * -0.0)
+
+    assert merged(function, torch.randn(3), torch.randn(3)) == 5
+
+
 def test_a_comparison_before_a_write_and_one_after_it_stay_two():
     def function(x, count):
         before = count == 1

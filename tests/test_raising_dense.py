@@ -9,6 +9,7 @@ from toys import Toy, interleaved_clamped_swiglu, relu_squared
 from toys import export as export_toy
 
 import moe_fx
+from moe_fx.check_inputs import windows
 
 
 def export(model, tokens=6, dynamic=True):
@@ -286,3 +287,11 @@ def test_refuses_an_expert_that_is_selected_twice():
         steps = ((0, 0), (1, 1), (2, 2), (2, 3))
 
     assert_expected_inline(refusal(Twice()), """wanted every expert of 4 once, found experts 0, 1, 2, 2""")
+
+
+@pytest.mark.parametrize("size", [7, 11, 77])
+def test_the_check_tells_experts_from_rows_of_any_size(size):
+    node = torch.fx.Graph().placeholder("param")
+    node.meta["val"] = torch.empty(4, 4, size, device="meta")
+    param = windows(node, torch.Generator().manual_seed(0))
+    assert not torch.equal(param, param.transpose(0, 1))

@@ -65,4 +65,5 @@ def _is_elementwise(node: Node) -> bool:
 def _key(arg: Any) -> Any:
     if isinstance(arg, tuple | list):
         return tuple(_key(each) for each in arg)
-    return (type(arg), arg)  # 1, 1.0 and True are equal, and mean different dtypes
+    # 1, 1.0 and True are equal, and mean different dtypes; so are 0.0 and -0.0, and have different signs.
+    return (type(arg), repr(arg) if isinstance(arg, float | complex) else arg)
