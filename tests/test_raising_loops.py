@@ -235,3 +235,33 @@ def test_refuses_weights_by_a_mask_in_another_order_than_the_rows():
             return weights.reshape(-1)
 
     assert moe_fx.explain(export(SlotsFirst())).layers == ()
+
+
+class IdleFirstToken(torch.nn.Module):
+    """The last expert returns its tokens, but for the first: a part of its mask is written in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = torch.nn.Linear(8, 3, bias=False)
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(8, 8, bias=False) for _ in range(2))
+
+    def forward(self, x):
+        weights, ids = self.router(x).softmax(-1).topk(2)
+        out = x
+        for e in range(3):
+            mask = ids == e
+            if e == 2:
+                mask[0].fill_(False)
+            token, slot = torch.where(mask)
+            rows = self.experts[e](x[token]) if e < 2 else x[token]
+            out = out.index_add(0, token, rows * weights[token, slot, None])
+        return out
+
+
+def test_an_expert_without_parameters_whose_mask_is_written_in_part_stays():
+    model = IdleFirstToken().eval()
+    program = torch.export.export(model, (torch.randn(12, 8),))
+    after = moe_fx.transform(program, moe_fx.Config(require=1)).module()
+    for seed in range(6):
+        x = torch.randn(12, 8, generator=torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(after(x), model(x))

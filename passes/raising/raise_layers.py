@@ -92,7 +92,7 @@ def _raise(work: Work, region: Region) -> Miss | None:
     router = describe_router(region.ids, region.slots, proof.selection, _fqns(program))
     node = _rewrite(program, region, proof.clamps)
     work.layers.append(_layer(work, region, node, router, proof))
-    write_terms(program, region, flatten)
+    write_terms(program, region, flatten, work.written)
     return None
 
 

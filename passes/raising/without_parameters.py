@@ -8,9 +8,11 @@ So no number of rows is left that depends on the routing, and nothing is assumed
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Collection
 
 import torch
+from moe_fx.passes.raising.memory import written_in_place
 from moe_fx.passes.raising.region import Region
 from torch.fx import Node
 from torch.fx.node import map_arg
@@ -28,12 +30,19 @@ aten = torch.ops.aten
 WEIGHING = frozenset({"aten::mul", "aten::reshape", "aten::to", "aten::clone", "aten::unsqueeze"})
 
 
-def write_terms(program: Program, region: Region, flatten: Callable[[Program, Region], None]) -> None:
-    """Write the steps that follow a layer as sums over its slots, as far as they only weigh rows."""
+def write_terms(
+    program: Program, region: Region, flatten: Callable[[Program, Region], None], written: Collection[Node]
+) -> None:
+    """Write the steps that follow a layer as sums over its slots, as far as they only weigh rows.
+
+    ``written`` is memory that ops in place still write.
+    """
     for expert, alone in region.alone:
         calls = [node for node in alone.body.graph.nodes if node.op == "call_function"]
         base, step = alone.root.args[0], alone.root
         if not isinstance(base, Node) or any(op_name(node) not in WEIGHING for node in calls) or alone.tables:
+            continue
+        if written_in_place(dataclasses.replace(alone, base=base), written) is not None:
             continue
         flatten(program, alone)
         emit = Emitter(program.graph, step, FakeValues(program.fake_mode))
