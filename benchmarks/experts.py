@@ -41,7 +41,7 @@ LAYERS = {
     "gptoss": (32, 4, 2880, 2880),
 }
 FORMATS = ("none", "int8", "float8", "int4")
-BYTES = {"none": 2.0, "int8": 1.0, "float8": 1.0, "int4": 0.5 + 2 / 128}
+BYTES = {"none": 2.0, "int8": 1.0, "float8": 1.0}
 #: operations per second; only float8 multiplies what it stores
 FLOPS = {"none": 807e12, "int8": 807e12, "float8": 1500e12, "int4": 807e12}
 BANDWIDTH, COPY = 4.6e12, 4.3e12
@@ -106,7 +106,8 @@ def floor(layer: str, tokens: int, label: str, inputs: list, speed: float) -> fl
     """Seconds; ``speed``: of memory, in bytes per second."""
     _, top_k, hidden, inner = LAYERS[layer]
     hit = statistics.mean(len(scores.topk(top_k, -1).indices.unique()) for _, scores, _ in inputs)
-    moved = hit * 3 * hidden * inner * BYTES[label] + 2 * 2 * tokens * hidden
+    stored = 0.5 + 2 / format_of(layer, label).group_size if label == "int4" else BYTES[label]
+    moved = hit * 3 * hidden * inner * stored + 2 * 2 * tokens * hidden
     operations = 2 * tokens * top_k * 3 * hidden * inner
     return max(moved / speed, operations / FLOPS[label])
 

@@ -1,7 +1,7 @@
 """Which tiles the grouped GEMMs work in, by kind of product and rows per expert: a table, not a search at run time.
 
-Measured on an H200 and an H100 with benchmarks/tune_fused.py. Any tile is right for any shape; the table is only about
-speed.
+Measured on an H200 and an H100 with benchmarks/tune_fused.py ("columns" apart, on one layer's sizes). Any tile is right
+for any shape; the table is only about speed.
 """
 
 from __future__ import annotations
@@ -153,7 +153,6 @@ WIDEN_ABOVE = {"widened": 640.0, "int4": 448.0}
 #: rows per tile, and up to how many rows of an expert that is hit they are taken
 BLOCKS = {
     "plain": ((8, 5), (16, 12), (32, 32), (64, 48)),
-    "columns": ((8, 5), (16, 12), (32, 32), (64, 48)),
     "dynamic": ((8, 5), (16, 12), (32, 32), (64, 48)),
     "widened": ((8, 5), (16, 12), (32, 32), (64, 80)),
     "int4": ((8, 5), (16, 12), (32, 32), (64, 80)),

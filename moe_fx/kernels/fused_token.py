@@ -1,9 +1,7 @@
 """A layer of one token in two kernels: see :mod:`moe_fx.kernels.triton_token`.
 
-Measured on an H200 beside tiles of rows (one token, CUDA graphs, one run): time over floor for weights of two bytes
-1.39 to 1.12 (Llama 4), 1.58 to 1.49 (Qwen3), 1.13 to 1.06 (Mixtral), 1.37 to 1.39 (OLMoE), 1.07 to 1.08 (DeepSeek);
-for int8 weights of one expert 1.67 to 1.50 (Llama 4). Tried and dropped: weights of one byte for more experts than one,
-quantized rows and int4, where the sums bound the kernel and not memory; and loading a step ahead, into registers.
+Tried and dropped: weights of one byte for more experts than one, quantized rows and int4, where the sums bound the
+kernel and not memory; and loading a step ahead, into registers. Figures are in docs/design.md.
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ def takes_token(ids: torch.Tensor, projections: tuple[Projection, ...]) -> bool:
     """Whether these kernels are for a layer: one token, and weights of two bytes, or those of one expert."""
     tokens, top_k = ids.shape
     kinds = {each.kind for each in projections}
-    return tokens == 1 and top_k <= max(SUMMED) and kinds <= {"plain", *(["widened"] if top_k == 1 else [])}
+    return tokens == 1 and top_k <= max(SUMMED) and kinds <= ({"plain", "widened"} if top_k == 1 else {"plain"})
 
 
 def _tile(projection: Projection, summed: bool, slots: int) -> TokenTile:

@@ -62,7 +62,7 @@ LARGE_ONE = [LargeTile(256, 4, 8), LargeTile(256, 4, 8, half=True), LargeTile(12
 def candidates(product: Product) -> list[Tile]:
     """Tiles worth trying, the table's own first."""
     found = [TILES[product.kind, product.two, product.rows]]
-    size = 2 if product.kind in ("plain", "columns") else 1
+    size = 2 if product.kind == "plain" else 1
     group = 1 if product.rows <= 16 else 8
     if product.kind == "int4":
         listed = [Tile(n, 64, s, w, bool(swap), group, u) for n, s, w, swap, u in INT4]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
+from moe_fx.passes.raising import routing
 from moe_fx.passes.raising.routing import ancestors
 from torch.fx import Graph, Node
 
@@ -18,7 +19,8 @@ from moe_fx.shapes import depends_on_values, shape_of, tensor_of
 
 __all__ = ["choices_left"]
 
-CHOOSING = frozenset({"aten::topk", "aten::sort", "aten::argsort", "aten::argmax", "aten::max", "aten::kthvalue"})
+#: the scores of a choice may also be compared with the last that passes
+CHOOSING = routing.CHOOSING | {"aten::kthvalue"}
 PRODUCTS = frozenset({
     "aten::linear", "aten::mm", "aten::addmm", "aten::matmul", "aten::bmm", "aten::baddbmm", "aten::einsum",
     "aten::mul", "aten::conv1d", "aten::conv2d", "aten::convolution",

@@ -2,7 +2,8 @@
 
     sort, index, _grouped_mm, ..., sum    =>    y = experts(x, ids, (s,), (w1, w2), (), body)
 
-Nothing is changed before the whole match, its side conditions and the numeric check have succeeded.
+Nothing that the program reads is changed before the whole match, its side conditions and the numeric check have
+succeeded; what a layer would read is written before (see taken.py), and dropped if it does not come to it.
 """
 
 from __future__ import annotations
