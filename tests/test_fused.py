@@ -9,6 +9,7 @@ from toys import Gathered, export, interleaved_clamped_swiglu, relu_squared
 
 import moe_fx
 from moe_fx.kernels import fused_tiles
+from moe_fx.kernels.triton_digits import split_digits_reference
 from moe_fx.kernels.triton_routing import max_tiles, route_reference
 from moe_fx.kernels.triton_rows import (
     quantize_rows_reference,
@@ -207,6 +208,23 @@ def test_pairs_apart_and_their_sums():
     assert sums[0].tolist() == [2, 10, 4, 12]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_digits_stand_for_the_rows(dtype):
+    rows = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows[1], rows[2], rows[3, 0] = 0, rows[2] * 1e-6, 3e4
+    rows[4, 1] = float("inf")
+    digits, scale = split_digits_reference(rows, pairs_apart=True)
+    apart, _ = split_pairs_reference(rows, 2)
+    high, middle, low = digits.double().chunk(3, -1)
+    whole = (65536 * high + 256 * middle + low) * scale.double().unsqueeze(-1)
+    assert scale[4].isnan()
+    finite = [0, 1, 2, 3, 5]
+    # All of what a row's largest number leaves room for, which in the fourth is not all.
+    largest = apart[finite].double().abs().amax(-1, keepdim=True)
+    assert (whole[finite] - apart[finite].double()).abs().le(2**-22 * largest).all()
+    assert torch.equal(whole[[0, 1, 2, 5]], apart[[0, 1, 2, 5]].double())
+
+
 def test_rows_in_the_order_of_tiles():
     rows = torch.arange(8.0).reshape(4, 2)
     slots = torch.tensor([[3, 8], [7, 0]])
@@ -230,11 +248,14 @@ def test_there_is_a_tile_for_every_product():
     for slots in (1, 8, 64, 500, 4096, 131072):
         for experts in (1, 8, 128):
             for kind in kinds:
-                block = fused_tiles.block_of_rows("plain" if kind == "columns" else kind, slots, experts)
+                blocks = [fused_tiles.block_of_rows("plain" if kind == "columns" else kind, slots, experts)]
+                if kind in ("widened", "int4"):
+                    blocks += [fused_tiles.block_of_digits(tokens, slots, experts) or 8 for tokens in (1, slots)]
                 for two in (False, True):
-                    product = fused_tiles.Product(kind, two, block, 768, 2048)
-                    assert fused_tiles.tile_of(product, min(slots, experts))
-                    assert fused_tiles.large_tile_of(product, slots / experts)
+                    for block in blocks:
+                        product = fused_tiles.Product(kind, two, block, 768, 2048)
+                        assert fused_tiles.tile_of(product, min(slots, experts))
+                        assert fused_tiles.large_tile_of(product, slots / experts)
 
 
 def test_tuned_tiles_are_saved_loaded_and_used(tmp_path, monkeypatch):

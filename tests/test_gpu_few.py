@@ -58,8 +58,9 @@ def test_one_token_is_computed_by_them_where_they_are_faster():
         return takes_token(layer.ids, (Projection(layer.up, form.name), Projection(layer.down, form.name)))
 
     assert taken(FORMATS["none"], 1, 2)
-    assert taken(FORMATS["int8"], 1, 1)
-    assert not taken(FORMATS["int8"], 1, 2)
+    assert taken(FORMATS["float8"], 1, 1)
+    assert not taken(FORMATS["float8"], 1, 2)
+    assert not taken(FORMATS["int8"], 1, 1)
     assert not taken(FORMATS["float8 dynamic"], 1, 1)
     assert not taken(FORMATS["int4"], 1, 1)
     assert not taken(FORMATS["none"], 2, 1)

@@ -239,7 +239,7 @@ def test_linears_of_slots(tokens, form):
         assert float((actual.double() - exact).norm() / exact.norm()) < (2**-5 if "dynamic" in form.name else 2**-8)
 
 
-@pytest.mark.parametrize("block", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize("block", [4, 8, 16, 32, 64, 128])
 @pytest.mark.parametrize("slots", [1, 30, 1000, 2048, 2049, 50000])
 @pytest.mark.parametrize("experts", [1, 8, 130])
 def test_routing(experts, slots, block):
@@ -274,9 +274,10 @@ def test_quantized_rows_to_the_bit(count, width, dtype):
     assert torch.equal(actual[0].float().cpu(), expected[0].float())
 
 
+@pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("top_k", [1, 2, 8])
-def test_sum_over_slots(top_k):
-    rows = torch.randn(45 * top_k, 1000, device="cuda").bfloat16()
+def test_sum_over_slots(top_k, parts):
+    rows = torch.randn(45 * top_k * parts, 1000, device="cuda").bfloat16()
     ids = torch.randint(-1, 5, (45, top_k), device="cuda")
     for dtype in (torch.float32, torch.bfloat16):
         actual = triton_rows.sum_slots(rows, ids, 4, dtype)

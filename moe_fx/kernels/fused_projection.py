@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_fx.kernels.fused_tiles import FEW_SLOTS, block_of_rows
+from moe_fx.kernels.fused_tiles import FEW_SLOTS, block_of_digits, block_of_rows
 from moe_fx.kernels.triton_routing import Tiles, route
 from moe_fx.kernels.triton_widen import widen, widen_int4
 
@@ -39,6 +39,14 @@ class Projection:
     @property
     def kind(self) -> str:
         return KINDS[self.form]
+
+    @property
+    def digits(self) -> bool:
+        """Whether rows may be multiplied in digits: weights are integers, and integer sums hold what is added."""
+        inputs = self.tensors[0].shape[-1]
+        if self.form == "int4_weight_only":
+            return len(self.weights()[0]) == 2 and inputs // self.tensors[1].shape[-1] % 32 == 0
+        return self.form == "int8_weight_only" and inputs < 1 << 17
 
     def weights(self) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
         """The tensors of the first weight and of the second, which may be the same."""
@@ -99,7 +107,10 @@ def output_width(projection: Projection) -> int:
 
 @dataclass(frozen=True)
 class Routing:
-    """ids ``[T, K]``, and the slots sorted into tiles of ``block`` rows; or not, if there are few."""
+    """ids ``[T, K]``, and the slots sorted into tiles of ``block`` rows; or not, if there are few.
+
+    Blocks of fewer than 8 rows are of rows in digits.
+    """
 
     ids: torch.Tensor
     num_experts: int
@@ -107,10 +118,24 @@ class Routing:
     tiles: Tiles | None
 
     @staticmethod
-    def of(ids: torch.Tensor, num_experts: int, kind: str) -> Routing:
-        block = block_of_rows(kind, ids.numel(), num_experts)
+    def of(ids: torch.Tensor, num_experts: int, projections: Sequence[Projection], dtype: torch.dtype) -> Routing:
+        """For all of these projections, of rows of ``dtype``."""
+        block = None
+        if dtype.itemsize == 2 and all(each.digits for each in projections):
+            block = block_of_digits(ids.shape[0], ids.numel(), num_experts)
+        if block is None:
+            block = block_of_rows(projections[0].kind, ids.numel(), num_experts)
         few = ids.numel() <= FEW_SLOTS
         return Routing(ids, num_experts, block, None if few else route(ids, num_experts, block))
+
+    @property
+    def digits(self) -> bool:
+        return self.block < 8
+
+    @property
+    def alone(self) -> bool:
+        """Whether every slot is a tile of its own."""
+        return self.tiles is None and self.ids.shape[0] == 1
 
 
 def widened(projection: Projection, dtype: torch.dtype) -> Projection:

@@ -11,7 +11,8 @@ from math import inf, log2
 
 __all__ = [
     "FEW_SLOTS", "LARGE", "SORT_ABOVE", "TILES", "TUNED", "TUNED_LARGE", "LargeTile", "Product", "Tile",
-    "block_of_rows", "large_product", "large_tile_of", "loads_by_descriptor", "tile_of", "widens_first",
+    "block_of_digits", "block_of_rows", "large_product", "large_tile_of", "loads_by_descriptor", "parts_of", "tile_of",
+    "widens_first",
 ]  # fmt: skip
 
 #: up to how many slots each tile finds its rows by itself, without a routing kernel
@@ -78,33 +79,41 @@ TILES: dict[tuple[str, bool, int], Tile] = {
     ("columns", True, 32): Tile(64, 64, 3, 4, swap=True, group_m=8),
     ("columns", True, 64): Tile(64, 64, 3, 4, swap=True, group_m=8),
     ("columns", True, 128): Tile(128, 64, 4, 8, group_m=8),
+    ("widened", False, 1): Tile(32, 512, 3, 2, swap=True),
+    ("widened", False, 4): Tile(64, 256, 3, 2, swap=True),
     ("widened", False, 8): Tile(64, 256, 3, 4, swap=True),
     ("widened", False, 16): Tile(64, 256, 3, 4),
-    ("widened", False, 32): Tile(64, 128, 4, 4, group_m=8),
+    ("widened", False, 32): Tile(128, 128, 3, 4, group_m=8),
     ("widened", False, 64): Tile(128, 64, 3, 4, group_m=8),
     ("widened", False, 128): Tile(128, 64, 3, 4, group_m=8),
+    ("widened", True, 1): Tile(32, 512, 3, 2, swap=True),
+    ("widened", True, 4): Tile(32, 256, 4, 2, swap=True),
     ("widened", True, 8): Tile(64, 256, 4, 4, swap=True),
     ("widened", True, 16): Tile(64, 256, 3, 4),
-    ("widened", True, 32): Tile(64, 128, 3, 4, group_m=8),
+    ("widened", True, 32): Tile(128, 128, 3, 4, group_m=8),
     ("widened", True, 64): Tile(64, 64, 3, 4, group_m=8),
     ("widened", True, 128): Tile(64, 64, 3, 4, group_m=8),
     ("dynamic", False, 8): Tile(64, 256, 4, 4, swap=True),
-    ("dynamic", False, 16): Tile(64, 256, 4, 4, swap=True),
+    ("dynamic", False, 16): Tile(64, 256, 3, 4, swap=True),
     ("dynamic", False, 32): Tile(128, 128, 4, 4, swap=True, group_m=8),
     ("dynamic", False, 64): Tile(128, 128, 3, 4, group_m=8),
     ("dynamic", False, 128): Tile(256, 128, 4, 8, group_m=8),
     ("dynamic", True, 8): Tile(64, 256, 4, 4, swap=True),
-    ("dynamic", True, 16): Tile(64, 256, 4, 4),
-    ("dynamic", True, 32): Tile(128, 128, 4, 4, group_m=8),
+    ("dynamic", True, 16): Tile(64, 256, 3, 4, swap=True),
+    ("dynamic", True, 32): Tile(64, 256, 3, 4, group_m=8),
     ("dynamic", True, 64): Tile(64, 128, 3, 4, group_m=8),
     ("dynamic", True, 128): Tile(128, 128, 4, 8, group_m=8),
+    ("int4", False, 1): Tile(64, 64, 3, 4, swap=True, unroll=2),
+    ("int4", False, 4): Tile(128, 64, 3, 4, swap=True, unroll=2),
     ("int4", False, 8): Tile(64, 64, 3, 2, swap=True, unroll=2),
-    ("int4", False, 16): Tile(64, 64, 3, 4, unroll=2),
-    ("int4", False, 32): Tile(128, 64, 3, 8, group_m=8),
+    ("int4", False, 16): Tile(64, 64, 3, 2, swap=True),
+    ("int4", False, 32): Tile(128, 64, 3, 4, swap=True, group_m=8),
     ("int4", False, 64): Tile(128, 32, 4, 4, swap=True, group_m=8),
     ("int4", False, 128): Tile(128, 32, 3, 4, group_m=8),
+    ("int4", True, 1): Tile(32, 64, 4, 2, swap=True, unroll=2),
+    ("int4", True, 4): Tile(64, 64, 3, 4, swap=True, unroll=2),
     ("int4", True, 8): Tile(64, 64, 3, 4, swap=True, unroll=2),
-    ("int4", True, 16): Tile(64, 64, 3, 4, unroll=2),
+    ("int4", True, 16): Tile(32, 64, 3, 2, swap=True, unroll=2),
     ("int4", True, 32): Tile(64, 64, 3, 4, swap=True, group_m=8),
     ("int4", True, 64): Tile(64, 64, 3, 4, group_m=8),
     ("int4", True, 128): Tile(128, 64, 3, 8, group_m=8),
@@ -119,9 +128,10 @@ NARROW: dict[tuple[str, bool, int], Tile] = {
     ("dynamic", True, 8): Tile(32, 256, 4, 2, swap=True),
     ("dynamic", False, 8): Tile(32, 256, 4, 2, swap=True),
     ("int4", True, 8): Tile(32, 64, 4, 2, swap=True, unroll=2),
-    ("int4", False, 8): Tile(32, 64, 4, 2, swap=True, unroll=2),
+    ("int4", False, 8): Tile(64, 64, 3, 4, swap=True, unroll=2),
+    ("int4", False, 32): Tile(64, 64, 3, 2, swap=True, group_m=8),
 }
-FEW_PROGRAMS = 264
+FEW_WARPS = 1056
 
 #: tiles of 128 rows, by whether both operands are of one byte (otherwise of two), and by whether two products are made
 #: at once; with the most rows per expert for which they are taken
@@ -157,12 +167,37 @@ BLOCKS = {
     "widened": ((8, 5), (16, 12), (32, 32), (64, 80)),
     "int4": ((8, 5), (16, 12), (32, 32), (64, 80)),
 }
+#: up to how many rows of an expert that is hit they are multiplied in digits
+DIGITS_BELOW = 2.5
+
+#: up to how many programs a product is parted, a tile among how many, and how many steps of the loop are left to each
+PARTED_BELOW, MOST_PARTS, LEAST_STEPS = 528, 8, 4
+
+
+def _hit(num_slots: int, num_experts: int) -> float:
+    """Of E experts, E (1 - (1 - 1/E)^S) are hit by S slots that fall evenly."""
+    return num_experts * (1 - (1 - 1 / num_experts) ** min(num_slots, 64 * num_experts))
+
+
+def block_of_digits(tokens: int, num_slots: int, num_experts: int) -> int | None:
+    """Rows per tile where they are multiplied in digits; None where that is slower."""
+    if tokens == 1:
+        return 1
+    return 4 if num_slots <= DIGITS_BELOW * _hit(num_slots, num_experts) else None
+
+
+def parts_of(programs: int, steps: int) -> int:
+    """Among how many programs the inputs of a tile are parted, where there are so few tiles, of so many steps."""
+    parts = 1
+    while parts < MOST_PARTS and 2 * parts * programs <= PARTED_BELOW and 2 * parts * LEAST_STEPS <= steps:
+        parts *= 2
+    return parts
 
 
 def block_of_rows(kind: str, num_slots: int, num_experts: int) -> int:
     """Rows per tile: about as many as an expert that is hit has, so that few are idle and weights are read once."""
-    # Of E experts, E (1 - (1 - 1/E)^S) are hit by S slots that fall evenly. Few values, so that few kernels exist.
-    hit = num_experts * (1 - (1 - 1 / num_experts) ** min(num_slots, 64 * num_experts))
+    # Few values, so that few kernels exist.
+    hit = _hit(num_slots, num_experts)
     for block, most in BLOCKS[kind]:
         if num_slots <= most * hit:
             return block
@@ -207,7 +242,8 @@ def tile_of(product: Product, hit: int) -> Tile:
         return TUNED[product]
     key = product.kind, product.two, product.rows
     tile = TILES[key]
-    return NARROW.get(key, tile) if product.outputs * hit < FEW_PROGRAMS * tile.block_n else tile
+    few = product.outputs * hit * tile.warps < FEW_WARPS * tile.block_n
+    return NARROW.get(key, tile) if few else tile
 
 
 def large_product(product: Product, rows: float) -> Product:

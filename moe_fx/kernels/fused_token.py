@@ -1,7 +1,8 @@
 """A layer of one token in two kernels: see :mod:`moe_fx.kernels.triton_token`.
 
 Tried and dropped: weights of one byte for more experts than one, quantized rows and int4, where the sums bound the
-kernel and not memory; and loading a step ahead, into registers. Figures are in docs/design.md.
+kernel and not memory (int8 and int4 take rows in digits, see triton_digits.py); and loading a step ahead, into
+registers. Figures are in docs/design.md.
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ EACH_TRANSPOSED, SUMMED_TRANSPOSED = TokenTile(32, 256, 4), TokenTile(32, 256, 8
 
 
 def takes_token(ids: torch.Tensor, projections: tuple[Projection, ...]) -> bool:
-    """Whether these kernels are for a layer: one token, and weights of two bytes, or those of one expert."""
+    """Whether these kernels are for a layer: one token, and weights of two bytes, or float8 weights of one expert."""
     tokens, top_k = ids.shape
-    kinds = {each.kind for each in projections}
-    return tokens == 1 and top_k <= max(SUMMED) and kinds <= ({"plain", "widened"} if top_k == 1 else {"plain"})
+    plain = all(each.kind == "plain" for each in projections)
+    widened = top_k == 1 and all(each.kind in ("plain", "widened") and not each.digits for each in projections)
+    return tokens == 1 and top_k <= max(SUMMED) and (plain or widened)
 
 
 def _tile(projection: Projection, summed: bool, slots: int) -> TokenTile:

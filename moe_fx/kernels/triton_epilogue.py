@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moe_fx.kernels.triton_or_none import jit, tl
 
-__all__ = ["activated", "gated", "rescaled"]
+__all__ = ["activated", "gated", "of_columns", "rescaled"]
 
 
 @jit()
@@ -35,17 +35,32 @@ def gated(gate, up, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr)
 
 
 @jit()
-def rescaled(acc, a_scale, scales, bias, slot, rows, FMT: tl.constexpr, SLOT: tl.constexpr, BIAS: tl.constexpr):
-    """Products [BM, BN] times the scales of their row and column; the routing weight before (1) or after (2) bias."""
-    acc = acc.to(tl.float32)
-    if FMT == "dynamic":
-        acc = acc * a_scale[:, None]
+def of_columns(scales, bias, rows, FMT: tl.constexpr, BIAS: tl.constexpr):
+    """The scales of the columns that these rows of the weights make, and their bias; numbers where there are none."""
+    scale = 1.0
+    added = 0.0
     if FMT == "dynamic" or FMT == "widened":
-        acc = acc * tl.load(scales + rows)[None, :]
+        scale = tl.load(scales + rows)
+    if BIAS:
+        added = tl.load(bias + rows).to(tl.float32)
+    return scale, added
+
+
+@jit()
+def rescaled(acc, row_scale, column_scale, bias, slot, SCALED: tl.constexpr, FMT: tl.constexpr, SLOT: tl.constexpr,
+             BIAS: tl.constexpr):  # fmt: skip
+    """Products [BM, BN] times the scales of their row (if SCALED) and column; the routing weight before (1) or after
+    (2) bias.
+    """
+    acc = acc.to(tl.float32)
+    if SCALED:
+        acc = acc * row_scale[:, None]
+    if FMT == "dynamic" or FMT == "widened":
+        acc = acc * column_scale[None, :]
     if SLOT == 1:
         acc = acc * slot[:, None]
     if BIAS:
-        acc = acc + tl.load(bias + rows).to(tl.float32)[None, :]
+        acc = acc + bias[None, :]
     if SLOT == 2:
         acc = acc * slot[:, None]
     return acc

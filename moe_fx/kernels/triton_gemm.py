@@ -3,16 +3,19 @@
 A tile is BM rows of one expert times BN output columns. Which rows: those that were sorted by expert beforehand (see
 :mod:`moe_fx.kernels.triton_routing`); or, for few slots and without any routing kernel, a tile stands for one slot, and
 takes in all slots of the same expert if its own is the first of them (ROUTED "leader"), or that slot and no other
-("alone", for one token). Rows of the result are slots.
+("alone", for one token). Rows of the result are slots; or, where a slot's inputs are parted among SPLIT programs, so
+many rows for each, to be added.
 
 The definition is :func:`moe_fx.kernels.fused_experts.slot_linear_reference`.
 """
 
 from __future__ import annotations
 
-from moe_fx.kernels.triton_epilogue import activated, gated, rescaled
+from moe_fx.kernels.triton_digits import joined
+from moe_fx.kernels.triton_epilogue import activated, gated, of_columns, rescaled
+from moe_fx.kernels.triton_int4 import int4_products
 from moe_fx.kernels.triton_or_none import after_previous, before_next, jit, tl
-from moe_fx.kernels.triton_unpack import dot, int4_step, widened
+from moe_fx.kernels.triton_unpack import dot, widened
 
 __all__ = ["expert_gemm_kernel", "tile_place"]
 
@@ -38,6 +41,33 @@ def tile_place(pid, num_n, tile_group, GROUP_M: tl.constexpr):
 
 
 @jit()
+def _rows_of_tile(
+    ids, slots, tile_expert, tile_group, pid, num_n, S, E,
+    ROUTED: tl.constexpr, SP: tl.constexpr, BM: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """The column tile, the expert (E or more, or negative, where there is nothing to do), the slots [BM], which are."""
+    m = tl.arange(0, BM)
+    if ROUTED == "alone":
+        expert = tl.load(ids + pid // num_n).to(tl.int32)
+        there = m == 0
+        return pid % num_n, expert, tl.where(there, pid // num_n, S), there
+    elif ROUTED == "leader":
+        pid_m = pid // num_n
+        expert = tl.load(ids + pid_m).to(tl.int32)
+        s = tl.arange(0, SP)
+        same = (tl.load(ids + s, mask=s < S, other=-1).to(tl.int32) == expert) & (s < S)
+        rank = tl.cumsum(same.to(tl.int32), 0) - 1
+        first = tl.sum(tl.where(s == pid_m, rank, 0), 0)
+        hit = same[None, :] & (rank[None, :] == (first + m)[:, None])
+        there = tl.sum(hit.to(tl.int32), 1) > 0
+        return pid % num_n, tl.where(first % BM == 0, expert, -1), tl.sum(tl.where(hit, s[None, :], 0), 1), there
+    else:
+        pid_m, pid_n = tile_place(pid, num_n, tile_group, GROUP_M)
+        slot = tl.load(slots + pid_m * BM + m)
+        return pid_n, tl.load(tile_expert + pid_m), slot, slot < S
+
+
+@jit()
 def _load_weights(ptrs, inputs, columns, EVEN_K: tl.constexpr, MASK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
     if TRANSPOSED:
         if MASK_N:
@@ -49,6 +79,34 @@ def _load_weights(ptrs, inputs, columns, EVEN_K: tl.constexpr, MASK_N: tl.conste
         return tl.load(ptrs) if EVEN_K else tl.load(ptrs, mask=inputs[None, :], other=0.0)
 
 
+@jit()
+def _products(
+    a_ptrs, w_ptrs, u_ptrs, w_stride, read, columns, begin, end, acc, acc_up,
+    TWO: tl.constexpr, WIDENED: tl.constexpr, SWAP: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN_K: tl.constexpr,
+    MASK_N: tl.constexpr, ASM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """acc and acc_up, and what the inputs from begin to end make of the rows at a_ptrs."""
+    k = tl.arange(0, BK)
+    for k0 in range(begin, end, BK):
+        if EVEN_K:
+            rows = tl.load(a_ptrs, mask=read[:, None], other=0.0)
+        else:
+            rows = tl.load(a_ptrs, mask=read[:, None] & (k[None, :] < end - k0), other=0.0)
+        weights = _load_weights(w_ptrs, k < end - k0, columns, EVEN_K, MASK_N, TRANSPOSED)
+        if WIDENED:
+            weights = widened(weights, rows.dtype, ASM)
+        acc = dot(rows, weights, acc, SWAP, TRANSPOSED)
+        if TWO:
+            weights = _load_weights(u_ptrs, k < end - k0, columns, EVEN_K, MASK_N, TRANSPOSED)
+            if WIDENED:
+                weights = widened(weights, rows.dtype, ASM)
+            acc_up = dot(rows, weights, acc_up, SWAP, TRANSPOSED)
+            u_ptrs += BK * w_stride if TRANSPOSED else BK
+        a_ptrs += BK
+        w_ptrs += BK * w_stride if TRANSPOSED else BK
+    return acc, acc_up
+
+
 @jit(do_not_specialize=("S",))
 def expert_gemm_kernel(
     a, w, u, out, a_scale, w_scale, u_scale, w_zero, u_zero, w_bias, u_bias, slot_weight,
@@ -58,7 +116,7 @@ def expert_gemm_kernel(
     GATED: tl.constexpr, ACT: tl.constexpr, SLOT: tl.constexpr, BIAS: tl.constexpr, PAIRS_APART: tl.constexpr,
     GROUP_BYTES: tl.constexpr, UNROLL: tl.constexpr, SHIFTED: tl.constexpr, SUM_BLOCK: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, ASM: tl.constexpr, OVERLAP: tl.constexpr, ROUTED: tl.constexpr,
-    SP: tl.constexpr,
+    SP: tl.constexpr, DIGITS: tl.constexpr, SPLIT: tl.constexpr, EARLY: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
     """out[s, n] for the slots s of every tile.
@@ -66,45 +124,41 @@ def expert_gemm_kernel(
     a [*, K] with row s // row_div for slot s (int4: the even inputs, then the odd ones). w (and u, if GATED is "two" or
     "halves"): the weights, gate_row and up_row the rows at which gate and up begin. FMT: "plain" (w of a's dtype),
     "widened" (int8 or float8, times w_scale [E, w_rows]), "dynamic" (a too, times a_scale [*]), "int4".
+    DIGITS: a [*, 3, K] is rows in digits (see triton_digits.py), times a_scale; "dynamic" and "int4" only.
+    SPLIT: out [S, SPLIT, N], of which every one has its part of K; without bias or activation only.
+    EARLY: the kernel before this one made rows, their scales and sums only, so that the rest is read while it runs.
     PAIRS_APART: the result has the even columns first, as an int4 projection reads its inputs; with its sums over
     blocks of SUM_BLOCK columns in out_sums, if that is not 0. SHIFTED: such sums of the rows of a are in row_sums, one
     for each group's even inputs, then one for each group's odd ones.
     """
-    after_previous(OVERLAP)
-    pid = tl.program_id(0)
+    if not EARLY:
+        after_previous(OVERLAP)
+    pid = tl.program_id(0) // SPLIT
+    part = tl.program_id(0) % SPLIT
     num_n = tl.cdiv(N, BN)
-    m = tl.arange(0, BM)
-    if ROUTED == "alone":
-        pid_m = pid // num_n
-        pid_n = pid % num_n
-        expert = tl.load(ids + pid_m).to(tl.int32)
-        if (expert < 0) | (expert >= E):
+    if ROUTED == "tiles":  # noqa: SIM102 (what the compiler knows beforehand is asked apart)
+        if pid >= tl.load(tile_count) * num_n:
+            if EARLY:
+                after_previous(OVERLAP)
             return
-        there = m == 0
-        slot = tl.where(there, pid_m, S)
-    elif ROUTED == "leader":
-        pid_m = pid // num_n
-        pid_n = pid % num_n
-        expert = tl.load(ids + pid_m).to(tl.int32)
-        s = tl.arange(0, SP)
-        same = (tl.load(ids + s, mask=s < S, other=-1).to(tl.int32) == expert) & (s < S)
-        rank = tl.cumsum(same.to(tl.int32), 0) - 1
-        first = tl.sum(tl.where(s == pid_m, rank, 0), 0)
-        if (expert < 0) | (expert >= E) | (first % BM != 0):
-            return
-        hit = same[None, :] & (rank[None, :] == (first + m)[:, None])
-        there = tl.sum(hit.to(tl.int32), 1) > 0
-        slot = tl.sum(tl.where(hit, s[None, :], 0), 1)
-    else:
-        num_m = tl.load(tile_count)
-        if pid >= num_m * num_n:
-            return
-        pid_m, pid_n = tile_place(pid, num_n, tile_group, GROUP_M)
-        expert = tl.load(tile_expert + pid_m)
-        slot = tl.load(slots + pid_m * BM + m)
-        there = slot < S
+    pid_n, expert, slot, there = _rows_of_tile(
+        ids, slots, tile_expert, tile_group, pid, num_n, S, E, ROUTED, SP, BM, GROUP_M
+    )
+    if (expert < 0) | (expert >= E):
+        if EARLY:
+            after_previous(OVERLAP)
+        return
     e = expert.to(tl.int64)
     source = (slot // row_div).to(tl.int64)
+    # As the product takes them, rows are MV: those of the tile; or four times as many, the three digits of each.
+    MV: tl.constexpr = 4 * BM if DIGITS else BM
+    if DIGITS:
+        digit = tl.arange(0, MV) // BM
+        read = tl.reshape(tl.broadcast_to(there[None, :], (4, BM)), (MV,)) & (digit < 3)
+        a_first = tl.reshape(tl.broadcast_to(source[None, :], (4, BM)), (MV,)) * a_stride + digit * K
+    else:
+        read = there
+        a_first = source * a_stride
 
     # The columns of this tile, and the rows of the weights that make them.
     WIDE: tl.constexpr = 2 * BN if GATED == "interleaved" else BN
@@ -131,14 +185,20 @@ def expert_gemm_kernel(
     TWO: tl.constexpr = GATED == "halves" or GATED == "two"
     r_gate = r + gate_row
     r_up = r + up_row
-    if SWAP:
-        acc = tl.zeros((WIDE, BM), tl.int32 if FMT == "dynamic" and a.dtype.element_ty == tl.int8 else tl.float32)
-    else:
-        acc = tl.zeros((BM, WIDE), tl.int32 if FMT == "dynamic" and a.dtype.element_ty == tl.int8 else tl.float32)
+    INTEGER: tl.constexpr = FMT == "dynamic" and a.dtype.element_ty == tl.int8
+    acc = tl.zeros((WIDE, MV) if SWAP else (MV, WIDE), tl.int32 if INTEGER else tl.float32)
     acc_up = acc
 
-    k = tl.arange(0, BK)
-    a_ptrs = a + source[:, None] * a_stride + k[None, :]
+    # What is counted along K: inputs, or bytes of two; and which of them are this program's.
+    length = K // 2 if FMT == "int4" else K
+    begin = 0
+    end = length
+    if SPLIT > 1:
+        STEP: tl.constexpr = BK * UNROLL
+        begin = part * tl.cdiv(tl.cdiv(length, STEP), SPLIT) * STEP
+        end = tl.minimum(length, begin + tl.cdiv(tl.cdiv(length, STEP), SPLIT) * STEP)
+    k = begin + tl.arange(0, BK)
+    a_ptrs = a + a_first[:, None] + k[None, :]
     if TRANSPOSED:
         w_ptrs = w + e * w_stride_e + k.to(tl.int64)[:, None] * w_stride + r_gate[None, :]
         u_ptrs = u + e * w_stride_e + k.to(tl.int64)[:, None] * w_stride + r_up[None, :]
@@ -146,91 +206,60 @@ def expert_gemm_kernel(
         w_ptrs = w + e * w_stride_e + r_gate.to(tl.int64)[:, None] * w_stride + k[None, :]
         u_ptrs = u + e * w_stride_e + r_up.to(tl.int64)[:, None] * w_stride + k[None, :]
 
+    # What the end needs is read before the loop, while that waits for weights; not for many rows, which need registers.
+    first = e * w_rows
+    gate_scaled = r_gate
+    up_scaled = r_up
+    if MASK_N:
+        gate_scaled = tl.minimum(r_gate, w_rows - 1)
+        up_scaled = tl.minimum(r_up, w_rows - 1)
+    if BM <= 16:
+        scale, bias = of_columns(w_scale + first, w_bias + first, gate_scaled, FMT, BIAS)
+        if TWO:
+            scale_up, bias_up = of_columns(u_scale + first, u_bias + first, up_scaled, FMT, BIAS)
+    if EARLY:
+        after_previous(OVERLAP)
+
     if FMT == "int4":
-        half = K // 2
-        groups = half // GROUP_BYTES
-        SCALE_ACC: tl.constexpr = BM < 64
-        w_groups = (e * w_rows + r_gate) * groups
-        u_groups = (e * w_rows + r_up) * groups
-        # Scales are too narrow for asynchronous copies: each is loaded a step before it is needed.
-        scale = tl.load(w_scale + w_groups)
-        zero = tl.load(w_zero + w_groups) if ZERO else scale
-        scale_up = tl.load(u_scale + u_groups) if TWO else scale
-        zero_up = tl.load(u_zero + u_groups) if TWO and ZERO else scale
-        sums = tl.zeros((BM,), tl.float32)
-        sum_ptrs = row_sums + source * (2 * groups)
-        for k0 in range(0, half, BK * UNROLL):
-            for step in tl.static_range(UNROLL):
-                low_rows = tl.load(a_ptrs + step * BK, mask=there[:, None], other=0.0)
-                high_rows = tl.load(a_ptrs + (half + step * BK), mask=there[:, None], other=0.0)
-                packed = tl.load(w_ptrs + step * BK)
-                if SHIFTED:
-                    group = k0 // BK + step
-                    sums = tl.load(sum_ptrs + group, mask=there, other=0.0)
-                    sums += tl.load(sum_ptrs + groups + group, mask=there, other=0.0)
-                following = tl.minimum(k0 + (step + 1) * BK, half - 1) // GROUP_BYTES
-                next_scale = tl.load(w_scale + w_groups + following)
-                next_zero = tl.load(w_zero + w_groups + following) if ZERO else next_scale
-                acc = int4_step(
-                    low_rows, high_rows, sums, packed, scale, zero, acc, SWAP, SCALE_ACC, ZERO, SHIFTED, ASM
-                )
-                scale = next_scale
-                zero = next_zero
-                if TWO:
-                    packed = tl.load(u_ptrs + step * BK)
-                    next_scale = tl.load(u_scale + u_groups + following)
-                    next_zero = tl.load(u_zero + u_groups + following) if ZERO else next_scale
-                    acc_up = int4_step(
-                        low_rows, high_rows, sums, packed, scale_up, zero_up, acc_up,
-                        SWAP, SCALE_ACC, ZERO, SHIFTED, ASM,
-                    )  # fmt: skip
-                    scale_up = next_scale
-                    zero_up = next_zero
-            a_ptrs += BK * UNROLL
-            w_ptrs += BK * UNROLL
-            u_ptrs += BK * UNROLL
+        groups = length // GROUP_BYTES
+        acc, acc_up = int4_products(
+            a_ptrs, w_ptrs, u_ptrs, row_sums + source * (2 * groups), w_scale, u_scale, w_zero, u_zero,
+            (e * w_rows + r_gate) * groups, (e * w_rows + r_up) * groups, read, there, begin, end, length, acc, acc_up,
+            TWO, SWAP, BM < 64, ZERO, SHIFTED, DIGITS, ASM, BK, UNROLL, GROUP_BYTES,
+        )  # fmt: skip
     else:
-        for k0 in range(0, K, BK):
-            if EVEN_K:
-                rows = tl.load(a_ptrs, mask=there[:, None], other=0.0)
-            else:
-                rows = tl.load(a_ptrs, mask=there[:, None] & (k[None, :] < K - k0), other=0.0)
-            weights = _load_weights(w_ptrs, k < K - k0, columns_there, EVEN_K, MASK_N, TRANSPOSED)
-            if FMT == "widened":
-                weights = widened(weights, rows.dtype, ASM)
-            acc = dot(rows, weights, acc, SWAP, TRANSPOSED)
-            if TWO:
-                weights = _load_weights(u_ptrs, k < K - k0, columns_there, EVEN_K, MASK_N, TRANSPOSED)
-                if FMT == "widened":
-                    weights = widened(weights, rows.dtype, ASM)
-                acc_up = dot(rows, weights, acc_up, SWAP, TRANSPOSED)
-                u_ptrs += BK * w_stride if TRANSPOSED else BK
-            a_ptrs += BK
-            w_ptrs += BK * w_stride if TRANSPOSED else BK
+        acc, acc_up = _products(
+            a_ptrs, w_ptrs, u_ptrs, w_stride, read, columns_there, begin, end, acc, acc_up,
+            TWO, FMT == "widened", SWAP, TRANSPOSED, EVEN_K, MASK_N, ASM, BK,
+        )  # fmt: skip
 
     # Not before: programs of the next kernel that were set up while some of this one's had ended would crowd there.
     before_next(OVERLAP)
     if SWAP:
         acc = tl.trans(acc)
         acc_up = tl.trans(acc_up)
-    row_scale = tl.load(a_scale + source, mask=there, other=0.0) if FMT == "dynamic" else 1.0
+    SCALED: tl.constexpr = FMT == "dynamic" or DIGITS
+    if DIGITS:
+        acc = joined(acc, BM, FMT)
+        acc_up = joined(acc_up, BM, FMT)
+    row_scale = tl.load(a_scale + source, mask=there, other=0.0) if SCALED else 1.0
     weight = tl.load(slot_weight + slot, mask=there, other=0.0).to(tl.float32) if SLOT != 0 else 1.0
-    first = e * w_rows
-    if MASK_N:
-        r_gate = tl.minimum(r_gate, w_rows - 1)
-        r_up = tl.minimum(r_up, w_rows - 1)
-    acc = rescaled(acc, row_scale, w_scale + first, w_bias + first, weight, r_gate, FMT, SLOT, BIAS)
+    if BM > 16:
+        scale, bias = of_columns(w_scale + first, w_bias + first, gate_scaled, FMT, BIAS)
+        if TWO:
+            scale_up, bias_up = of_columns(u_scale + first, u_bias + first, up_scaled, FMT, BIAS)
+    acc = rescaled(acc, row_scale, scale, bias, weight, SCALED, FMT, SLOT, BIAS)
     if GATED == "interleaved":
         gate, up = tl.split(tl.reshape(acc, (BM, BN, 2)))
         acc = gated(gate, up, ACT, ALPHA, LIMIT)
     elif TWO:
-        acc_up = rescaled(acc_up, row_scale, u_scale + first, u_bias + first, weight, r_up, FMT, SLOT, BIAS)
+        acc_up = rescaled(acc_up, row_scale, scale_up, bias_up, weight, SCALED, FMT, SLOT, BIAS)
         acc = gated(acc, acc_up, ACT, ALPHA, LIMIT)
     else:
         acc = activated(acc, ACT)
     columns = pid_n * BN + tl.arange(0, BN)
     result = acc.to(out.dtype.element_ty)
-    to = out + slot.to(tl.int64)[:, None] * N + columns[None, :]
+    to = out + (slot.to(tl.int64) * SPLIT + part)[:, None] * N + columns[None, :]
     tl.store(to, result, mask=there[:, None] & (columns < N)[None, :])
     if SUM_BLOCK != 0:
         parts = tl.sum(tl.reshape(result.to(tl.float32), (BM, BN // SUM_BLOCK, SUM_BLOCK)), 2)

@@ -10,7 +10,7 @@ The definition is :func:`moe_fx.kernels.fused_experts.slot_linear_reference`.
 
 from __future__ import annotations
 
-from moe_fx.kernels.triton_epilogue import activated, gated, rescaled
+from moe_fx.kernels.triton_epilogue import activated, gated, of_columns, rescaled
 from moe_fx.kernels.triton_gemm import tile_place
 from moe_fx.kernels.triton_or_none import jit, tl
 from moe_fx.kernels.triton_unpack import dot
@@ -54,9 +54,11 @@ def _large_tile(
     row_scale = tl.load(a_scale + scale_at, mask=there, other=0.0) if FMT == "dynamic" else 1.0
     weight = tl.load(slot_weight + slot, mask=there, other=0.0).to(tl.float32) if SLOT != 0 else 1.0
     e = expert.to(tl.int64) * w_rows
-    acc = rescaled(acc, row_scale, w_scale + e, w_bias + e, weight, column + gate_row, FMT, SLOT, BIAS)
+    scale, bias = of_columns(w_scale + e, w_bias + e, column + gate_row, FMT, BIAS)
+    acc = rescaled(acc, row_scale, scale, bias, weight, FMT == "dynamic", FMT, SLOT, BIAS)
     if TWO:
-        acc_up = rescaled(acc_up, row_scale, u_scale + e, u_bias + e, weight, column + up_row, FMT, SLOT, BIAS)
+        scale, bias = of_columns(u_scale + e, u_bias + e, column + up_row, FMT, BIAS)
+        acc_up = rescaled(acc_up, row_scale, scale, bias, weight, FMT == "dynamic", FMT, SLOT, BIAS)
         acc = gated(acc, acc_up, ACT, ALPHA, LIMIT)
     else:
         acc = activated(acc, ACT)

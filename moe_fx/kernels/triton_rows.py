@@ -17,7 +17,7 @@ from moe_fx.kernels.triton_or_none import (
 )
 
 __all__ = [
-    "quantize_rows", "quantize_rows_reference", "sort_rows", "sort_rows_reference", "split_pairs",
+    "apart", "quantize_rows", "quantize_rows_reference", "sort_rows", "sort_rows_reference", "split_pairs",
     "split_pairs_reference", "sum_slots", "sum_slots_reference",
 ]  # fmt: skip
 
@@ -26,6 +26,14 @@ def quantize_rows_reference(rows: torch.Tensor, dtype: torch.dtype) -> tuple[tor
     """``rows [R, N]`` as int8 or float8_e4m3fn values and a float32 scale ``[R]``."""
     values, scale = quantize_activations(rows.float(), dtype)
     return values, scale.squeeze(-1)
+
+
+@jit()
+def _scale(largest, BOUND: tl.constexpr, SMALLEST: tl.constexpr):
+    """Of rows whose absolute values are at most largest [ROWS, BLOCK]; not a number where one of them is none."""
+    # Compared as bits: as numbers, NaN would be passed over.
+    most = tl.max(largest.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
+    return tl.maximum(tl.math.div_rn(most, BOUND), SMALLEST, propagate_nan=tl.PropagateNan.ALL)
 
 
 @jit()
@@ -70,7 +78,7 @@ def quantize_rows_kernel(rows, values, scales, slots, R, S, N, stride, BOUND: tl
     if ONCE:
         mask = there[:, None] & (n < N)
         x = tl.load(rows + at * stride + n, mask=mask, other=0.0).to(tl.float32)
-        scale = tl.maximum(tl.math.div_rn(tl.max(tl.abs(x), 1), BOUND), SMALLEST)
+        scale = _scale(tl.abs(x), BOUND, SMALLEST)
         tl.store(scales + r, scale, mask=there)
         steps = _steps(x, scale[:, None], BOUND, INT, ASM)
         tl.store(values + at * N + n, steps.to(values.dtype.element_ty), mask=mask)
@@ -79,8 +87,8 @@ def quantize_rows_kernel(rows, values, scales, slots, R, S, N, stride, BOUND: tl
         for n0 in range(0, N, BLOCK):
             mask = there[:, None] & (n0 + n < N)
             x = tl.load(rows + at * stride + n0 + n, mask=mask, other=0.0).to(tl.float32)
-            largest = tl.maximum(largest, tl.abs(x))
-        scale = tl.maximum(tl.math.div_rn(tl.max(largest, 1), BOUND), SMALLEST)
+            largest = tl.maximum(largest, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
+        scale = _scale(largest, BOUND, SMALLEST)
         tl.store(scales + r, scale, mask=there)
         for n0 in range(0, N, BLOCK):
             mask = there[:, None] & (n0 + n < N)
@@ -112,10 +120,14 @@ def quantize_rows(
     return values, scales
 
 
+def apart(rows: torch.Tensor) -> torch.Tensor:
+    """``rows [R, N]`` with the even columns first, then the odd ones."""
+    return rows.unflatten(-1, (-1, 2)).transpose(-2, -1).reshape(rows.shape)
+
+
 def split_pairs_reference(rows: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``rows [R, N]`` with the even columns first, then the odd ones; and their float32 sums over ``block`` columns."""
-    apart = rows.unflatten(-1, (-1, 2)).transpose(-2, -1).reshape(rows.shape)
-    return apart, apart.float().unflatten(-1, (-1, block)).sum(-1)
+    """``rows [R, N]`` with the even columns first, and their float32 sums over ``block`` columns of these."""
+    return apart(rows), apart(rows).float().unflatten(-1, (-1, block)).sum(-1)
 
 
 @jit()
@@ -189,14 +201,15 @@ def sort_rows(
 
 
 def sum_slots_reference(rows: torch.Tensor, ids: torch.Tensor, num_experts: int, dtype: torch.dtype) -> torch.Tensor:
-    """``rows [T*K, H]`` to ``[T, H]`` of ``dtype``: the float32 sum over slots whose id names an expert."""
-    by_token = rows.unflatten(0, ids.shape)
+    """``rows [T*K*P, H]`` to ``[T, H]`` of ``dtype``: the float32 sum over P rows of each slot that names an expert."""
+    by_token = rows.unflatten(0, (*ids.shape, -1)).float().sum(2)
     valid = ((ids >= 0) & (ids < num_experts)).unsqueeze(-1)
-    return torch.where(valid, by_token, 0).float().sum(1).to(dtype)
+    return torch.where(valid, by_token, 0).sum(1).to(dtype)
 
 
 @jit()
-def sum_slots_kernel(rows, ids, out, E, H, K: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+def sum_slots_kernel(rows, ids, out, E, H, K: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+                     OVERLAP: tl.constexpr):  # fmt: skip
     after_previous(OVERLAP)
     before_next(OVERLAP)
     t = tl.program_id(0).to(tl.int64)
@@ -205,7 +218,10 @@ def sum_slots_kernel(rows, ids, out, E, H, K: tl.constexpr, BLOCK: tl.constexpr,
     for slot in tl.static_range(K):
         expert = tl.load(ids + t * K + slot)
         valid = (expert >= 0) & (expert < E)
-        total += tl.load(rows + (t * K + slot) * H + h, mask=(h < H) & valid, other=0.0).to(tl.float32)
+        for part in tl.static_range(PARTS):
+            row = rows + ((t * K + slot) * PARTS + part) * H
+            # Read before it is known whether it is anything: ids are on their way.
+            total += tl.where(valid, tl.load(row + h, mask=h < H, other=0.0).to(tl.float32), 0.0)
     tl.store(out + t * H + h, total.to(out.dtype.element_ty), mask=h < H)
 
 
@@ -216,6 +232,7 @@ def sum_slots(rows: torch.Tensor, ids: torch.Tensor, num_experts: int, dtype: to
     out = rows.new_empty((count, hidden), dtype=dtype)
     block = 512 if count < 64 else 1024
     overlapped(sum_slots_kernel)[(count, -(-hidden // block))](
-        rows, ids, out, num_experts, hidden, K=top_k, BLOCK=block, OVERLAP=overlaps(), num_warps=4
-    )
+        rows, ids, out, num_experts, hidden, K=top_k, PARTS=rows.shape[0] // ids.numel(), BLOCK=block,
+        OVERLAP=overlaps(), num_warps=4,
+    )  # fmt: skip
     return out

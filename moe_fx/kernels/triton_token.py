@@ -52,7 +52,9 @@ def token_kernel(
 
     The operands are those of expert_gemm_kernel; SCALED: w [E, w_rows, K] of one byte, times w_scale [E, w_rows].
     """
-    after_previous(OVERLAP)
+    # The sum follows the kernel that makes its rows: which experts they are of was known before that.
+    if not SUM:
+        after_previous(OVERLAP)
     num_n = tl.cdiv(N, BN)
     row = tl.program_id(0) // num_n
     pid_n = tl.program_id(0) % num_n
@@ -83,6 +85,8 @@ def token_kernel(
         u_ptrs = u + at + (r + up_row).to(tl.int64)[None, :, None] * w_stride
     acc = tl.zeros((SP, WIDE, BK // VEC), tl.float32)
     acc_up = acc
+    if SUM:
+        after_previous(OVERLAP)
     for k0 in range(0, K, BK):
         mask = valid[:, :, None]
         if EVEN_K == 0:

@@ -3,14 +3,14 @@
 int8 and int4 become bfloat16 without a conversion instruction: 0x4300 + n is the bfloat16 128 + n for n < 128, so a
 byte permutation and a subtraction make two weights at once (conversions from integers run at a quarter of that rate,
 and would bound the kernel instead of memory). For int4 the subtraction can be left out as well: what it would have
-taken off a product is a multiple of the sum of the row, see :func:`int4_step`.
+taken off a product is a multiple of the sum of the row, see :func:`moe_fx.kernels.triton_int4.int4_step`.
 """
 
 from __future__ import annotations
 
 from moe_fx.kernels.triton_or_none import jit, tl
 
-__all__ = ["dot", "int4_step", "int8_to_float", "nibbles", "widened"]
+__all__ = ["dot", "int8_to_float", "nibbles", "nibbles_as_bytes", "widened"]
 
 
 @jit()
@@ -125,6 +125,27 @@ def nibbles(w, dtype: tl.constexpr, SHIFTED: tl.constexpr, ASM: tl.constexpr):
 
 
 @jit()
+def nibbles_as_bytes(w, ASM: tl.constexpr):
+    """Bytes [BN, B] to 16 times what their low and their high four bits mean: two int8 of [BN, B]."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 l;
+            shl.b32 l, $2, 4;
+            lop3.b32 $0, l, 0xf0f0f0f0, 0x80808080, 0x6a;
+            lop3.b32 $1, $2, 0xf0f0f0f0, 0x80808080, 0x6a;
+            }
+            """,
+            "=r,=r,r", [w], dtype=(tl.int8, tl.int8), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        low = ((w & 15).to(tl.int32) - 8) * 16
+        high = ((w >> 4).to(tl.int32) - 8) * 16
+        return low.to(tl.int8), high.to(tl.int8)
+
+
+@jit()
 def widened(w, dtype: tl.constexpr, ASM: tl.constexpr):
     if w.dtype == tl.int8:
         return int8_to_float(w, dtype, ASM)
@@ -144,38 +165,3 @@ def dot(a, w, acc, SWAP: tl.constexpr, TRANSPOSED: tl.constexpr):
         return tl.dot(w, tl.trans(a), acc, out_dtype=acc.dtype)
     else:
         return tl.dot(a, tl.trans(w), acc, out_dtype=acc.dtype)
-
-
-@jit()
-def int4_step(low_rows, high_rows, sums, packed, scale, zero, acc, SWAP: tl.constexpr, SCALE_ACC: tl.constexpr,
-              ZERO: tl.constexpr, SHIFTED: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
-    """One group of inputs: its scale [BN] multiplies the products of few rows, or the weights of many.
-
-    SHIFTED: weights are taken 136 too large, so sums [BM] (of a row's inputs of this group) times 136 is taken off.
-    """
-    low, high = nibbles(packed, low_rows.dtype, SHIFTED, ASM)
-    if SHIFTED:
-        offset = 136.0 + zero.to(tl.float32) if ZERO else 136.0
-    elif ZERO:
-        low -= zero.to(low.dtype)[:, None]
-        high -= zero.to(low.dtype)[:, None]
-    if SCALE_ACC:
-        part = tl.zeros(acc.shape, tl.float32)
-        part = dot(low_rows, low, part, SWAP, False)
-        part = dot(high_rows, high, part, SWAP, False)
-        if SWAP:
-            if SHIFTED and ZERO:
-                part -= sums[None, :] * offset[:, None]
-            elif SHIFTED:
-                part -= (sums * offset)[None, :]
-            return acc + part * scale.to(tl.float32)[:, None]
-        else:
-            if SHIFTED and ZERO:
-                part -= sums[:, None] * offset[None, :]
-            elif SHIFTED:
-                part -= (sums * offset)[:, None]
-            return acc + part * scale.to(tl.float32)[None, :]
-    else:
-        tl.static_assert(not SHIFTED)
-        acc = dot(low_rows, (low * scale.to(low.dtype)[:, None]).to(low.dtype), acc, SWAP, False)
-        return dot(high_rows, (high * scale.to(low.dtype)[:, None]).to(low.dtype), acc, SWAP, False)

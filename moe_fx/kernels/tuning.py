@@ -66,7 +66,7 @@ def candidates(product: Product) -> list[Tile]:
     group = 1 if product.rows <= 16 else 8
     if product.kind == "int4":
         listed = [Tile(n, 64, s, w, bool(swap), group, u) for n, s, w, swap, u in INT4]
-    elif product.rows == 8:
+    elif product.rows <= 8:
         listed = [Tile(n, k // size, s, w, True, group) for n, k, s, w in FEW_ROWS]
     else:
         listed = [Tile(n, max(k // size, 32), s, w, bool(swap), group) for n, k, s, w, swap in MORE_ROWS]
@@ -150,7 +150,7 @@ def _trials(
     slots = count * top_k
     device = up.tensors[0].device
     ids = [torch.rand(count, num_experts, device=device).topk(top_k, 1).indices for _ in range(4)]
-    routings = [Routing.of(each, num_experts, up.kind) for each in ids]
+    routings = [Routing.of(each, num_experts, (up, down), dtype) for each in ids]
     hidden, inner = down.tensors[0].shape[1], operands(up, ids[0]).width
     rows = [torch.randn(count, hidden, device=device).to(dtype), torch.randn(slots, inner, device=device).to(dtype)]
     large = takes_descriptors(rows[0], (up, down), slots, num_experts)
@@ -176,7 +176,7 @@ def _trials(
             continue
         product = Product(kind, projection.gated != "none", routings[0].block, given.width, inputs)
         sums, left = None, rows[place]
-        if kind == "int4":
+        if kind == "int4" and not routings[0].digits:
             left, sums = split_pairs(left, sum_block(projection, dtype, inputs, routings[0]))
 
         def call(i: int, tile: Tile, p: Any = projection, left: Any = left, sums: Any = sums, row_div: int = row_div,
