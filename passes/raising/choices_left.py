@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from moe_fx.passes.raising import routing
 from moe_fx.passes.raising.routing import ancestors
+from moe_fx.passes.raising.single_token import chosen_for_one_token, with_remedy
 from torch.fx import Graph, Node
 
 from moe_fx.experts import experts
@@ -64,8 +65,10 @@ def choices_left(graph: Graph, told: Collection[Node], near: Sequence[tuple[Miss
             continue
         within = [(miss, root) for miss, root in near if start < order.get(root, -1) < end]
         reason = max((miss for miss, _ in within), key=lambda miss: miss.depth, default=None)
-        limit = _limit(window) if reason is None or reason.depth < FAR else None
-        yield next(miss for miss in (limit, reason, _chosen_by_experts(group), _no_sum(group[-1])) if miss is not None)
+        # Of one token, an expert gets one row at most.
+        limited = (reason is None or reason.depth < FAR) and not chosen_for_one_token(group[-1])
+        reasons = (_limit(window) if limited else None, reason, _chosen_by_experts(group), _no_sum(group[-1]))
+        yield with_remedy(next(miss for miss in reasons if miss is not None), group[-1])
 
 
 def _no_sum(choice: Node) -> Miss:

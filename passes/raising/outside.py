@@ -10,6 +10,8 @@ from moe_fx.passes.raising import pieces as kinds
 from moe_fx.passes.raising.anchors import leads_to_experts
 from moe_fx.passes.raising.axes import (
     EXPERT,
+    ONE,
+    SLOT,
     Place,
     aligned,
     axes_of,
@@ -127,6 +129,15 @@ class Outside(Routes):
             return self.miss("one tensor of rows", source)
         return self.row("x", source, shape)
 
+    def is_one_tokens(self, node: Node, axes: Collection[str]) -> bool:
+        """Whether a parameter seems to differ from token to token, as there is one: its dimension is of size 1."""
+        one = known_equal(self.token_count, 1) and not known_equal(self.sizes[EXPERT], 1)
+        return one and node.op in LEAVES and set(axes) == {EXPERT, *self.tokens}
+
+    def without_tokens(self, place: Place) -> Place:
+        """The place of what is the same for every token."""
+        return tuple(tuple(axis for axis in dim if axis not in self.tokens) or ((ONE,) if dim else ()) for dim in place)
+
     def expert_value(self, node: Node, place: Place) -> Value | Miss:
         """A parameter of the experts ``[E, ...]``."""
         if place[0] != (EXPERT,) or is_view(node):
@@ -173,8 +184,9 @@ class Outside(Routes):
 
     def chosen(self, node: Node, place: Place) -> Value | Miss | None:
         """``results.gather(1, ids)``: of what every expert makes of a token, what it was routed to."""
-        at, rows = len(self.tokens), len(self.slot_places[1])
-        if place[:rows] != self.slot_places[1]:
+        at = place.index((SLOT,)) if (SLOT,) in place else 0
+        rows = at + 1
+        if place[:rows] != self.slot_places[1] and not self.is_row_of(SLOT, place[:rows]):
             return None
         by_token = (*place[:at], (EXPERT,), *place[rows:])
         by_expert = ((EXPERT,), *place[:at], *place[rows:])
