@@ -225,3 +225,44 @@ def test_a_number_of_tokens_that_an_op_fixes():
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
     after = moe_fx.transform(program, moe_fx.Config(require="all"))
     torch.testing.assert_close(after.module()(x), model(x))
+
+
+class OfImages(torch.nn.Module):
+    """One expert for all tokens of an image: named by the caller, or chosen by what the image is on average."""
+
+    def __init__(self, wide=False):
+        super().__init__()
+        self.router, self.wide = torch.nn.Linear(8, 4), wide
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(8, 6) for _ in range(4))
+
+    def forward(self, x, ids=None):
+        ids = self.router(x.mean(1, keepdim=True)).argmax(-1, keepdim=True) if ids is None else ids.view(-1, 1, 1)
+        ids = ids.expand(*x.shape[:2], 1) if self.wide else ids
+        out = torch.zeros_like(x[..., :6])
+        for e, expert in enumerate(self.experts):
+            out = out + expert(x) * (ids == e)
+        return out
+
+
+def of_images(model, *ids):
+    batch, length = torch.export.Dim("B"), torch.export.Dim("S")
+    shapes = ({0: batch, 1: length}, *({0: batch} for _ in ids))
+    return moe_fx.transform(torch.export.export(model.eval(), (torch.randn(2, 5, 8), *ids), dynamic_shapes=shapes))
+
+
+def test_refuses_an_expert_for_each_image_that_the_caller_names():
+    report = moe_fx.report(of_images(OfImages(), torch.tensor([1, 3])))
+    assert not report.layers
+    assert ["adapters that the caller names, which are no MoE layer" in str(miss) for miss in report.misses] == [True]
+
+
+def test_an_expert_chosen_for_each_image_is_a_layer_once_its_ids_are_expanded():
+    report = moe_fx.report(of_images(OfImages()))
+    assert not report.layers
+    assert ["expand the ids to all tokens" in str(miss) for miss in report.misses] == [True]
+    model = OfImages(wide=True)
+    after = of_images(model)
+    assert len(moe_fx.report(after).layers) == 1
+    for batch, length in ((2, 5), (4, 7)):
+        x = torch.randn(batch, length, 8)
+        torch.testing.assert_close(after.module()(x), model(x))
