@@ -266,3 +266,34 @@ def test_an_expert_chosen_for_each_image_is_a_layer_once_its_ids_are_expanded():
     for batch, length in ((2, 5), (4, 7)):
         x = torch.randn(batch, length, 8)
         torch.testing.assert_close(after.module()(x), model(x))
+
+
+class ExpertsLast(torch.nn.Module):
+    """Weights [H, I, E] and [I, H, E], gathered along their last dimension."""
+
+    def __init__(self, others=lambda ids: ids):
+        super().__init__()
+        self.router, self.others = torch.nn.Linear(8, 4), others
+        self.up, self.down = torch.nn.Parameter(torch.randn(8, 16, 4)), torch.nn.Parameter(torch.randn(16, 8, 4))
+
+    def forward(self, x):
+        weights, ids = self.router(x).softmax(-1).topk(2, dim=-1)
+        h = torch.einsum("th,hitk->tki", x, self.up[:, :, ids]).relu()
+        return torch.einsum("tki,ihtk,tk->th", h, self.down[:, :, self.others(ids)], weights)
+
+
+@pytest.mark.parametrize("quantize", [None, moe_fx.Int8WeightOnly()])
+def test_weights_gathered_along_their_last_dimension_are_the_experts(quantize):
+    model = ExpertsLast().eval()
+    assert unchanged(model) == 1
+    program, x = export(model), torch.randn(5, 8)
+    for lowering in ("grouped_mm", "linear", "gather"):
+        after = moe_fx.transform(program, moe_fx.Config(experts=lowering, quantize=quantize, require="all")).module()
+        with torch.no_grad():
+            assert (after(x) - model(x)).abs().max() <= (0.05 if quantize else 1e-5) * model(x).abs().max()
+
+
+def test_refuses_weights_gathered_along_their_last_dimension_by_other_ids():
+    model = ExpertsLast(lambda ids: ids.flip(-1))
+    assert unchanged(model) == 0
+    assert "as elsewhere in the layer, found flip" in str(moe_fx.explain(export(model)))

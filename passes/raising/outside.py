@@ -163,14 +163,17 @@ class Outside(Routes):
         if op_name(node) != "aten::index":
             return None
         param, indices = arguments(node)["self"], arguments(node)["indices"]
-        if len(indices) != 1:
+        *before, index = indices
+        if any(each is not None for each in before):
             return None
-        (index,) = indices
-        rank = len(shape_of(index) or ())
-        count = (shape_of(param) or (0,))[0]
-        if axes_of(place[rank:]) or not isinstance(count, int) or not (is_view(param) or param.op in LEAVES):
+        # The experts may be any dimension: w[:, :, ids] of [H, I, E].
+        at, end = len(before), len(before) + len(shape_of(index) or ())
+        count = (shape_of(param) or (0,))[at]
+        own_place = (*place[:at], (EXPERT,), *place[end:])
+        fixed = isinstance(count, int) and axes_of(own_place) == {EXPERT}
+        if not fixed or not (is_view(param) or param.op in LEAVES):
             return None
-        ids = self.ids_of(index, place[:rank])
+        ids = self.ids_of(index, place[at:end])
         if ids is None:
             return self.miss("the ids of the experts, or a view of them", index)
         if self.bindings.setdefault("ids", ids) is not ids:
@@ -179,7 +182,7 @@ class Outside(Routes):
         self.interior.add(node)
         self.count_experts(count)
         # Dimensions of size 1 among those of the ids are the row's, too.
-        own = self.expert_value(param, ((EXPERT,), *place[rank:]))
+        own = self.expert_value(param, own_place)
         return own if isinstance(own, Miss) else self.body.reshaped(own, features(place))
 
     def chosen(self, node: Node, place: Place) -> Value | Miss | None:
