@@ -48,7 +48,7 @@ class Routes(State):
                     return None
                 self.bindings["counts_beyond"] = node = given["self"]
                 continue
-            if place in self.slot_places or (not is_view(node) and self.is_row_of(SLOT, place)):
+            if place in self.slot_places:
                 return node
             if self.single and not is_view(node) and tuple(axis for dim in place for axis in dim) == self.tokens:
                 return node
