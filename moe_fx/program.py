@@ -13,8 +13,9 @@ import dataclasses
 import itertools
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -157,6 +158,8 @@ class Program(ABC):
 
     graph_module: GraphModule
     weights: dict[Node, Weight]
+    #: every tensor of the program's own, those that it writes among them, where they are known
+    held: Mapping[Node, Weight] = MappingProxyType({})
     #: whether gradients may be asked for: an exported program runs as a forward pass
     trains: bool = False
     _apart: dict[Node, list[Node]] | None = None
@@ -278,7 +281,6 @@ class ExportedWork(Program):
         self.constants = dict(ep.constants)
         placeholders = self.graph.find_nodes(op="placeholder")
         self.inputs = list(zip(placeholders, ep.graph_signature.input_specs, strict=True))
-        #: every tensor of the program's own
         self.held: dict[Node, Weight] = {}
         for node, spec in self.inputs:
             if spec.kind in WEIGHT_KINDS and spec.target is not None:

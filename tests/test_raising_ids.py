@@ -225,3 +225,75 @@ def test_a_number_of_tokens_that_an_op_fixes():
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
     after = moe_fx.transform(program, moe_fx.Config(require="all"))
     torch.testing.assert_close(after.module()(x), model(x))
+
+
+class OfImages(torch.nn.Module):
+    """One expert for all tokens of an image: named by the caller, or chosen by what the image is on average."""
+
+    def __init__(self, wide=False):
+        super().__init__()
+        self.router, self.wide = torch.nn.Linear(8, 4), wide
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(8, 6) for _ in range(4))
+
+    def forward(self, x, ids=None):
+        ids = self.router(x.mean(1, keepdim=True)).argmax(-1, keepdim=True) if ids is None else ids.view(-1, 1, 1)
+        ids = ids.expand(*x.shape[:2], 1) if self.wide else ids
+        out = torch.zeros_like(x[..., :6])
+        for e, expert in enumerate(self.experts):
+            out = out + expert(x) * (ids == e)
+        return out
+
+
+def of_images(model, *ids):
+    batch, length = torch.export.Dim("B"), torch.export.Dim("S")
+    shapes = ({0: batch, 1: length}, *({0: batch} for _ in ids))
+    return moe_fx.transform(torch.export.export(model.eval(), (torch.randn(2, 5, 8), *ids), dynamic_shapes=shapes))
+
+
+def test_refuses_an_expert_for_each_image_that_the_caller_names():
+    report = moe_fx.report(of_images(OfImages(), torch.tensor([1, 3])))
+    assert not report.layers
+    assert ["adapters that the caller names, which are no MoE layer" in str(miss) for miss in report.misses] == [True]
+
+
+def test_an_expert_chosen_for_each_image_is_a_layer_once_its_ids_are_expanded():
+    report = moe_fx.report(of_images(OfImages()))
+    assert not report.layers
+    assert ["expand the ids to all tokens" in str(miss) for miss in report.misses] == [True]
+    model = OfImages(wide=True)
+    after = of_images(model)
+    assert len(moe_fx.report(after).layers) == 1
+    for batch, length in ((2, 5), (4, 7)):
+        x = torch.randn(batch, length, 8)
+        torch.testing.assert_close(after.module()(x), model(x))
+
+
+class ExpertsLast(torch.nn.Module):
+    """Weights [H, I, E] and [I, H, E], gathered along their last dimension."""
+
+    def __init__(self, others=lambda ids: ids):
+        super().__init__()
+        self.router, self.others = torch.nn.Linear(8, 4), others
+        self.up, self.down = torch.nn.Parameter(torch.randn(8, 16, 4)), torch.nn.Parameter(torch.randn(16, 8, 4))
+
+    def forward(self, x):
+        weights, ids = self.router(x).softmax(-1).topk(2, dim=-1)
+        h = torch.einsum("th,hitk->tki", x, self.up[:, :, ids]).relu()
+        return torch.einsum("tki,ihtk,tk->th", h, self.down[:, :, self.others(ids)], weights)
+
+
+@pytest.mark.parametrize("quantize", [None, moe_fx.Int8WeightOnly()])
+def test_weights_gathered_along_their_last_dimension_are_the_experts(quantize):
+    model = ExpertsLast().eval()
+    assert unchanged(model) == 1
+    program, x = export(model), torch.randn(5, 8)
+    for lowering in ("grouped_mm", "linear", "gather"):
+        after = moe_fx.transform(program, moe_fx.Config(experts=lowering, quantize=quantize, require="all")).module()
+        with torch.no_grad():
+            assert (after(x) - model(x)).abs().max() <= (0.05 if quantize else 1e-5) * model(x).abs().max()
+
+
+def test_refuses_weights_gathered_along_their_last_dimension_by_other_ids():
+    model = ExpertsLast(lambda ids: ids.flip(-1))
+    assert unchanged(model) == 0
+    assert "as elsewhere in the layer, found flip" in str(moe_fx.explain(export(model)))

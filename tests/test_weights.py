@@ -204,8 +204,44 @@ def test_weights_that_the_program_writes_are_read_where_it_writes_them(storage, 
 
 def test_refuses_to_quantize_weights_that_the_program_writes():
     program = torch.export.export(Fading().eval(), (torch.randn(6, 8),)).run_decompositions()
-    with pytest.raises(moe_fx.ProgramError, match="computed or written by the program"):
+    with pytest.raises(moe_fx.ProgramError, match=r"computed or written by the program, from up .*'up': None"):
         moe_fx.transform(program, moe_fx.Config(quantize=moe_fx.Int8WeightOnly()))
+
+
+class Cast(torch.nn.Module):
+    """Every expert in turn on every token; its part of ``up`` is cast where it is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = torch.nn.Linear(8, 4)
+        self.up, self.down = torch.nn.Parameter(torch.randn(4, 16, 8)), torch.nn.Parameter(torch.randn(4, 8, 16))
+
+    def forward(self, x):
+        weights, ids = self.router(x).softmax(-1).topk(2, dim=-1)
+        table = torch.zeros(x.shape[0], 4).scatter(1, ids, weights)
+        out = torch.zeros_like(x)
+        for e in range(4):
+            h = torch.nn.functional.linear(x.bfloat16(), self.up[e].bfloat16()).relu()
+            out = out + table[:, e, None] * torch.nn.functional.linear(h.float(), self.down[e])
+        return out
+
+
+@pytest.mark.parametrize("within", ["", "block."])
+def test_refuses_to_quantize_what_is_computed_of_each_expert_and_names_its_weight(within):
+    model = (torch.nn.Sequential() if within else Cast()).eval()
+    if within:
+        model.add_module("block", Cast().eval())
+    program = torch.export.export(model, (rows(),))
+    with pytest.raises(moe_fx.ProgramError) as refused:
+        moe_fx.transform(program, moe_fx.Config(quantize=INT8))
+    assert f"is computed or written by the program, from {within}up " in str(refused.value)
+    assert f"leave it out: Config(quantize={{..., '{within}up': None}})" in str(refused.value)
+    assert "''" not in str(refused.value)
+    after = moe_fx.transform(program, moe_fx.Config(quantize={"*": INT8, f"{within}up": None}, require="all"))
+    (layer,) = moe_fx.report(after).layers
+    assert set(layer.formats) == {f"{within}down"}
+    expected = model(rows())
+    assert (after.module()(rows()) - expected).abs().max() <= 0.05 * expected.abs().max()
 
 
 @pytest.mark.parametrize("lowering", ["grouped_mm", "linear", "gather"])

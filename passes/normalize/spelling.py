@@ -12,7 +12,7 @@
 | `chunk`, `split.Tensor` | `split_with_sizes` |
 | `where(mask, scalar, x)` | `masked_fill.Scalar` |
 | `nonzero(mask, as_tuple=True)` | `where(mask)` |
-| `index_select(x, 0, places)`, `embedding(x, places)` | `index(x, [places])` |
+| `index_select(x, 1, places)`; `embedding(x, places)` | `index(x, [None, places])`; `index(x, [places])` |
 | `mm(x, w.T)`, `addmm(b, x, w.T)` | `linear` |
 | a mask as numbers, and as a mask again | the mask |
 
@@ -127,10 +127,10 @@ def _split(node: Node, given: dict[str, Any]) -> Spelling | None:
 
 
 def _index_select(node: Node, given: dict[str, Any]) -> Spelling | None:
-    places = shape_of(given["index"])
-    return (
-        (aten.index.Tensor, (given["self"], [given["index"]])) if given["dim"] == 0 and len(places or ()) == 1 else None
-    )
+    source, places = shape_of(given["self"]), shape_of(given["index"])
+    if not source or len(places or ()) != 1:
+        return None
+    return aten.index.Tensor, (given["self"], [*[None] * (given["dim"] % len(source)), given["index"]])
 
 
 def _embedding(node: Node, given: dict[str, Any]) -> Spelling | None:

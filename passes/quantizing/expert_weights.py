@@ -80,17 +80,43 @@ def _plan(layer: Layer, program: Program, rules: FormatRules) -> list[Planned]:
         source = _operand(layer, linear.args[1][0])
         weight = program.weights.get(source)
         if weight is None:
-            # Nothing named can be meant; a format for all experts cannot be applied to it.
-            chosen = rules.format_of("", layer.fqn)
-            if chosen is not None:
-                raise ProgramError(
-                    f"the expert weight {source.name} of {layer.fqn} is computed or written by the program "
-                    f"({source.format_node()}), so it cannot be stored as {stored_form(chosen).name}; "
-                    f"leave it out: Config(quantize={{..., {layer.fqn!r}: None}})"
-                )
+            _refuse_computed(source, layer, program, rules)
             continue
         plan.append((linear, weight, rules.format_of(weight.fqn, layer.fqn)))
     return plan
+
+
+def _refuse_computed(source: Node, layer: Layer, program: Program, rules: FormatRules) -> None:
+    """Refuse a format for what is no weight, but made of weights: it goes by their names, or by that of its layer."""
+    made_of = _made_of(source, program)
+    formats = [rules.format_of(fqn, layer.fqn) for fqn in made_of or [""]]
+    chosen = next((each for each in formats if each is not None), None)
+    if chosen is None:
+        return
+    where = f"of {layer.fqn}" if layer.fqn else "of the model itself"
+    names = made_of or [layer.fqn]
+    told = "computed or written by the program" + (f", from {', '.join(made_of)}" if made_of else "")
+    raise ProgramError(
+        f"the expert weight {source.name} {where} is {told} ({source.format_node()}), so it cannot be stored as "
+        f"{stored_form(chosen).name}; hold what is computed in a parameter, or leave it out: "
+        f"Config(quantize={{..., {', '.join(f'{name!r}: None' for name in names)}}})"
+    )
+
+
+def _made_of(source: Node, program: Program) -> list[str]:
+    """The weights that a value is computed from, by their names."""
+    pending, seen, found = [source], set[Node](), dict[str, None]()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        weight = program.weights.get(node) or program.held.get(node)
+        if weight is not None:
+            found[weight.fqn] = None
+        else:
+            pending.extend(reversed(node.all_input_nodes))
+    return list(found)
 
 
 def _check_orientation(linear: Node, weight: Weight, known: dict[str, bool]) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moe_fx.passes.raising.anchors import leads_to_experts
-from moe_fx.passes.raising.axes import EXPERT, PLACE, SLOT, SORTED_ROW, Place, axes_of, features
+from moe_fx.passes.raising.axes import EXPERT, PLACE, SLOT, SORTED_ROW, Place, axes_of, features, size_of
 from moe_fx.passes.raising.outside import Outside
 from moe_fx.passes.raising.ranks import Rank, Ranks
 from moe_fx.passes.raising.through import is_view, through
@@ -100,11 +100,14 @@ def _written(walk: Outside, node: Node, place: Place) -> Source | None:
         return None
     inner = place[bins:]
     for slots in _slot_places(walk):
-        if len(shape_of(rows) or ()) == len(slots) + len(inner):
+        # Values of a single token are written without its dimension: Python's assignment strips leading ones.
+        fewer = len(slots) + len(inner) - len(shape_of(rows) or ())
+        first, rest = slots[: fewer + 1], slots[fewer + 1 :]
+        if 0 <= fewer < len(slots) and all(known_equal(size_of(dim, walk.sizes), 1) for dim in first[:fewer]):
             dims = _place(walk, given["self"], given[argument], slots, len(inner))
             if dims == place[:bins]:
                 walk.interior.add(written)
-                return rows, (*slots, *inner)
+                return rows, (tuple(axis for dim in first for axis in dim), *rest, *inner)
     return None
 
 

@@ -11,11 +11,12 @@ from collections.abc import Collection, Iterator, Sequence
 
 from moe_fx.passes.raising import routing
 from moe_fx.passes.raising.routing import ancestors
+from moe_fx.passes.raising.single_token import chosen_for_one_token, with_remedy
 from torch.fx import Graph, Node
 
 from moe_fx.experts import experts
 from moe_fx.matcher import Miss, arguments, op_name
-from moe_fx.shapes import depends_on_values, shape_of, tensor_of
+from moe_fx.shapes import depends_on_values, known_equal, shape_of, tensor_of
 
 __all__ = ["choices_left"]
 
@@ -35,6 +36,8 @@ CUTS = frozenset({"aten::split_with_sizes", "aten::split", "aten::chunk"})
 
 STEPS = frozenset({"aten::to", "aten::softmax", "aten::sigmoid", "aten::clone", "aten::mul", "aten::add"})
 TURNS = frozenset({"aten::transpose", "aten::permute", "aten::select"})
+MASKING = frozenset({"aten::mul", "aten::where", "aten::masked_fill"})
+TESTS = frozenset({"aten::bitwise_not", "aten::logical_not", "aten::gt", "aten::ne"})
 #: how deep a walk must have come for its mismatch to say more than that tokens are dropped
 FAR = 10**5
 
@@ -64,8 +67,12 @@ def choices_left(graph: Graph, told: Collection[Node], near: Sequence[tuple[Miss
             continue
         within = [(miss, root) for miss, root in near if start < order.get(root, -1) < end]
         reason = max((miss for miss, _ in within), key=lambda miss: miss.depth, default=None)
-        limit = _limit(window) if reason is None or reason.depth < FAR else None
-        yield next(miss for miss in (limit, reason, _chosen_by_experts(group), _no_sum(group[-1])) if miss is not None)
+        # Of one token, an expert gets one row at most.
+        limited = (reason is None or reason.depth < FAR) and not chosen_for_one_token(group[-1])
+        far = reason is not None and reason.depth >= FAR
+        by_slot = None if far else _masked_by_slot(window, group)
+        reasons = (_limit(window) if limited else None, by_slot, reason, _chosen_by_experts(group), _no_sum(group[-1]))
+        yield with_remedy(next(miss for miss in reasons if miss is not None), group[-1])
 
 
 def _no_sum(choice: Node) -> Miss:
@@ -86,6 +93,38 @@ def _limit(window: Sequence[Node]) -> Miss | None:
             continue
         return Miss("every row that an expert can get", found, node)
     return None
+
+
+def _masked_by_slot(window: Sequence[Node], group: Sequence[Node]) -> Miss | None:
+    """Where the results of all experts are masked by one-hot rows of every slot, and not summed over experts first."""
+    for node in window:
+        shape = shape_of(node) or ()
+        if op_name(node) not in ("aten::one_hot", "aten::eq") or len(shape) < 3 or known_equal(shape[-2], 1):
+            continue
+        if not isinstance(shape[-1], int) or shape[-1] not in _counts(group):
+            continue
+        if set(group).isdisjoint(ancestors(node)) or not _masks_results(node):
+            continue
+        wanted = "the results of the chosen experts, one for each slot, before they are weighed and summed"
+        remedy = "choose first: torch.einsum('tke,teh->tkh', mask, results), or results.gather(1, ids)"
+        return Miss(wanted, f"{node.name}, by which all experts' results are masked slot by slot; {remedy}", node)
+    return None
+
+
+def _masks_results(mask: Node) -> bool:
+    """Whether a mask by slot and expert meets values that have features beside both."""
+    pending, seen, rank = [mask], set[Node](), len(shape_of(mask) or ())
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        shape = shape_of(node) or ()
+        if op_name(node) in MASKING and len(shape) > rank and not known_equal(shape[-1], 1):
+            return True
+        if node is mask or op_name(node) in (*MASKING, *STEPS, *READ, *TESTS):
+            pending.extend(node.users)
+    return False
 
 
 def _counts_rows(value: object, depth: int = 8) -> bool:

@@ -165,6 +165,7 @@ def one_hot_of(term: Term) -> Hot | None:
         if own is None or other is None or not is_arange(numbers) or not isinstance(source, Node):
             continue
         wide = [dim - len(own) for dim, size in enumerate(own) if not known_equal(size, 1)]
+        wide = [-1] if not wide and len(own) == 1 else wide  # of one place only, as bins of a single token have
         if len(wide) != 1 or (len(other) >= -wide[0] and not known_equal(other[wide[0]], 1)):
             continue
         (dim,) = wide

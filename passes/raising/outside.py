@@ -10,6 +10,8 @@ from moe_fx.passes.raising import pieces as kinds
 from moe_fx.passes.raising.anchors import leads_to_experts
 from moe_fx.passes.raising.axes import (
     EXPERT,
+    ONE,
+    SLOT,
     Place,
     aligned,
     axes_of,
@@ -127,6 +129,15 @@ class Outside(Routes):
             return self.miss("one tensor of rows", source)
         return self.row("x", source, shape)
 
+    def is_one_tokens(self, node: Node, axes: Collection[str]) -> bool:
+        """Whether a parameter seems to differ from token to token, as there is one: its dimension is of size 1."""
+        one = known_equal(self.token_count, 1) and not known_equal(self.sizes[EXPERT], 1)
+        return one and node.op in LEAVES and set(axes) == {EXPERT, *self.tokens}
+
+    def without_tokens(self, place: Place) -> Place:
+        """The place of what is the same for every token."""
+        return tuple(tuple(axis for axis in dim if axis not in self.tokens) or ((ONE,) if dim else ()) for dim in place)
+
     def expert_value(self, node: Node, place: Place) -> Value | Miss:
         """A parameter of the experts ``[E, ...]``."""
         if place[0] != (EXPERT,) or is_view(node):
@@ -152,14 +163,17 @@ class Outside(Routes):
         if op_name(node) != "aten::index":
             return None
         param, indices = arguments(node)["self"], arguments(node)["indices"]
-        if len(indices) != 1:
+        *before, index = indices
+        if any(each is not None for each in before):
             return None
-        (index,) = indices
-        rank = len(shape_of(index) or ())
-        count = (shape_of(param) or (0,))[0]
-        if axes_of(place[rank:]) or not isinstance(count, int) or not (is_view(param) or param.op in LEAVES):
+        # The experts may be any dimension: w[:, :, ids] of [H, I, E].
+        at, end = len(before), len(before) + len(shape_of(index) or ())
+        count = (shape_of(param) or (0,))[at]
+        own_place = (*place[:at], (EXPERT,), *place[end:])
+        fixed = isinstance(count, int) and axes_of(own_place) == {EXPERT}
+        if not fixed or not (is_view(param) or param.op in LEAVES):
             return None
-        ids = self.ids_of(index, place[:rank])
+        ids = self.ids_of(index, place[at:end])
         if ids is None:
             return self.miss("the ids of the experts, or a view of them", index)
         if self.bindings.setdefault("ids", ids) is not ids:
@@ -168,13 +182,14 @@ class Outside(Routes):
         self.interior.add(node)
         self.count_experts(count)
         # Dimensions of size 1 among those of the ids are the row's, too.
-        own = self.expert_value(param, ((EXPERT,), *place[rank:]))
+        own = self.expert_value(param, own_place)
         return own if isinstance(own, Miss) else self.body.reshaped(own, features(place))
 
     def chosen(self, node: Node, place: Place) -> Value | Miss | None:
         """``results.gather(1, ids)``: of what every expert makes of a token, what it was routed to."""
-        at, rows = len(self.tokens), len(self.slot_places[1])
-        if place[:rows] != self.slot_places[1]:
+        at = place.index((SLOT,)) if (SLOT,) in place else 0
+        rows = at + 1
+        if place[:rows] != self.slot_places[1] and not self.is_row_of(SLOT, place[:rows]):
             return None
         by_token = (*place[:at], (EXPERT,), *place[rows:])
         by_expert = ((EXPERT,), *place[:at], *place[rows:])

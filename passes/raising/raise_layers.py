@@ -17,6 +17,7 @@ from moe_fx.passes.raising.one_slot import ends_of_one_slot
 from moe_fx.passes.raising.prove import Proof, prove
 from moe_fx.passes.raising.region import Region
 from moe_fx.passes.raising.routing import describe_router
+from moe_fx.passes.raising.single_token import with_remedy
 from moe_fx.passes.raising.taken import flatten, stack_and_shorten
 from moe_fx.passes.raising.without_parameters import write_terms
 from torch.fx import Node
@@ -50,7 +51,7 @@ def raise_layers(work: Work) -> None:
             covered |= region.interior
             failed = _raise(work, region)
             if failed is not None:
-                work.misses.append(describe_miss(region.form, failed))
+                work.misses.append(describe_miss(region.form, with_remedy(failed, root)))
                 told.add(root)
         else:
             near.append((region, root, anchors))
@@ -66,13 +67,13 @@ def raise_layers(work: Work) -> None:
     for miss, root, anchors in sorted(near, key=lambda each: -each[0].depth):
         if anchors - covered:
             covered |= anchors
-            work.misses.append(describe_miss(UNKNOWN_FORM, miss))
+            work.misses.append(describe_miss(UNKNOWN_FORM, with_remedy(miss, root)))
             told |= {root, *anchors}
     for node in graph.nodes:
         if is_anchor(node) and node not in covered:
             users = ", ".join(user.name for user in node.users) or "nothing"
             miss = Miss("a sum over each token's slots behind this multiplication", f"only {users}", node)
-            work.misses.append(describe_miss(UNKNOWN_FORM, miss))
+            work.misses.append(describe_miss(UNKNOWN_FORM, with_remedy(miss, node)))
             covered.update(anchors_near(node))
             told.add(node)
     drop_unread(graph)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_fx.passes.raising.routing import chosen_once
+from moe_fx.passes.raising.routing import chosen_once, selection_of
 from torch.fx import GraphModule, Node
 
 from moe_fx.constants import reads_shapes
@@ -22,6 +22,14 @@ OF_IDS = frozenset({
     "last_expert", "lowest_expert", "num_compared", "num_classes", "num_experts", "counts_beyond", "rows_skipped",
     "indexed", "looked_up",
 })  # fmt: skip
+
+
+#: of ids that are broadcast to the tokens: chosen by scores, or by whoever calls the model
+CHOSEN = "chosen for several tokens at once: expand the ids to all tokens, before experts are compared with them"
+GIVEN_IDS = (
+    "given for several tokens at once, such as a whole sequence or image: adapters that the caller names, which are no "
+    "MoE layer, as no router chooses them"
+)
 
 
 @dataclass
@@ -133,7 +141,11 @@ def misfit(region: Region) -> Miss | None:
         for each in shape_of(node) or (0,):
             total = total * each
         if not known_equal(total, expected):
-            return miss(wanted, node, f"shape {list(shape_of(node) or ())}")
+            shape = f"shape {list(shape_of(node) or ())}"
+            if node is ids and known_equal(top_k, 1) and any(known_equal(each, 1) for each in shape_of(ids) or ()):
+                chosen = selection_of(ids, 0).chooser is not None
+                shape = f"{ids.name} of {shape}, {CHOSEN if chosen else GIVEN_IDS}"
+            return miss(wanted, node, shape)
     if found.get("top_k", top_k) != top_k:
         return miss(f"{top_k} rows for each token", tokens, f"{found['top_k']}")
     if not region.params:

@@ -76,7 +76,8 @@ class Routes(State):
                 self.tables.add(node)
                 return self.row("s", node, tuple(features(place)))
             return self.table(node, place)
-        if place in self.slot_places or place in tuple((*each, ()) for each in self.slot_places):
+        alone = not is_view(node) and self.is_row_of(SLOT, place)
+        if alone or place in self.slot_places or place in tuple((*each, ()) for each in self.slot_places):
             return self.row("s", node, tuple(features(place)))
         if place == ((*self.tokens, SLOT), ()) and known_equal(self.sizes[SLOT], 1):  # [T, 1] is [T, K]
             return self.body.reshaped(self.row("s", node, ()), features(place))
@@ -112,12 +113,12 @@ class Routes(State):
 
     def table_at(self, node: Node, place: Place, after: Sequence[Node]) -> Slots | Miss:
         apart = (*((token,) for token in self.tokens), (EXPERT,))
-        if place not in ((self.tokens, (EXPERT,)), apart) and not self.is_row_of_experts(place):
+        if place not in ((self.tokens, (EXPERT,)), apart) and not self.is_row_of(EXPERT, place):
             return Miss("a table [T, E] of routing weights", f"{node.name} ({op_name(node) or node.op})", node)
         return read_table(node, after)
 
-    def is_row_of_experts(self, place: Place) -> bool:
-        """Whether a value is ``[1, E]`` for a single token, which may count to the other dimension as well."""
-        one = len(place) == 2 and known_equal(size_of(self.tokens, self.sizes), 1)
-        others = [size_of((axis,), self.sizes) for dim in place for axis in dim if axis != EXPERT]
-        return one and EXPERT in place[1] and all(known_equal(size, 1) for size in others)
+    def is_row_of(self, axis: str, place: Place) -> bool:
+        """Whether a value is ``[1, E]``, ``[1, 1, K]`` for a single token, which may count to any dimension."""
+        one = len(place) > 1 and known_equal(size_of(self.tokens, self.sizes), 1)
+        others = [size_of((each,), self.sizes) for dim in place for each in dim if each != axis]
+        return one and axis in place[-1] and all(known_equal(size, 1) for size in others)

@@ -27,6 +27,8 @@ __all__ = ["COLUMN", "merge_slots", "slot_number"]
 
 number = As("number", AtLeast(0))
 COLUMN = either(aten.select(Var("whole"), Last(-1), number), aten.slice(Var("whole"), Last(-1), number, ANY))
+#: of choices one after another, nothing tells the walk which of them are the slots of one layer
+ALONE = "as the {} of each slot stand alone: stack them, torch.stack([first, second], -1), and read its columns"
 #: how far back from a term its slot's number is looked for
 NEAR = 80
 
@@ -75,7 +77,9 @@ def merge_slots(regions: Sequence[Region], root: Node, in_order: bool = False) -
         whole = given[0][0] if given[0] is not None else source
         wholes.append(whole)
         if any(each is None or each[0] is not whole for each in given):
-            return Miss("a column of one tensor for each slot", source.name, source)
+            alone = all(each is None for each in given)
+            text = f"{source.name}, {ALONE.format('routing weights' if place else 'ids')}" if alone else source.name
+            return Miss("a column of one tensor for each slot", text, source)
         if [each[1] for each in given if each] != [each[0][1] for each in columns if each[0]]:
             return Miss("routing weights of the slot whose ids are used", "those of another", source)
     numbers = [each[0][1] for each in columns if each[0]]

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from moe_fx.program import Program, StackedWeight, stacked_name
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead
-from moe_fx.shapes import known_equal, shape_of
+from moe_fx.shapes import known_equal, same_shape, shape_of
 
 __all__ = ["flatten", "stack_and_shorten"]
 
@@ -57,7 +57,7 @@ def flatten(program: Program, region: Region) -> None:
             return looked_up(node)
         if node in region.each_token and top_k != 1:
             return repeated(node)
-        if known_equal((shape_of(node) or (0,))[0], region.size[0]) and len(shape_of(node) or ()) == 1 + len(inner):
+        if same_shape(shape_of(node) or (), (region.size[0], *inner)):
             return node
         region.views.append(emit(torch.ops.aten.reshape.default, node, [-1, *inner]))
         return region.views[-1]

@@ -64,6 +64,9 @@ class Walk(Outside):
         if shape is not None and not same_shape(shape, [size_of(dim, self.sizes) for dim in place]):
             wanted = " x ".join(str(size_of(dim, self.sizes)) for dim in place)
             return self.miss(f"a value of shape {wanted}", node, f"{node.name} of shape {list(shape)}")
+        if EXPERT in axes and axes > {EXPERT} and self.is_one_tokens(node, axes):
+            place = self.without_tokens(place)
+            axes = axes_of(place)
         if not axes:
             return self.same_for_all(node, place)
         if (in_bins := binned(self, node, place)) is not None:
@@ -131,6 +134,8 @@ class Walk(Outside):
         A mask ``[T, K]`` beside rows ``[T, H]`` would be one of features, where K is H.
         """
         shape, tokens = shape_of(found.get("ids")) or (), len(self.tokens)
+        if known_equal(self.token_count, 1) and all(known_equal(size, 1) for size in shape):
+            return True  # the only id there is
         without = "one_each" not in found.bindings or len(shape) == tokens
         wide = "one_wide" not in found.bindings or (len(shape) == tokens + 1 and known_equal(shape[-1], 1))
         return without and wide

@@ -265,3 +265,33 @@ class OneNeuronEinsum(OneNeuron):
         ids, weights = ids.view(*x.shape[:2], self.K), weights.view(*x.shape[:2], self.K)
         neurons = torch.einsum("bnd,bnkd->bnk", x, self.down_embed(ids))
         return torch.einsum("bnk,bnkd->bnd", F.gelu(neurons) * weights, self.up_embed(ids))
+
+
+@style("gathered_experts_last_einsum")
+class ExpertsLast(MoE):
+    """Weights [H, I, E], [I, E, H] and [I, E]: the experts of each slot are taken along their own dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.up_bias, self.down = normal(H, I, self.E), normal(I, self.E), normal(I, self.E, H)
+
+    def expert(self, rows, e):
+        return F.relu(rows @ self.up[..., e] + self.up_bias[:, e]) @ self.down[:, e]
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        h = torch.einsum("th,hitk->itk", x, self.up[..., ids]) + self.up_bias[:, ids]
+        return torch.einsum("itk,itkh,tk->th", F.relu(h), self.down[:, ids], weights)
+
+
+@style("gathered_experts_last_index_select_bmm")
+class ExpertsLastBmm(ExpertsLast):
+    """The same, with a product of matrices for each slot."""
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        flat = ids.flatten()
+        h = torch.bmm(x.repeat_interleave(self.K, 0).unsqueeze(1), self.up.index_select(-1, flat).permute(2, 0, 1))
+        h = F.relu(h + self.up_bias.index_select(1, flat).T.unsqueeze(1))
+        y = torch.bmm(h, self.down.index_select(1, flat).transpose(0, 1)).view(-1, self.K, H)
+        return (y * weights.unsqueeze(-1)).sum(1)

@@ -221,7 +221,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     ),
     "vitpose_backbone": dict(
         block="VitPoseNaiveMoe",
-        missed=dict(eager="x 1 slots, found shape"),
+        missed=dict(eager="adapters that the caller names, which are no MoE layer"),
         forms=EAGER,
         of="VitPoseBackboneConfig",
         layers=1,
