@@ -124,15 +124,38 @@ def check_layer(
                 steps = [Interpreter(sizes, {**env, each: expert}).run(nodes, root) for expert in range(count)]
                 expected = torch.stack(steps).sum(0)
             actual = experts(env[tokens], env[ids], **given, body=in_float64(body))
+            problem = _rows_astray(in_float64(body), env[tokens], **given)
         if expected.numel() == actual.numel():
             actual = actual.reshape(expected.shape) + (env[base] if base is not None else 0)
-        if expected.shape == actual.shape and not expected.isnan().any():
+        if not problem and expected.shape == actual.shape and not expected.isnan().any():
             error = float((expected - actual).abs().max() / expected.abs().max().clamp_min(1e-30))
     except (RuntimeError, IndexError, TypeError, ValueError, KeyError) as failure:
         # What cannot be run cannot be proven: the layer stays as it is, and the report says why.
         problem = f"{type(failure).__name__}: {failure}".splitlines()[0]
     error = math.inf if math.isnan(error) else error
     return CheckResult(error, env[tokens].shape[0], time.perf_counter() - started, problem)
+
+
+def _rows_astray(
+    body: GraphModule, tokens: torch.Tensor, slots: list[torch.Tensor], params: list[torch.Tensor], shared: list[Any]
+) -> str:
+    """What is wrong with what the body makes of several rows: of a single token, no expert is given two."""
+    rows = []
+    for values in (tokens, *(slot.flatten(0, 1) for slot in slots)):
+        same = torch.stack([values[0]] * 3)
+        factors = same.new_tensor([1.0, 0.5, 2.0]) if same.is_floating_point() else same.new_ones(3)
+        rows.append(same * factors.view(-1, *[1] * (same.dim() - 1)))
+
+    def made_of(given: list[torch.Tensor]) -> torch.Tensor:
+        result: torch.Tensor = body(*given, *(param[0] for param in params), *shared)
+        return result
+
+    together, apart = made_of(rows), [made_of([each[row : row + 1] for each in rows]) for row in range(3)]
+    wanted = (3, *apart[0].shape[1:])
+    if together.shape != wanted:
+        return f"the body makes {list(together.shape)} of three rows, and not {list(wanted)}"
+    difference = (together - torch.cat(apart)).abs().max()
+    return "" if difference <= TOLERANCE * together.abs().max() else "the body's rows depend on one another"
 
 
 def _source(view: Node) -> Node:

@@ -6,9 +6,11 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from moe_fx.passes.normalize import drop_no_ops, functionalize, spell
 from moe_fx.passes.raising import raise_layers
+from torch import nn
 from toys import Gathered, Grouped, Toy, export, interleaved_clamped_swiglu, relu_squared, swiglu
 
 import moe_fx
+from moe_fx.check import check_layer
 from moe_fx.pipeline import Work
 from moe_fx.printer import format_graph
 from moe_fx.program import ExportedWork
@@ -302,3 +304,25 @@ def test_refuses_an_index_that_may_count_from_the_end(change):
     result = moe_fx.explain(export(Counted()))
     assert result.layers == ()
     assert [miss.wanted for miss in result.misses] == ["ids that are certainly not negative"]
+
+
+def test_a_body_whose_rows_are_not_apart_is_refused_though_every_expert_gets_one():
+    class Model(nn.Module):
+        def forward(self, x, ids, weight):
+            return (x.unsqueeze(1) * weight[ids]).sum(1)
+
+    ids = torch.tensor([[1, 0]])
+    graph = torch.export.export(Model(), (torch.randn(1, 4), ids, torch.randn(2, 4))).graph
+    x, ids, weight = graph.find_nodes(op="placeholder")
+    (root,) = graph.find_nodes(op="call_function", target=torch.ops.aten.sum.dim_IntList)
+
+    def checked(body):
+        body = torch.fx.symbolic_trace(body)
+        return check_layer(root, (x, ids, [], [weight], []), body, in_range=True, distinct=True)
+
+    assert checked(lambda x, weight: x * weight).passed
+    crossed = checked(lambda x, weight: (x.unsqueeze(1) + x * 0) * weight)
+    assert not crossed.passed
+    assert crossed.problem == "the body makes [3, 3, 4] of three rows, and not [3, 1, 4]"
+    mixed = checked(lambda x, weight: (x + x.cumsum(0) - x) * weight)
+    assert mixed.problem == "the body's rows depend on one another"
