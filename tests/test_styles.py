@@ -140,6 +140,14 @@ def test_a_style_that_is_not_raised_for_a_single_token_has_its_reason(name):
     assert "exported with two tokens, or with any number of them" in told or "ids that are certainly distinct" in told
 
 
+@pytest.mark.parametrize("name", ["parameterlist_stacked_bmm", "modulelist_sparse_dispatcher_experts_shared"])
+@torch.no_grad()
+def test_experts_stacked_or_held_twice_are_told_of_where_a_decomposed_token_hides_them(name):
+    _, program, _ = exported_for_one_token(name)
+    (miss,) = moe_fx.explain(program.run_decompositions()).misses
+    assert "exported with two tokens, or with any number of them" in str(miss)
+
+
 @pytest.mark.parametrize(
     "name",
     ["all_experts_repeat_bmm_llama4", "gathered_one_neuron_einsum", "gathered_top1_baddbmm", "stack_einsum_gate",

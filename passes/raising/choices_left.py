@@ -194,17 +194,31 @@ def _parameter(product: Node) -> Node | None:
 
 def _meet_experts(window: Sequence[Node], count: int) -> bool:
     """Whether rows meet parameters of as many experts."""
-    alike: dict[tuple[object, ...], set[Node]] = {}
+    # By shape, the parameter of every product: an expert that is held in several places has but one.
+    alike: dict[tuple[object, ...], list[Node]] = {}
     for node in window:
-        parameter = _parameter(node) if op_name(node) in PRODUCTS else None
+        if op_name(node) not in PRODUCTS:
+            continue
+        if any(op_name(each) == "aten::stack" and len(each.args[0]) == count for each in _operands(node)):
+            return True
+        parameter = _parameter(node)
         if parameter is None:
             continue
         shape = shape_of(parameter) or ()
         if len(shape) > 2 and count in shape:
             return True
-        alike.setdefault(tuple(shape), set()).add(parameter)
+        alike.setdefault(tuple(shape), []).append(parameter)
         for user in node.users:
             inner = (shape_of(user) or ())[-2:] if op_name(user) in VIEWS else ()
             if count in inner or (op_name(user) in CUTS and len(user.users) == count):
                 return True
-    return any(len(parameters) >= count for parameters in alike.values())
+    return any(len(parameters) >= count and len(set(parameters)) > 1 for parameters in alike.values())
+
+
+def _operands(product: Node) -> Iterator[Node]:
+    """What is multiplied, and what that is a view of."""
+    for operand in product.all_input_nodes:
+        yield operand
+        while op_name(operand) in READ and isinstance(operand.args[0], Node):
+            operand = operand.args[0]
+            yield operand
