@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from moe_fx.check_inputs import Routing, Sizes, random_ids, random_value, windows
+from moe_fx.check_inputs import Routing, Sizes, random_ids, random_value
 from moe_fx.check_run import Interpreter, filled, in_float64
+from moe_fx.check_values import random_parameters, with_source
 from moe_fx.experts import experts
-from moe_fx.matcher import op_name
-from moe_fx.rewrite import EXPERTS_FIRST
 from moe_fx.shapes import depends_on_values, shape_of
 
 __all__ = ["CheckResult", "check_layer"]
@@ -78,42 +77,17 @@ def check_layer(
     tokens, ids, slots, params, shared = operands
     count = shape_of(params[0])[0]
     assert isinstance(count, int)
-    routing = Routing(count, in_range, distinct)
-    parts = [part for node in params for part in _parts(node)]
-    sources = [_source(node) for node in views]
-    parts += [part for node in params for part, _ in _moved_back(node, None)]
-    longer = {param: _source(param) for param in params if _is_shortened(param)}
-    given_nodes = [tokens, ids, *slots, *params, *parts, *longer.values(), *shared, *sources]
-    given_nodes += [base] if base is not None else []
-    nodes = _between(root, [*given_nodes, *([each] if each is not None else [])])
     sizes = Sizes(ids, count, _affordable(params, ids, count), shrink=not views)
     generator = torch.Generator().manual_seed(0)
-    env: dict[Node, Any] = {}
-    for node in (tokens, *slots, *shared):
-        env[node] = random_value(node, sizes, generator)
-    for node in params:
-        env[node] = _tied(windows(node, generator), _parts(node))
-        env.update(zip(_parts(node), env[node], strict=False))
-        if node in longer:
-            # What it holds for experts of no layer is not read; if it is, it shows.
-            beyond = shape_of(longer[node])[0] - count
-            env[longer[node]] = torch.cat([env[node], env[node].new_full((beyond, *env[node].shape[1:]), math.nan)])
-        env.update(_moved_back(node, env[node]))
+    env: dict[Node, Any] = {node: random_value(node, sizes, generator) for node in (tokens, *slots, *shared)}
+    env.update(random_parameters(params, count, generator))
     if base is not None and base not in env:
         env[base] = random_value(base, sizes, generator)
+    routing = Routing(count, in_range, distinct)
     env[ids] = random_ids(tuple(sizes.leading(ids.meta["val"].shape)), routing, generator)
-    for view, source in zip(views, sources, strict=True):
-        if op_name(view) == "aten::gather":
-            # A table holds nothing for the experts that a token was not routed to.
-            table = random_value(source, sizes, generator)
-            table = table.clamp_min(0) if source in not_negative else table
-            env[source] = torch.zeros_like(table).scatter(-1, env[ids], table.gather(-1, env[ids]))
-            env[view] = env[source].gather(-1, env[ids])
-        elif op_name(view) == "aten::expand":  # a number for each token
-            env[source] = env[view][:, :1].clone()
-            env[view] = env[source].expand_as(env[view])
-        else:
-            env[source] = env[view].reshape(sizes.evaluate(source.meta["val"].shape))
+    for view in views:
+        env.update(with_source(view, env[view], env[ids], sizes, not_negative, generator))
+    nodes = _between(root, [*env, *([each] if each is not None else [])])
     given = dict(zip(("slots", "params", "shared"), ([env[n] for n in g] for g in operands[2:]), strict=True))
     error, problem = math.inf, ""
     try:
@@ -156,43 +130,6 @@ def _rows_astray(
         return f"the body makes {list(together.shape)} of three rows, and not {list(wanted)}"
     difference = (together - torch.cat(apart)).abs().max()
     return "" if difference <= TOLERANCE * together.abs().max() else "the body's rows depend on one another"
-
-
-def _source(view: Node) -> Node:
-    source = view.args[0]
-    assert isinstance(source, Node)
-    return source
-
-
-def _parts(param: Node) -> list[Node]:
-    """What a parameter was stacked of."""
-    parts: Any = param.args[0] if op_name(param) == "aten::stack" else []
-    return list(parts)
-
-
-def _is_shortened(param: Node) -> bool:
-    """Whether a parameter is the first part of what the model holds."""
-    return op_name(param) == "aten::slice" and tuple(param.args[1:3]) == (0, 0)
-
-
-def _moved_back(param: Node, value: Any) -> list[tuple[Node, Any]]:
-    """What a parameter was made of by putting its experts first, and their values given that of the parameter."""
-    found = []
-    while EXPERTS_FIRST in param.meta:
-        source, argument = _source(param), param.args[1]
-        if value is not None and op_name(param) == "aten::permute":
-            value = value.permute(sorted(range(len(argument)), key=argument.__getitem__))
-        elif value is not None:
-            value = value.reshape(shape_of(source))
-        found.append((source, value))
-        param = source
-    return found
-
-
-def _tied(stack: torch.Tensor, parts: Sequence[Node]) -> torch.Tensor:
-    """Random parameters that are the same for experts of which the model holds one in several places."""
-    first = [parts.index(part) for part in parts]
-    return stack if first == list(range(len(parts))) else stack[first]
 
 
 def _affordable(params: Sequence[Node], ids: Node, num_experts: int) -> int:
