@@ -35,6 +35,7 @@ def expert_gemm(
         sums: int4: the even columns of ``rows`` come first, and these are their sums, as split_pairs gives them.
         result_sums: the result is to be such rows; with sums over so many columns, unless 0.
         parted: it may be float32 ``[S * P, N]`` instead, P terms of each slot's result.
+        early: the kernel before this call makes ``rows`` and ``sums`` only.
 
     Returns:
         the result, and its sums (``ids`` where there are none).
@@ -151,15 +152,9 @@ def run_experts(
     if widens_first(down.kind, num_slots, num_experts):
         down = widened(down, tokens.dtype)
     rows, _ = expert_gemm(
-        inner,
-        down,
-        routing,
-        1,
-        slot=None if slot_before else slot,
-        sums=None if pairs is None else sums,
-        parted=True,
-        early=True,
-    )
+        inner, down, routing, 1, slot=None if slot_before else slot, sums=None if pairs is None else sums,
+        parted=True, early=True,
+    )  # fmt: skip
     return sum_slots(rows, ids, num_experts, out_dtype)
 
 

@@ -1,7 +1,8 @@
 """Which tiles the grouped GEMMs work in, by kind of product and rows per expert: a table, not a search at run time.
 
-Measured on an H200 and an H100 with benchmarks/tune_fused.py ("columns" apart, on one layer's sizes). Any tile is right
-for any shape; the table is only about speed.
+Measured on an H200 and an H100 with benchmarks/tune_fused.py, but for "columns" (one layer's sizes) and most of those
+for up to 32 rows of int8, float8 and int4 (five layers'), which were timed by themselves. Any tile is right for any
+shape; the table is only about speed.
 """
 
 from __future__ import annotations

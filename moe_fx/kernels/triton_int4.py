@@ -59,6 +59,15 @@ def _digits_step(low_rows, high_rows, packed, scale, acc, SWAP: tl.constexpr, AS
 
 
 @jit()
+def _step(low_rows, high_rows, sums, packed, scale, zero, acc, SWAP: tl.constexpr, SCALE_ACC: tl.constexpr,
+          ZERO: tl.constexpr, SHIFTED: tl.constexpr, DIGITS: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    if DIGITS:
+        return _digits_step(low_rows, high_rows, packed, scale, acc, SWAP, ASM)
+    else:
+        return int4_step(low_rows, high_rows, sums, packed, scale, zero, acc, SWAP, SCALE_ACC, ZERO, SHIFTED, ASM)
+
+
+@jit()
 def _of_groups(values, first, k0, half, BK: tl.constexpr, UNROLL: tl.constexpr, GROUP_BYTES: tl.constexpr):
     """A tuple of UNROLL times [BN]: the scales, or zeros, of so many steps of BK bytes from k0 on."""
     at = values + first
@@ -108,22 +117,16 @@ def int4_products(
                 group = k0 // BK + step
                 sums = tl.load(sum_ptrs + group, mask=there, other=0.0)
                 sums += tl.load(sum_ptrs + groups + group, mask=there, other=0.0)
-            if DIGITS:
-                acc = _digits_step(low_rows, high_rows, packed, scales[step], acc, SWAP, ASM)
-            else:
-                acc = int4_step(
-                    low_rows, high_rows, sums, packed, scales[step], zeros[step], acc,
-                    SWAP, SCALE_ACC, ZERO, SHIFTED, ASM,
-                )  # fmt: skip
+            acc = _step(
+                low_rows, high_rows, sums, packed, scales[step], zeros[step], acc,
+                SWAP, SCALE_ACC, ZERO, SHIFTED, DIGITS, ASM,
+            )  # fmt: skip
             if TWO:
                 packed = tl.load(u_ptrs + step * BK)
-                if DIGITS:
-                    acc_up = _digits_step(low_rows, high_rows, packed, scales_up[step], acc_up, SWAP, ASM)
-                else:
-                    acc_up = int4_step(
-                        low_rows, high_rows, sums, packed, scales_up[step], zeros_up[step], acc_up,
-                        SWAP, SCALE_ACC, ZERO, SHIFTED, ASM,
-                    )  # fmt: skip
+                acc_up = _step(
+                    low_rows, high_rows, sums, packed, scales_up[step], zeros_up[step], acc_up,
+                    SWAP, SCALE_ACC, ZERO, SHIFTED, DIGITS, ASM,
+                )  # fmt: skip
         scales = next_scales
         zeros = next_zeros
         scales_up = next_up
