@@ -9,6 +9,7 @@ from toys import Gathered, export, interleaved_clamped_swiglu, relu_squared
 
 import moe_fx
 from moe_fx.kernels import fused_tiles
+from moe_fx.kernels.triton_blocks import split_blocks_reference
 from moe_fx.kernels.triton_digits import split_digits_reference
 from moe_fx.kernels.triton_routing import max_tiles, route_reference
 from moe_fx.kernels.triton_rows import (
@@ -223,6 +224,27 @@ def test_digits_stand_for_the_rows(dtype):
     largest = apart[finite].double().abs().amax(-1, keepdim=True)
     assert (whole[finite] - apart[finite].double()).abs().le(2**-22 * largest).all()
     assert torch.equal(whole[[0, 1, 2, 5]], apart[[0, 1, 2, 5]].double())
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 7), (torch.float16, 4)])
+def test_digits_of_blocks_stand_for_the_rows(dtype, bits):
+    rows = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows[1], rows[2], rows[3, 0], rows[4, 17] = 0, rows[2] * 1e-6, 3e4, float("nan")
+    digits, scale = split_blocks_reference(rows, pairs_apart=False)
+    high, low = digits.double().chunk(2, -1)
+    whole = (256 * high + low % 256).unflatten(-1, (-1, 16)) * scale.double().unsqueeze(-1)
+    blocks = rows.double().unflatten(-1, (-1, 16))
+    assert scale[4].isnan().tolist() == [False, True, False, False]
+    finite = [0, 1, 2, 3, 5]
+    largest = blocks.abs().amax(-1, keepdim=True)
+    error = (whole - blocks).abs()
+    assert error[finite].le(2**-15 * largest[finite]).all()
+    assert error[finite][blocks[finite].abs() >= 2**-bits * largest[finite]].eq(0).all()
+    apart, same = split_blocks_reference(rows, pairs_apart=True)
+    assert torch.equal(same.nan_to_num(0), scale.nan_to_num(0))
+    assert torch.equal(apart[:, :32], digits[:, :64:2])
+    assert torch.equal(apart[:, 32:64], digits[:, 1:64:2])
+    assert torch.equal(apart[:, 64:96], digits[:, 64::2])
 
 
 def test_rows_in_the_order_of_tiles():

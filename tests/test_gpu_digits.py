@@ -12,6 +12,12 @@ from moe_fx.kernels.triton_digits import split_digits, split_digits_reference
 WHOLE = [FORMATS["int8"], FORMATS["int4"]]
 
 
+@pytest.fixture(autouse=True)
+def _in_tiles(monkeypatch):
+    # Few tokens have kernels of their own (test_gpu_few.py), which do without.
+    monkeypatch.setattr(fused_launch, "takes_token", lambda *_: False)
+
+
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("width", [2, 100, 2880, 14336])

@@ -1,4 +1,4 @@
-"""On a CUDA device: the kernels for one token, and the router's choice, against their references."""
+"""On a CUDA device: the kernels for few tokens, and the router's choice, against their references."""
 
 import pytest
 import torch
@@ -8,32 +8,37 @@ from toys import Gathered
 import moe_fx
 from moe_fx.kernels.fused_experts import fused_experts_reference
 from moe_fx.kernels.fused_projection import Projection
-from moe_fx.kernels.fused_token import run_token, takes_token
+from moe_fx.kernels.fused_token import run_token, takes_token, token_product
 from moe_fx.kernels.top_k import top_k
+from moe_fx.kernels.triton_blocks import split_blocks_reference
 from moe_fx.kernels.triton_or_none import opaque
 
-PLAIN = [FORMATS["none"], FORMATS["transposed"], FORMATS["int8"], FORMATS["float8"]]
+PLAIN = [FORMATS["none"], FORMATS["transposed"], FORMATS["float8"]]
+WHOLE = [FORMATS["int8"], moe_fx.Int4WeightOnly(64), FORMATS["int4"]]
 
 
-def relative_errors(layer, activation="silu", before=False):
-    """Of the kernels for one token, and of the reference in the layer's own dtype."""
-    exact = fused_experts_reference(*layer.arguments(activation, torch.float64, before))
-    plain = fused_experts_reference(*layer.arguments(activation, before=before))
+def projections(layer):
     transposed = getattr(layer.form, "transposed", False)
     bias = () if layer.down_bias is None else (layer.down_bias,)
     up = Projection(layer.up, layer.form.name, transposed, layer.up_bias, layer.gated)
-    down = Projection(layer.down, layer.form.name, transposed, bias)
+    return up, Projection(layer.down, layer.form.name, transposed, bias)
+
+
+def relative_errors(layer, activation="silu", before=False):
+    """Of the kernels for few tokens, and of the reference in the layer's own dtype."""
+    exact = fused_experts_reference(*layer.arguments(activation, torch.float64, before))
+    plain = fused_experts_reference(*layer.arguments(activation, before=before))
     poison()
     with opaque():
         actual = run_token(
-            layer.tokens, layer.ids, layer.slot, up, down, 6, activation, 1.702, 1.5, before, layer.dtype
+            layer.tokens, layer.ids, layer.slot, *projections(layer), 6, activation, 1.702, 1.5, before, layer.dtype
         )
     return [float((each.double() - exact).norm() / exact.norm()) for each in (actual, plain)]
 
 
 @pytest.mark.parametrize("how", ["all on one", "idle experts", "ids of no expert"])
 @pytest.mark.parametrize("top_k", [1, 2, 3, 6, 8, 12, 32])
-@pytest.mark.parametrize("form", PLAIN, ids=repr)
+@pytest.mark.parametrize("form", PLAIN + WHOLE, ids=repr)
 def test_sums_over_any_number_of_slots(form, top_k, how):
     layer = Layer(form, torch.bfloat16, tokens=3, top_k=top_k, how=how)
     ours, plain = relative_errors(layer)
@@ -52,18 +57,85 @@ def test_every_layout_and_size(form, hidden, inner, gated, dtype):
         assert ours < plain + 1e-4
 
 
-def test_one_token_is_computed_by_them_where_they_are_faster():
-    def taken(form, tokens, slots):
-        layer = Layer(form, torch.bfloat16, tokens=tokens, top_k=slots)
-        return takes_token(layer.ids, (Projection(layer.up, form.name), Projection(layer.down, form.name)))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gated", ["none", "gate_up", "up_gate", "interleaved", "two"])
+@pytest.mark.parametrize(("hidden", "inner"), [(64, 128), (192, 320), (2880, 192), (1024, 4160)])
+@pytest.mark.parametrize("form", WHOLE[:2], ids=repr)
+def test_every_layout_and_size_of_integers(form, hidden, inner, gated, dtype):
+    activation = "clamped_swiglu" if gated == "interleaved" else "gelu"
+    for bias, before in ((True, False), (False, True)):
+        layer = Layer(form, dtype, gated, tokens=2, hidden=hidden, inner=inner, bias=bias, how="ids of no expert")
+        assert takes_token(layer.ids, 6, projections(layer), dtype)
+        ours, plain = relative_errors(layer, activation, before)
+        assert ours < plain + 1e-4
+
+
+@pytest.mark.parametrize("form", WHOLE, ids=repr)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_result_in_digits_is_the_result_to_the_bit(dtype, form):
+    layer = Layer(form, dtype, tokens=3, how="spread", inner=384)
+    layer.tokens[0, :100] *= 1e-6
+    layer.tokens[1] *= 1e4
+    layer.up_bias[0][2:] = 0
+    up, down = projections(layer)
+    poison()
+    with opaque():
+        plain, _ = token_product(layer.tokens, None, up, layer.ids, 6, 2, dtype, activation="silu")
+        digits, scales = token_product(layer.tokens, None, up, layer.ids, 6, 2, dtype, split=down, activation="silu")
+    expected, exact = split_blocks_reference(plain, pairs_apart=down.kind == "int4")
+    assert torch.equal(scales.isnan(), exact.isnan())
+    assert torch.equal(scales.nan_to_num(0), exact.nan_to_num(0))
+    finite = plain.isfinite().all(-1)
+    assert finite.any()
+    assert torch.equal(digits[finite], expected[finite])
+
+
+@pytest.mark.parametrize("form", WHOLE, ids=repr)
+def test_an_outlier_does_not_cost_other_blocks_their_precision(form):
+    layer = Layer(form, torch.bfloat16, tokens=1)
+    layer.tokens[:, 17] = 200.0
+    # Beside it the rest would be invisible: it is one that the weights do not see.
+    weight = form.dequantize(*layer.up)
+    weight[..., 17] = 0
+    layer.up = list(form.quantize(weight.bfloat16()))
+    ours, plain = relative_errors(layer)
+    assert ours < plain + 1e-4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("form", WHOLE, ids=repr)
+def test_a_row_that_is_not_finite_makes_no_numbers_and_leaves_the_others_theirs(form, value):
+    layer = Layer(form, torch.bfloat16, tokens=3, how="all on one")
+    layer.tokens[1, 5] = value
+    with opaque():
+        out = run_token(
+            layer.tokens, layer.ids, layer.slot, *projections(layer), 6, "silu", 0.0, 0.0, False, torch.bfloat16
+        )
+    assert not out[1].isfinite().any()
+    assert out[[0, 2]].isfinite().all()
+
+
+def test_few_tokens_are_computed_by_them_where_they_are_faster():
+    def taken(form, tokens, slots, experts=6, **sizes):
+        layer = Layer(form, torch.bfloat16, tokens=tokens, top_k=slots, experts=experts, **sizes)
+        return takes_token(layer.ids, experts, projections(layer), torch.bfloat16)
 
     assert taken(FORMATS["none"], 1, 2)
     assert taken(FORMATS["float8"], 1, 1)
     assert not taken(FORMATS["float8"], 1, 2)
-    assert not taken(FORMATS["int8"], 1, 1)
+    assert not taken(FORMATS["float8"], 2, 1)
+    assert taken(FORMATS["int8"], 1, 2)
+    assert not taken(FORMATS["int8"], 1, 2, hidden=40, inner=24)  # no blocks of 16
     assert not taken(FORMATS["float8 dynamic"], 1, 1)
-    assert not taken(FORMATS["int4"], 1, 1)
-    assert not taken(FORMATS["none"], 2, 1)
+    assert taken(FORMATS["int4"], 1, 1)
+    assert not taken(FORMATS["int4 of 32"], 1, 1)
+    assert not taken(FORMATS["int4 asymmetric"], 1, 1)
+    # What several slots read of the same expert is read once elsewhere.
+    assert taken(FORMATS["int4"], 2, 2, experts=8)
+    assert not taken(FORMATS["int4"], 8, 2, experts=8)
+    assert taken(FORMATS["none"], 8, 1)
+    assert not taken(FORMATS["none"], 9, 1)
+    assert not taken(FORMATS["none"], 8, 1, hidden=2048, inner=2048)
 
 
 SIZES = [(1, 1), (8, 2), (60, 4), (128, 8), (256, 8), (300, 6), (1000, 32)]

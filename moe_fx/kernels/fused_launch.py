@@ -134,7 +134,7 @@ def run_experts(
         return tokens.new_zeros((ids.shape[0], output_width(down)), dtype=out_dtype)
     tokens, ids = _dense(tokens), ids.contiguous()
     slot = slot.contiguous() if slot is not None else None
-    if takes_token(ids, (up, down)):
+    if takes_token(ids, num_experts, (up, down), tokens.dtype):
         return run_token(tokens, ids, slot, up, down, num_experts, activation, alpha, limit, slot_before, out_dtype)
     routing = Routing.of(ids, num_experts, (up, down), tokens.dtype)
     if takes_descriptors(tokens, (up, down), num_slots, num_experts):

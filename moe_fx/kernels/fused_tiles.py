@@ -12,8 +12,8 @@ from math import inf, log2
 
 __all__ = [
     "FEW_SLOTS", "LARGE", "SORT_ABOVE", "TILES", "TUNED", "TUNED_LARGE", "LargeTile", "Product", "Tile",
-    "block_of_digits", "block_of_rows", "large_product", "large_tile_of", "loads_by_descriptor", "parts_of", "tile_of",
-    "widens_first",
+    "block_of_digits", "block_of_rows", "large_product", "large_tile_of", "loads_by_descriptor", "parts_of",
+    "reads_apart", "tile_of", "widens_first",
 ]  # fmt: skip
 
 #: up to how many slots each tile finds its rows by itself, without a routing kernel
@@ -171,6 +171,9 @@ BLOCKS = {
 #: up to how many rows of an expert that is hit they are multiplied in digits
 DIGITS_BELOW = 2.5
 
+#: up to how many bytes, or int4 slots for each expert that is hit, the experts' weights are read for each slot anew
+REPEATED_BYTES, REPEATED_INT4 = 18e6, 1.4
+
 #: up to how many programs a product is parted, a tile among how many, and how many steps of the loop are left to each
 PARTED_BELOW, MOST_PARTS, LEAST_STEPS = 528, 8, 4
 
@@ -185,6 +188,12 @@ def block_of_digits(tokens: int, num_slots: int, num_experts: int) -> int | None
     if tokens == 1:
         return 1
     return 4 if num_slots <= DIGITS_BELOW * _hit(num_slots, num_experts) else None
+
+
+def reads_apart(kind: str, stored: float, num_slots: int, num_experts: int) -> bool:
+    """Whether it is faster to read an expert's weights, of ``stored`` bytes, for each slot than to gather its slots."""
+    hit = _hit(num_slots, num_experts)
+    return num_slots <= REPEATED_INT4 * hit if kind == "int4" else (num_slots - hit) * stored <= REPEATED_BYTES
 
 
 def parts_of(programs: int, steps: int) -> int:

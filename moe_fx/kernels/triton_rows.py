@@ -17,8 +17,8 @@ from moe_fx.kernels.triton_or_none import (
 )
 
 __all__ = [
-    "apart", "quantize_rows", "quantize_rows_reference", "sort_rows", "sort_rows_reference", "split_pairs",
-    "split_pairs_reference", "sum_slots", "sum_slots_reference",
+    "apart", "quantize_rows", "quantize_rows_reference", "quantized_steps", "scale_of_largest", "sort_rows",
+    "sort_rows_reference", "split_pairs", "split_pairs_reference", "sum_slots", "sum_slots_reference",
 ]  # fmt: skip
 
 
@@ -29,7 +29,7 @@ def quantize_rows_reference(rows: torch.Tensor, dtype: torch.dtype) -> tuple[tor
 
 
 @jit()
-def _scale(largest, BOUND: tl.constexpr, SMALLEST: tl.constexpr):
+def scale_of_largest(largest, BOUND: tl.constexpr, SMALLEST: tl.constexpr):
     """Of rows whose absolute values are at most largest [ROWS, BLOCK]; not a number where one of them is none."""
     # Compared as bits: as numbers, NaN would be passed over.
     most = tl.max(largest.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
@@ -37,7 +37,7 @@ def _scale(largest, BOUND: tl.constexpr, SMALLEST: tl.constexpr):
 
 
 @jit()
-def _steps(x, scale, BOUND: tl.constexpr, INT: tl.constexpr, ASM: tl.constexpr):
+def quantized_steps(x, scale, BOUND: tl.constexpr, INT: tl.constexpr, ASM: tl.constexpr):
     inverse = tl.math.div_rn(1.0, scale)
     steps = x * inverse
     if INT:
@@ -78,9 +78,9 @@ def quantize_rows_kernel(rows, values, scales, slots, R, S, N, stride, BOUND: tl
     if ONCE:
         mask = there[:, None] & (n < N)
         x = tl.load(rows + at * stride + n, mask=mask, other=0.0).to(tl.float32)
-        scale = _scale(tl.abs(x), BOUND, SMALLEST)
+        scale = scale_of_largest(tl.abs(x), BOUND, SMALLEST)
         tl.store(scales + r, scale, mask=there)
-        steps = _steps(x, scale[:, None], BOUND, INT, ASM)
+        steps = quantized_steps(x, scale[:, None], BOUND, INT, ASM)
         tl.store(values + at * N + n, steps.to(values.dtype.element_ty), mask=mask)
     else:
         largest = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -88,12 +88,12 @@ def quantize_rows_kernel(rows, values, scales, slots, R, S, N, stride, BOUND: tl
             mask = there[:, None] & (n0 + n < N)
             x = tl.load(rows + at * stride + n0 + n, mask=mask, other=0.0).to(tl.float32)
             largest = tl.maximum(largest, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
-        scale = _scale(largest, BOUND, SMALLEST)
+        scale = scale_of_largest(largest, BOUND, SMALLEST)
         tl.store(scales + r, scale, mask=there)
         for n0 in range(0, N, BLOCK):
             mask = there[:, None] & (n0 + n < N)
             x = tl.load(rows + at * stride + n0 + n, mask=mask, other=0.0).to(tl.float32)
-            steps = _steps(x, scale[:, None], BOUND, INT, ASM)
+            steps = quantized_steps(x, scale[:, None], BOUND, INT, ASM)
             tl.store(values + at * N + n0 + n, steps.to(values.dtype.element_ty), mask=mask)
 
 

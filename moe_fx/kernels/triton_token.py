@@ -1,6 +1,6 @@
-"""One token's rows times the weights of its experts, as sums of products: no tile of rows, no matrix instruction.
+"""A few tokens' rows times the weights of their experts, as sums of products: no tile of rows, no matrix instruction.
 
-With a token alone nothing is read twice, so that what counts is how many bytes are under way: a program multiplies all
+Where hardly any weight is read twice, what counts is how many bytes are under way: a program multiplies all
 inputs of a few columns, and there are enough programs to keep memory busy. The second projection sums over slots at
 once, so that two kernels make the layer.
 
@@ -9,18 +9,16 @@ The definition is :func:`moe_fx.kernels.fused_experts.fused_experts_reference`.
 
 from __future__ import annotations
 
+from moe_fx.kernels.triton_blocks import integer_products, store_blocks
 from moe_fx.kernels.triton_epilogue import activated, gated
 from moe_fx.kernels.triton_or_none import after_previous, before_next, jit, tl
-from moe_fx.kernels.triton_unpack import widened
 
 __all__ = ["token_kernel"]
 
 
 @jit()
-def _products(rows, weights, VEC: tl.constexpr, ASM: tl.constexpr):
+def _products(rows, weights, VEC: tl.constexpr):
     """[SP, BN, BK // VEC]: rows [SP, 1, BK] times weights [SP, BN, BK], added within what a thread holds."""
-    if ASM and weights.dtype == tl.int8:
-        weights = widened(weights, tl.bfloat16, ASM)
     products = weights.to(tl.float32) * rows
     return tl.sum(tl.reshape(products, (weights.shape[0], weights.shape[1], weights.shape[2] // VEC, VEC)), 3)
 
@@ -40,17 +38,57 @@ def _scaled(acc, scales, bias, at, weight, there, SCALED: tl.constexpr, SLOT: tl
 
 
 @jit()
+def _float_products(
+    a, w, u, source, there, at, at_up, valid, K, w_stride, TRANSPOSED: tl.constexpr, TWO: tl.constexpr,
+    EVEN_K: tl.constexpr, BK: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """[SP, N] float32, twice: the rows of a at source [SP] times what begins at ``at`` and ``at_up`` [SP, N] of w, u.
+
+    there [SP], valid [SP, N]: which are.
+    """
+    k = tl.arange(0, BK)
+    if TRANSPOSED:
+        w_ptrs = w + at[:, :, None] + k.to(tl.int64)[None, None, :] * w_stride
+        u_ptrs = u + at_up[:, :, None] + k.to(tl.int64)[None, None, :] * w_stride
+    else:
+        w_ptrs = w + at[:, :, None] + k[None, None, :]
+        u_ptrs = u + at_up[:, :, None] + k[None, None, :]
+    acc = tl.zeros((at.shape[0], at.shape[1], BK // VEC), tl.float32)
+    acc_up = acc
+    for k0 in range(0, K, BK):
+        mask = valid[:, :, None]
+        if EVEN_K == 0:
+            mask = mask & (k0 + k < K)[None, None, :]
+        weights = tl.load(w_ptrs, mask=mask, other=0.0)
+        if TWO:
+            weights_up = tl.load(u_ptrs, mask=mask, other=0.0)
+        rows = tl.load(a + source[:, None] + k0 + k[None, :], mask=there[:, None] & (k0 + k < K)[None, :], other=0.0)
+        rows = rows.to(tl.float32)[:, None, :]
+        acc += _products(rows, weights, VEC)
+        if TWO:
+            acc_up += _products(rows, weights_up, VEC)
+        w_ptrs += BK * w_stride if TRANSPOSED else BK
+        u_ptrs += BK * w_stride if TRANSPOSED else BK
+    return tl.sum(acc, 2), tl.sum(acc_up, 2)
+
+
+@jit()
 def token_kernel(
-    a, w, u, out, w_scale, u_scale, w_bias, u_bias, slot_weight, ids,
+    a, w, u, out, a_scale, out_scale, w_scale, u_scale, w_bias, u_bias, slot_weight, ids,
     E, N, K, row_div, a_stride, w_stride_e, w_stride, w_rows, gate_row, up_row,
     ALPHA: tl.constexpr, LIMIT: tl.constexpr, SCALED: tl.constexpr, TRANSPOSED: tl.constexpr, GATED: tl.constexpr,
     ACT: tl.constexpr, SLOT: tl.constexpr, BIAS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     ASM: tl.constexpr, OVERLAP: tl.constexpr, SUM: tl.constexpr, SLOTS: tl.constexpr, SP: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, VEC: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, VEC: tl.constexpr, DIGITS: tl.constexpr, GROUP: tl.constexpr,
+    SPLIT_OUT: tl.constexpr, PAIRS_APART: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """out[s, n] for a slot s; if SUM, out[t, n], the sum of a token's SLOTS. SP: how many slots a program takes.
 
     The operands are those of expert_gemm_kernel; SCALED: w [E, w_rows, K] of one byte, times w_scale [E, w_rows].
+    DIGITS: "no"; or w is integers, int4 where GROUP inputs share a scale, and rows are multiplied in digits (see
+    triton_blocks.py): a is "whole", and split by this kernel; or a [*, 2 * K] is "split", with a_scale [*, K / 16]. BK
+    is then in words of four bytes.
+    SPLIT_OUT: out [S, 2 * N] and out_scale [S, N / 16] are such rows of the result in bfloat16, or float16 if HALF.
     """
     # The sum follows the kernel that makes its rows: which experts they are of was known before that.
     if not SUM:
@@ -66,7 +104,7 @@ def token_kernel(
         if tl.sum(there.to(tl.int32), 0) == 0:
             return
     e = tl.where(there, expert, 0)
-    source = a + (slot // row_div).to(tl.int64)[:, None] * a_stride
+    source = tl.where(there, slot // row_div, 0).to(tl.int64)
 
     WIDE: tl.constexpr = 2 * BN if GATED == "interleaved" else BN
     TWO: tl.constexpr = GATED == "halves" or GATED == "two"
@@ -74,47 +112,42 @@ def token_kernel(
     valid = there[:, None]
     if EVEN_N == 0:
         valid = valid & (r < (2 * N if GATED == "interleaved" else N))[None, :]
-    k = tl.arange(0, BK)
-    if TRANSPOSED:
-        at = e[:, None, None] * w_stride_e + k.to(tl.int64)[None, None, :] * w_stride
-        w_ptrs = w + at + (r + gate_row)[None, :, None]
-        u_ptrs = u + at + (r + up_row)[None, :, None]
-    else:
-        at = e[:, None, None] * w_stride_e + k[None, None, :]
-        w_ptrs = w + at + (r + gate_row).to(tl.int64)[None, :, None] * w_stride
-        u_ptrs = u + at + (r + up_row).to(tl.int64)[None, :, None] * w_stride
-    acc = tl.zeros((SP, WIDE, BK // VEC), tl.float32)
-    acc_up = acc
+    first = e[:, None] * w_rows + r[None, :]
     if SUM:
         after_previous(OVERLAP)
-    for k0 in range(0, K, BK):
-        mask = valid[:, :, None]
-        if EVEN_K == 0:
-            mask = mask & (k0 + k < K)[None, None, :]
-        weights = tl.load(w_ptrs, mask=mask, other=0.0)
-        if TWO:
-            weights_up = tl.load(u_ptrs, mask=mask, other=0.0)
-        rows = tl.load(source + k0 + k[None, :], mask=there[:, None] & (k0 + k < K)[None, :], other=0.0)
-        rows = rows.to(tl.float32)[:, None, :]
-        acc += _products(rows, weights, VEC, ASM)
-        if TWO:
-            acc_up += _products(rows, weights_up, VEC, ASM)
-        w_ptrs += BK * w_stride if TRANSPOSED else BK
-        u_ptrs += BK * w_stride if TRANSPOSED else BK
+    if DIGITS != "no":
+        acc, acc_up = integer_products(
+            a, a_scale, w, u, w_scale, u_scale, source, a_stride, first + gate_row, first + up_row, valid, K,
+            DIGITS == "split", GROUP, TWO, EVEN_N == 0 or EVEN_K == 0 or SP != SLOTS, EVEN_K, ASM, BK,
+        )  # fmt: skip
+    else:
+        across = 1 if TRANSPOSED else w_stride
+        at = e[:, None] * w_stride_e + (r + gate_row).to(tl.int64)[None, :] * across
+        at_up = e[:, None] * w_stride_e + (r + up_row).to(tl.int64)[None, :] * across
+        acc, acc_up = _float_products(
+            a, w, u, source * a_stride, there, at, at_up, valid, K, w_stride, TRANSPOSED, TWO, EVEN_K, BK, VEC
+        )
 
     before_next(OVERLAP)
     weight = tl.load(slot_weight + slot, mask=there, other=0.0).to(tl.float32) if SLOT != 0 else 1.0
-    first = e[:, None] * w_rows + r[None, :]
-    total = _scaled(tl.sum(acc, 2), w_scale, w_bias, first + gate_row, weight, valid, SCALED, SLOT, BIAS)
+    total = _scaled(acc, w_scale, w_bias, first + gate_row, weight, valid, SCALED, SLOT, BIAS)
     if GATED == "interleaved":
         gate, up = tl.split(tl.reshape(total, (SP, BN, 2)))
         total = gated(gate, up, ACT, ALPHA, LIMIT)
     elif TWO:
-        up = _scaled(tl.sum(acc_up, 2), u_scale, u_bias, first + up_row, weight, valid, SCALED, SLOT, BIAS)
+        up = _scaled(acc_up, u_scale, u_bias, first + up_row, weight, valid, SCALED, SLOT, BIAS)
         total = gated(total, up, ACT, ALPHA, LIMIT)
     else:
         total = activated(total, ACT)
     # In float32; where there is no expert, nothing is added.
-    result = tl.sum(tl.where(there[:, None], total, 0.0), 0).to(out.dtype.element_ty)
-    columns = pid_n * BN + tl.arange(0, BN)
-    tl.store(out + row.to(tl.int64) * N + columns, result, mask=columns < N)
+    result = tl.sum(tl.where(there[:, None], total, 0.0), 0)
+    if SPLIT_OUT:
+        rounded = result.to(tl.float16 if HALF else tl.bfloat16).to(tl.float32)
+        at_row = row.to(tl.int64)
+        store_blocks(
+            tl.reshape(rounded, (BN // 16, 16)), out + at_row * 2 * N, out_scale + at_row * (N // 16), pid_n * BN, N,
+            PAIRS_APART,
+        )  # fmt: skip
+    else:
+        columns = pid_n * BN + tl.arange(0, BN)
+        tl.store(out + row.to(tl.int64) * N + columns, result.to(out.dtype.element_ty), mask=columns < N)

@@ -37,6 +37,7 @@ from moe_fx.kernels.fused_tiles import (
     large_product,
     widens_first,
 )  # fmt: skip
+from moe_fx.kernels.fused_token import takes_token
 from moe_fx.kernels.triton_or_none import opaque, unavailable
 from moe_fx.kernels.triton_rows import quantize_rows, split_pairs
 
@@ -146,10 +147,15 @@ def _tried(call: Callable[[int, Any], Any], tile: Tile | LargeTile) -> float:
 def _trials(
     up: Projection, down: Projection, num_experts: int, top_k: int, count: int, dtype: torch.dtype
 ) -> Iterator[tuple[Product, Sequence[Tile | LargeTile], Callable[[int, Any], Any]]]:
-    """Of both projections: the product, its candidates, and what is timed, by the number of a routing and the tile."""
+    """Of both projections: the product, its candidates, and what is timed, by the number of a routing and the tile.
+
+    Nothing where few tokens have kernels of their own.
+    """
     slots = count * top_k
     device = up.tensors[0].device
     ids = [torch.rand(count, num_experts, device=device).topk(top_k, 1).indices for _ in range(4)]
+    if takes_token(ids[0], num_experts, (up, down), dtype):
+        return
     routings = [Routing.of(each, num_experts, (up, down), dtype) for each in ids]
     hidden, inner = down.tensors[0].shape[1], operands(up, ids[0]).width
     rows = [torch.randn(count, hidden, device=device).to(dtype), torch.randn(slots, inner, device=device).to(dtype)]
