@@ -50,6 +50,18 @@ def routed(tokens, experts, top_k, how, generator):
     return ids
 
 
+def most(form, error):
+    """The error allowed where the same ops one by one have this one.
+
+    A quantized activation between two steps may take the other one, and all of a row where that is its largest; both
+    are then as far from the truth. A float8 step is 2^-3 to 2^-4 of a number: rounded to it, it is off by 0.027 (rms),
+    and two that were rounded by other scales differ by 0.038.
+    """
+    if form.name == "float8_dynamic":
+        return max(2 * error, 0.038) + 5e-4
+    return (2 if form.name == "int8_dynamic" else 1.3) * error + 5e-4
+
+
 class Layer:
     """Random operands of one fused layer; ``hidden`` and ``inner`` fit no tile unless asked."""
 
@@ -99,14 +111,12 @@ class Layer:
         assert actual.dtype is again.dtype is self.dtype
         if not actual.numel():
             return
-        # As exact as the same ops one by one in this dtype, which round more often; a quantized activation between
-        # two steps may take the other one, in which case both are as far from the truth.
+        # As exact as the same ops one by one in this dtype, which round more often.
         plain = ops.fused_experts_reference(*self.arguments(activation, before=before))
         size = exact.norm().clamp_min(1e-6)
-        opaque, transparent, least = (float((each.double() - exact).norm() / size) for each in (actual, again, plain))
-        most = (2 if "dynamic" in self.form.name else 1.3) * least + 5e-4
-        assert opaque < most, (opaque, least)
-        assert transparent < most, (transparent, least)
+        opaque, transparent, error = (float((each.double() - exact).norm() / size) for each in (actual, again, plain))
+        assert opaque < most(self.form, error), (opaque, error)
+        assert transparent < most(self.form, error), (transparent, error)
 
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
@@ -467,7 +477,7 @@ def test_gradients_pass_through_frozen_experts():
 @pytest.mark.parametrize("quantize", [None, moe_fx.Int4WeightOnly(32), moe_fx.Float8Dynamic()], ids=repr)
 def test_tuned(quantize):
     found = tuning.tune(
-        num_experts=4, top_k=2, hidden=256, inner=384, tokens=[2, 500], quantize=quantize, gated="gate_up"
+        num_experts=4, top_k=2, hidden=256, inner=384, tokens=[20, 500], quantize=quantize, gated="gate_up"
     )
     assert {product.two for product in found} == {True, False}
     assert len(found) == 4

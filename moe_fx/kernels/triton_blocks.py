@@ -201,7 +201,7 @@ def integer_products(
     """
     INT4: tl.constexpr = GROUP != 0
     # Weights are read by sixteen bytes, of 16 inputs or 32, which one group holds.
-    length = tl.multiple_of(K // 8 if INT4 else K // 4, 4)
+    length = (K // 32 if INT4 else K // 16) * 4
     k = tl.arange(0, BK)
     places = tl.arange(0, BK // 4)
     words = w.to(tl.pointer_type(tl.int32)) + first[:, :, None] * length + k[None, None, :]

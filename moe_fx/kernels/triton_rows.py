@@ -17,8 +17,8 @@ from moe_fx.kernels.triton_or_none import (
 )
 
 __all__ = [
-    "apart", "quantize_rows", "quantize_rows_reference", "quantized_steps", "scale_of_largest", "sort_rows",
-    "sort_rows_reference", "split_pairs", "split_pairs_reference", "sum_slots", "sum_slots_reference",
+    "apart", "quantize_rows", "quantize_rows_reference", "scale_of_largest", "sort_rows", "sort_rows_reference",
+    "split_pairs", "split_pairs_reference", "sum_slots", "sum_slots_reference",
 ]  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def scale_of_largest(largest, BOUND: tl.constexpr, SMALLEST: tl.constexpr):
 
 
 @jit()
-def quantized_steps(x, scale, BOUND: tl.constexpr, INT: tl.constexpr, ASM: tl.constexpr):
+def _steps(x, scale, BOUND: tl.constexpr, INT: tl.constexpr, ASM: tl.constexpr):
     inverse = tl.math.div_rn(1.0, scale)
     steps = x * inverse
     if INT:
@@ -80,7 +80,7 @@ def quantize_rows_kernel(rows, values, scales, slots, R, S, N, stride, BOUND: tl
         x = tl.load(rows + at * stride + n, mask=mask, other=0.0).to(tl.float32)
         scale = scale_of_largest(tl.abs(x), BOUND, SMALLEST)
         tl.store(scales + r, scale, mask=there)
-        steps = quantized_steps(x, scale[:, None], BOUND, INT, ASM)
+        steps = _steps(x, scale[:, None], BOUND, INT, ASM)
         tl.store(values + at * N + n, steps.to(values.dtype.element_ty), mask=mask)
     else:
         largest = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -93,7 +93,7 @@ def quantize_rows_kernel(rows, values, scales, slots, R, S, N, stride, BOUND: tl
         for n0 in range(0, N, BLOCK):
             mask = there[:, None] & (n0 + n < N)
             x = tl.load(rows + at * stride + n0 + n, mask=mask, other=0.0).to(tl.float32)
-            steps = quantized_steps(x, scale[:, None], BOUND, INT, ASM)
+            steps = _steps(x, scale[:, None], BOUND, INT, ASM)
             tl.store(values + at * N + n0 + n, steps.to(values.dtype.element_ty), mask=mask)
 
 

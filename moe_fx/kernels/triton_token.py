@@ -12,6 +12,7 @@ from __future__ import annotations
 from moe_fx.kernels.triton_blocks import integer_products, store_blocks
 from moe_fx.kernels.triton_epilogue import activated, gated
 from moe_fx.kernels.triton_or_none import after_previous, before_next, jit, tl
+from moe_fx.kernels.triton_token_float8 import float8_products, largest_of_tile
 
 __all__ = ["token_kernel"]
 
@@ -74,21 +75,24 @@ def _float_products(
 
 @jit()
 def token_kernel(
-    a, w, u, out, a_scale, out_scale, w_scale, u_scale, w_bias, u_bias, slot_weight, ids,
-    E, N, K, row_div, a_stride, w_stride_e, w_stride, w_rows, gate_row, up_row,
+    a, w, u, out, a_extra, out_extra, w_scale, u_scale, w_bias, u_bias, slot_weight, ids,
+    E, N, K, row_div, a_stride, w_stride_e, w_stride, w_rows, gate_row, up_row, tiles,
     ALPHA: tl.constexpr, LIMIT: tl.constexpr, SCALED: tl.constexpr, TRANSPOSED: tl.constexpr, GATED: tl.constexpr,
     ACT: tl.constexpr, SLOT: tl.constexpr, BIAS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     ASM: tl.constexpr, OVERLAP: tl.constexpr, SUM: tl.constexpr, SLOTS: tl.constexpr, SP: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, VEC: tl.constexpr, DIGITS: tl.constexpr, GROUP: tl.constexpr,
-    SPLIT_OUT: tl.constexpr, PAIRS_APART: tl.constexpr, HALF: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, MADE: tl.constexpr, GROUP: tl.constexpr,
+    MOST: tl.constexpr, BOUND: tl.constexpr, SMALLEST: tl.constexpr, OUT: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """out[s, n] for a slot s; if SUM, out[t, n], the sum of a token's SLOTS. SP: how many slots a program takes.
 
     The operands are those of expert_gemm_kernel; SCALED: w [E, w_rows, K] of one byte, times w_scale [E, w_rows].
-    DIGITS: "no"; or w is integers, int4 where GROUP inputs share a scale, and rows are multiplied in digits (see
-    triton_blocks.py): a is "whole", and split by this kernel; or a [*, 2 * K] is "split", with a_scale [*, K / 16]. BK
-    is then in words of four bytes.
-    SPLIT_OUT: out [S, 2 * N] and out_scale [S, N / 16] are such rows of the result in bfloat16, or float16 if HALF.
+    ROWS says how rows are multiplied: "plain"; in "digits", w being integers, int4 where GROUP inputs share a scale
+    (see triton_blocks.py); or in "float8" (see triton_token_float8.py), quantized to at most BOUND, with scales of at
+    least SMALLEST, their largest numbers being among MOST values. BK of these two is in words of four bytes. MADE: the
+    kernel before left more than rows a: digits [*, 2 * K] with scales a_extra [*, K / 16], or the largest numbers of
+    its ``tiles`` in a_extra [*, tiles]. OUT: what this one leaves, "plain", as "digits" or "digits apart" (the even
+    columns first), or with "largest"; out_extra is then a_extra of the next. HALF: digits are of the result in float16,
+    not bfloat16.
     """
     # The sum follows the kernel that makes its rows: which experts they are of was known before that.
     if not SUM:
@@ -115,10 +119,16 @@ def token_kernel(
     first = e[:, None] * w_rows + r[None, :]
     if SUM:
         after_previous(OVERLAP)
-    if DIGITS != "no":
+    MASKED: tl.constexpr = EVEN_N == 0 or EVEN_K == 0 or SP != SLOTS
+    if ROWS == "digits":
         acc, acc_up = integer_products(
-            a, a_scale, w, u, w_scale, u_scale, source, a_stride, first + gate_row, first + up_row, valid, K,
-            DIGITS == "split", GROUP, TWO, EVEN_N == 0 or EVEN_K == 0 or SP != SLOTS, EVEN_K, ASM, BK,
+            a, a_extra, w, u, w_scale, u_scale, source, a_stride, first + gate_row, first + up_row, valid, K,
+            MADE, GROUP, TWO, MASKED, EVEN_K, ASM, BK,
+        )  # fmt: skip
+    elif ROWS == "float8":
+        acc, acc_up = float8_products(
+            a, a_extra, w, u, source, a_stride, first + gate_row, first + up_row, valid, K, tiles,
+            MADE, MOST, BOUND, SMALLEST, TWO, MASKED, EVEN_K, ASM, BK,
         )  # fmt: skip
     else:
         across = 1 if TRANSPOSED else w_stride
@@ -141,13 +151,15 @@ def token_kernel(
         total = activated(total, ACT)
     # In float32; where there is no expert, nothing is added.
     result = tl.sum(tl.where(there[:, None], total, 0.0), 0)
-    if SPLIT_OUT:
+    columns = pid_n * BN + tl.arange(0, BN)
+    if OUT == "digits" or OUT == "digits apart":
         rounded = result.to(tl.float16 if HALF else tl.bfloat16).to(tl.float32)
-        at_row = row.to(tl.int64)
-        store_blocks(
-            tl.reshape(rounded, (BN // 16, 16)), out + at_row * 2 * N, out_scale + at_row * (N // 16), pid_n * BN, N,
-            PAIRS_APART,
-        )  # fmt: skip
+        to = row.to(tl.int64) * N
+        blocks = tl.reshape(rounded, (BN // 16, 16))
+        store_blocks(blocks, out + 2 * to, out_extra + to // 16, pid_n * BN, N, OUT == "digits apart")
     else:
-        columns = pid_n * BN + tl.arange(0, BN)
-        tl.store(out + row.to(tl.int64) * N + columns, result.to(out.dtype.element_ty), mask=columns < N)
+        rounded = result.to(out.dtype.element_ty)
+        tl.store(out + row.to(tl.int64) * N + columns, rounded, mask=columns < N)
+        if OUT == "largest":
+            largest = largest_of_tile(tl.where(columns < N, rounded.to(tl.float32), 0.0))
+            tl.store(out_extra + row.to(tl.int64) * num_n + pid_n + tl.arange(0, 1), largest)
