@@ -335,6 +335,23 @@ def test_a_single_row_put_in_a_single_place_keeps_its_dimension():
     assert op_name(put.args[2]) == "aten::arange"
 
 
+def test_a_number_in_place_of_some_ids_is_written_as_one():
+    def given(fill, dtype):
+        return lambda mask, ids: torch.where(mask, ids.to(dtype), torch.scalar_tensor(fill, dtype=dtype))
+
+    mask, ids = torch.tensor([True, False]), torch.tensor([2, 1])
+    module, _ = normal(exported(given(7, torch.int64), mask, ids))
+    assert torch.ops.aten.where.ScalarOther in [node.target for node in module.graph.nodes]
+    assert module(mask, ids)[0].tolist() == [2, 7]
+    # Rows that give way to zero, and a single id that is made as many as there are of the mask, stay as they are.
+    for function in (
+        given(0.0, torch.float32),
+        lambda mask, ids: torch.where(mask, ids[0], torch.scalar_tensor(7, dtype=torch.int64)),
+    ):
+        module, _ = normal(exported(function, mask, ids))
+        assert torch.ops.aten.where.self in [node.target for node in module.graph.nodes]
+
+
 def test_a_scatter_that_sums_is_scatter_add():
     def scattered(reduce, include_self):
         index = torch.tensor([0, 0, 1])

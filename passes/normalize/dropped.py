@@ -76,7 +76,7 @@ def _rewrite(node: Node, hot: Node, kept: Node) -> None:
         same = emit(aten.eq.Tensor, emit(aten.unsqueeze.default, ids, -1), numbers)
         return same if dtype is torch.bool else emit(aten.to.dtype, same, dtype)
 
-    whole = None
+    whole, dead = None, [node]
     # Whoever reads the mask for anything else goes on to do so.
     for user in [user for user in node.users if _takes_places(user, node)]:
         shape, value = shape_of(user) or (), tensor_of(user)
@@ -84,7 +84,7 @@ def _rewrite(node: Node, hot: Node, kept: Node) -> None:
             _columns(user, named, values)
             if user.users:
                 replace(user, compared(Emitter(graph, user, values), named, torch.bool))
-            erase_dead(graph, [user])
+            dead.append(user)
         elif op_name(user) == "aten::reshape" and len(shape) > 1 and known_equal(shape[-1], classes):
             # The mask in another shape is that of the ids in it.
             emit = Emitter(graph, user, values)
@@ -93,7 +93,7 @@ def _rewrite(node: Node, hot: Node, kept: Node) -> None:
         else:
             whole = whole or compared(Emitter(graph, node, values), named)
             user.replace_input_with(node, whole)
-    erase_dead(graph, [node])
+    erase_dead(graph, dead)
 
 
 def _columns(mask: Node, named: Node, values: FakeValues) -> None:

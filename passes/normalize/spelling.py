@@ -10,7 +10,7 @@
 | `squeeze.dims` of one dimension | `squeeze.dim` |
 | `squeeze` of what was just unsqueezed there | nothing |
 | `chunk`, `split.Tensor` | `split_with_sizes` |
-| `where(mask, scalar, x)` | `masked_fill.Scalar` |
+| `where(mask, scalar, x)`; `where(mask, ids, scalar)` | `masked_fill.Scalar`; `where.ScalarOther` |
 | `nonzero(mask, as_tuple=True)` | `where(mask)` |
 | `index_select(x, 1, places)`; `embedding(x, places)` | `index(x, [None, places])`; `index(x, [places])` |
 | `mm(x, w.T)`, `addmm(b, x, w.T)` | `linear` |
@@ -143,12 +143,19 @@ def _nonzero(node: Node, given: dict[str, Any]) -> Spelling | None:
 
 def _where(node: Node, given: dict[str, Any]) -> Spelling | None:
     scalar, kept = given.get("self"), given.get("other")
+    # Of whole numbers, such as ids some of which give way to one, authors write the number.
+    number = op_name(kept) == "aten::scalar_tensor" and not tensor_of(kept).dtype.is_floating_point
+    if number:
+        scalar, kept = kept, scalar
     if op_name(scalar) != "aten::scalar_tensor" or not isinstance(kept, Node):
         return None
     mine, theirs = tensor_of(node), tensor_of(kept)
     if mine is None or theirs is None or mine.dtype != theirs.dtype or not same_shape(mine.shape, theirs.shape):
         return None
-    return aten.masked_fill.Scalar, (kept, given["condition"], arguments(scalar)["s"])
+    value = arguments(scalar)["s"]
+    if number:
+        return (aten.where.ScalarOther, (given["condition"], kept, value)) if type(value) is int else None
+    return aten.masked_fill.Scalar, (kept, given["condition"], value)
 
 
 def _transposed_matrix(node: Any) -> Node | None:

@@ -83,7 +83,8 @@ class Region:
         assert shape is not None
         apart = len(shape_of(self.tokens) or ()) - len(self.features.get(self.tokens, ()))
         # One expert per token needs no dimension; batch and sequence may stand apart in the ids only.
-        alone = known_equal(self.size[1], 1) and (len(shape) == apart or chosen_once(self.ids))
+        once = known_equal(math.prod(shape), self.size[0]) or chosen_once(self.ids)
+        alone = known_equal(self.size[1], 1) and (len(shape) == apart or once)
         top_k = 1 if len(shape) == 1 or alone else shape[-1]
         assert isinstance(top_k, int)
         return top_k
