@@ -22,7 +22,6 @@ NOT_DECOMPOSED = (
     "all_experts_einsum_gate_in_contraction",
     "all_experts_einsum_router",
     "all_experts_gather_arange_scatter_add_llama4",
-    "gathered_top1_baddbmm",
     "modulelist_positive_gates_of_two_argmaxes",
     "modulelist_sparse_dispatcher",
     "modulelist_sparse_dispatcher_experts_shared",

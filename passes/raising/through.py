@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from moe_fx.passes.raising.anchors import reads_chosen_stack
 from moe_fx.passes.raising.axes import Place, aligned, axes_of, feature_dim, features, is_row_dim, regrouped
 from torch.fx import Node
 
@@ -93,7 +94,8 @@ def through(node: Node, place: Place, sizes: Mapping[str, Dim]) -> Through | str
 
 def _elementwise(node: Node, place: Place, sizes: Mapping[str, Dim]) -> Through | str:
     operands = []
-    for operand in node.all_input_nodes:
+    # Rows first: what else is chosen by their ids, such as a bias, is told from token rows once the ids are known.
+    for operand in sorted(node.all_input_nodes, key=reads_chosen_stack):
         shape = shape_of(operand)
         if is_number(operand):
             operands.append((operand, ()))
