@@ -277,6 +277,12 @@ class TurnedAround(Dispatched):
         return [self.experts[e](rows[e].flip(0)) for e in range(self.E)]
 
 
+@lookalike("dispatcher_parts_in_another_order", "tokens take the results of others")
+class PartsInAnotherOrder(Dispatched):
+    def results(self, rows, dispatcher):
+        return [self.experts[e](rows[e]) for e in (1, 2, 3, 0)]
+
+
 @lookalike("dispatcher_gates_twice", "results are scaled by the weights of others")
 class GatesTwice(Dispatched):
     def results(self, rows, dispatcher):

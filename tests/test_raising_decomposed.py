@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from styles.dispatcher import SparseDispatcher
 from torch.export import Dim
 
 import moe_fx
@@ -45,3 +46,51 @@ def test_a_bias_before_its_product_is_the_experts_own(dynamic):
 
 def test_refuses_a_bias_before_its_product_that_other_ids_choose():
     assert layers(TopOne(lambda ids: 3 - ids), torch.randn(6, 8)) == (0, 0)
+
+
+class Dispatched(torch.nn.Module):
+    """A layer with one expert per token, and one whose rows are read and added by the places where gates are."""
+
+    def __init__(self, order=(0, 1, 2, 3), wide=8):
+        super().__init__()
+        self.first, self.router, self.order = TopOne(), torch.nn.Linear(8, 4), order
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(8, wide) for _ in range(4))
+
+    def forward(self, x):
+        x = self.first(x)
+        weights, ids = self.router(x).softmax(-1).topk(2)
+        dispatcher = SparseDispatcher(4, torch.zeros(x.shape[0], 4).scatter(1, ids, weights))
+        rows = dispatcher.dispatch(x)
+        return self.added(x, dispatcher, [self.experts[e](rows[e]) for e in self.order])
+
+    def added(self, x, dispatcher, results):
+        return dispatcher.combine(results)
+
+
+class AddedToAll(Dispatched):
+    """Each result is a number, and added to all features of its token."""
+
+    def __init__(self):
+        super().__init__(wide=1)
+
+    def added(self, x, dispatcher, results):
+        values = torch.cat(results) * dispatcher._nonzero_gates
+        return torch.zeros_like(x).index_put((dispatcher._batch_index,), values, accumulate=True)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_rows_added_by_the_places_of_a_table_are_added_by_each_column(dynamic):
+    assert layers(Dispatched(), torch.randn(6, 8), dynamic) == (2, 2)
+
+
+@pytest.mark.parametrize("model", [Dispatched((1, 2, 3, 0)), AddedToAll()])
+def test_rows_added_by_the_places_of_a_table_to_others_stay_beside_a_layer(model):
+    assert layers(model, torch.randn(6, 8)) == (1, 1)
+
+
+def test_experts_held_twice_are_told_of_where_their_rows_are_added_to_others():
+    model = Dispatched((2, 1, 0, 3))
+    model.experts[3], model.experts[1] = model.experts[2], model.experts[0]
+    program = torch.export.export(model.eval(), (torch.randn(1, 8),)).run_decompositions()
+    (miss,) = moe_fx.explain(program).misses
+    assert "exported with two tokens, or with any number of them" in str(miss)

@@ -23,8 +23,6 @@ NOT_DECOMPOSED = (
     "all_experts_einsum_router",
     "all_experts_gather_arange_scatter_add_llama4",
     "modulelist_positive_gates_of_two_argmaxes",
-    "modulelist_sparse_dispatcher",
-    "modulelist_sparse_dispatcher_experts_shared",
     "one_hot_dispatch_combine_tec_gshard",
     "one_hot_dispatch_without_weights_tec",
     "one_hot_per_slot_tke",
@@ -32,7 +30,6 @@ NOT_DECOMPOSED = (
     "one_hot_switch_mesh_capacity",
     "one_hot_weights_per_slot_matmul",
     "sorted_counted_expert_by_expert",
-    "stacked_sparse_dispatcher",
 )
 
 #: decomposed, one for each spelling that decompositions have of their own; the rest is the exhaustive product
@@ -144,10 +141,9 @@ def test_a_style_that_is_not_raised_for_a_single_token_has_its_reason(name):
     assert "exported with two tokens, or with any number of them" in told or "ids that are certainly distinct" in told
 
 
-@pytest.mark.parametrize("name", ["parameterlist_stacked_bmm", "modulelist_sparse_dispatcher_experts_shared"])
 @torch.no_grad()
-def test_experts_stacked_or_held_twice_are_told_of_where_a_decomposed_token_hides_them(name):
-    _, program, _ = exported_for_one_token(name)
+def test_experts_stacked_are_told_of_where_a_decomposed_token_hides_them():
+    _, program, _ = exported_for_one_token("parameterlist_stacked_bmm")
     (miss,) = moe_fx.explain(program.run_decompositions()).misses
     assert "exported with two tokens, or with any number of them" in str(miss)
 

@@ -11,7 +11,7 @@ Which of a column's places come first, a sort that is not stable leaves open: on
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.fx import Graph, Node
 from moe_fx.matcher import Match, arguments, match, op_name
 from moe_fx.pattern import ANY, As, Last, OneOfValues, Var, aten, call, either, item, optional
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, only_asserted, replace
-from moe_fx.shapes import shape_of, tensor_of
+from moe_fx.shapes import known_equal, same_shape, shape_of, tensor_of
 
 __all__ = ["spell_nonzero_lists"]
 
@@ -34,7 +34,9 @@ token = As("token", aten.index(aten.select(aten.nonzero(table), 1, 0), [order]))
 column = As("column", item(aten.split_with_sizes(item(ordered, 0), [1, 1], Last(1)), 1))
 weights = As("weights", aten.gather(As("looked_up", aten.index(table, [token])), 1, column))
 weighted = As("weighted", aten.mul(As("joined", aten.cat(ANY, 0)), weights))
-ADDED = aten.index_add(Var("base"), 0, token, optional(lambda rows: aten.to(rows, Var("dtype")), weighted))
+added = optional(lambda rows: aten.to(rows, Var("dtype")), weighted)
+#: core ATen knows the second only
+ADDED = either(aten.index_add(Var("base"), 0, token, added), aten.index_put(Var("base"), [token], added, True))
 #: how many places a column has: of a table that holds negative numbers, the two would not be equal, and cut nothing
 counts = aten.sum(either(aten.gt(table, 0), aten.ne(table, 0)), [OneOfValues(0, -2)])
 
@@ -42,12 +44,12 @@ counts = aten.sum(either(aten.gt(table, 0), aten.ne(table, 0)), [OneOfValues(0, 
 def spell_nonzero_lists(graph: Graph, written: Collection[Node]) -> None:
     """Rewrite every sum of rows read and added by such a list; ``written`` is memory that ops in place write."""
     for node in list(graph.nodes):
-        found = match(ADDED, node) if op_name(node) == "aten::index_add" else None
+        found = match(ADDED, node) if op_name(node) in ("aten::index_add", "aten::index_put") else None
         if not isinstance(found, Match) or any(memory_of(each) in written for each in (*found.nodes, found["table"])):
             continue
         columns, parts = (shape_of(found["table"]) or (0, 0))[1], arguments(found["joined"])["tensors"]
         splits = _splits(found, node, columns)
-        if splits is not None and len(parts) == columns:
+        if splits is not None and len(parts) == columns and _fits(found, parts, splits):
             _rewrite(found, node, parts, splits)
 
 
@@ -79,6 +81,14 @@ def _by_counts(split: Node, found: Match, columns: Any) -> bool:
         if not isinstance(told, Match) or not isinstance(match(each, size.args[0], {"table": found["table"]}), Match):
             return False
     return True
+
+
+def _fits(found: Match, parts: Sequence[Node], splits: Sequence[Node]) -> bool:
+    """Whether rows are as wide as what they are added to, and each part has as many of them as its column."""
+    rows, base = shape_of(found["joined"]) or (), shape_of(found["base"]) or ()
+    columns = zip(parts, zip(*(split.meta["val"] for split in splits), strict=True), strict=True)
+    counted = all(any(known_equal(tensor_of(part).shape[0], cut.shape[0]) for cut in cuts) for part, cuts in columns)
+    return len(rows) == 2 and same_shape(rows[1:], base[1:]) and counted
 
 
 def _rewrite(found: Match, root: Node, parts: list[Node], splits: list[Node]) -> None:
