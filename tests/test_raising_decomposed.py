@@ -94,3 +94,41 @@ def test_experts_held_twice_are_told_of_where_their_rows_are_added_to_others():
     program = torch.export.export(model.eval(), (torch.randn(1, 8),)).run_decompositions()
     (miss,) = moe_fx.explain(program).misses
     assert "exported with two tokens, or with any number of them" in str(miss)
+
+
+class PositiveGates(torch.nn.Module):
+    """Two choices in turn, each a mask; an expert's tokens are those whose gate is above zero."""
+
+    def __init__(self, gates=lambda scores: scores, left=lambda scores, mask: scores.masked_fill(mask, -torch.inf)):
+        super().__init__()
+        self.router, self.gates, self.left = torch.nn.Linear(8, 4), gates, left
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        scores = self.router(x).softmax(-1)
+        first = scores.argmax(-1).unsqueeze(-1) == torch.arange(4)
+        second = self.left(scores, first).argmax(-1).unsqueeze(-1) == torch.arange(4)
+        gates = self.gates(scores)
+        best, next_best = ((gates * mask).sum(-1, keepdim=True) * mask.float() for mask in (first, second))
+        table = best + next_best
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            rows = torch.where(table[:, e] > 0)[0]
+            out = out.index_add(0, rows, expert(x[rows]) * table[rows, e, None])
+        return out
+
+
+def test_gates_above_zero_of_masks_and_weights_that_are_not_negative_are_all_gates():
+    assert layers(PositiveGates(), torch.randn(6, 8)) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(gates=lambda scores: scores - 0.25),
+        dict(gates=lambda scores: scores * (scores > 0.2).logical_not().float().sub(0.5)),
+        dict(left=lambda scores, mask: scores * mask.logical_not()),
+    ],
+)
+def test_refuses_gates_above_zero_where_others_may_be_below_or_a_choice_repeat(change):
+    assert layers(PositiveGates(**change), torch.randn(6, 8)) == (0, 0)

@@ -6,10 +6,12 @@ import functools
 import operator
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from moe_fx.constants import filled_with
 from moe_fx.matcher import arguments, op_name
+from moe_fx.shapes import tensor_of
 
 __all__ = ["is_not_negative"]
 
@@ -39,6 +41,9 @@ def is_not_negative(value: Any, depth: int = 0) -> bool:
     filled: float | None = filled_with(value)
     if filled is not None:
         return bool(filled >= 0)
+    result = tensor_of(value)
+    if result is not None and result.dtype is torch.bool:
+        return True  # a mask: false is zero, and true is one
     if value.op != "call_function" or depth > DEEPEST:
         return False
     if value.target is operator.getitem:
