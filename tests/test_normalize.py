@@ -15,6 +15,7 @@ from moe_fx.passes.normalize import (
     spell_dropped_rows,
     synonyms,
 )
+from moe_fx.passes.normalize.spelling import leftover
 
 import moe_fx
 from moe_fx.matcher import op_name
@@ -254,9 +255,28 @@ def test_flatten_of_a_batch_of_any_size_is_a_reshape():
     assert call.args[1] == [-1, 5]
 
 
+SHAPES = {(24,): [-1], (24, 1): [-1, 1], (1, 24, 1): [1, -1, 1], (6, 4): [6, 4], (6, 1, 4): [6, 1, 4]}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_only_wide_dimension_of_a_reshape_is_left_open(shape):
+    module, _ = normal(exported(lambda x: x.reshape(shape).relu(), torch.randn(2, 3, 4)))
+    (call,) = [node for node in module.graph.nodes if op_name(node) == "aten::reshape"]
+    assert call.args[1] == SHAPES[shape]
+
+
+@pytest.mark.parametrize("x", [torch.randn(1, 1), torch.randn(0, 3)])
+def test_a_reshape_of_one_element_or_none_stays_of_its_shape(x):
+    shape = [1, 1, 1] if len(x) else [0, 1]
+    module, _ = normal(exported(lambda x: x.reshape(shape).relu(), x))
+    (value,) = module(x)
+    assert list(value.shape) == shape
+
+
 def dropped(function, *args):
     module, _ = normal(exported(function, *args))
     spell_dropped_rows(module.graph, set())
+    assert not any(leftover(node) for node in module.graph.nodes)
     for found, wanted in zip(module(*args), function(*args), strict=True):
         assert torch.equal(found, wanted)
     return any(op_name(node) == "aten::one_hot" for node in module.graph.nodes)
@@ -265,7 +285,8 @@ def dropped(function, *args):
 def test_a_one_hot_mask_with_rows_dropped_is_that_of_ids_that_name_no_expert():
     ids, kept = torch.tensor([[0, 2], [1, 1], [3, 0]]), torch.rand(3, 2, 4) < 0.5
     assert not dropped(lambda ids, kept: torch.where(F.one_hot(ids, 4) * kept), ids, kept)
-    assert not dropped(lambda ids, kept: torch.where((kept * F.one_hot(ids, 4)).view(-1, 4).t()), ids, kept)
+    for rows in (-1, 6):
+        assert not dropped(lambda ids, kept, n=rows: torch.where((kept * F.one_hot(ids, 4)).view(n, 4).t()), ids, kept)
 
 
 def test_who_reads_a_mask_with_rows_dropped_for_more_than_its_places_reads_it_as_it_was():

@@ -132,3 +132,40 @@ def test_gates_above_zero_of_masks_and_weights_that_are_not_negative_are_all_gat
 )
 def test_refuses_gates_above_zero_where_others_may_be_below_or_a_choice_repeat(change):
     assert layers(PositiveGates(**change), torch.randn(6, 8)) == (0, 0)
+
+
+def expert_after_expert(tokens, width):
+    return torch.arange(tokens).view(1, tokens).expand(4, tokens).reshape(4 * tokens, 1).expand(4 * tokens, width)
+
+
+def token_after_token(tokens, width):
+    return torch.arange(tokens).view(tokens, 1).expand(tokens, 4).reshape(4 * tokens, 1).expand(4 * tokens, width)
+
+
+class EveryToken(torch.nn.Module):
+    """Every token is gathered for every expert, and results are added to tokens: at ``places``, written with sizes."""
+
+    def __init__(self, places=expert_after_expert):
+        super().__init__()
+        self.router, self.places = torch.nn.Linear(8, 4), places
+        self.up, self.down = torch.nn.Parameter(torch.randn(4, 8, 16)), torch.nn.Parameter(torch.randn(4, 16, 8))
+
+    def forward(self, x):
+        tokens, width = x.shape
+        weights, ids = self.router(x).topk(2, dim=-1)
+        table = torch.full((tokens, 4), -torch.inf).scatter(1, ids, weights).sigmoid()
+        places = self.places(tokens, width)
+        rows = x.gather(0, places) * table.t().reshape(4 * tokens, 1)
+        results = torch.bmm(torch.bmm(rows.view(4, tokens, width), self.up).relu(), self.down)
+        return torch.zeros_like(x).scatter_add(0, places, results.view(4 * tokens, width))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_tokens_gathered_for_every_expert_are_found_however_sizes_are_written(dynamic):
+    assert layers(EveryToken(), torch.randn(6, 8), dynamic) == (1, 1)
+
+
+@pytest.mark.parametrize("tokens", [6, 4])
+def test_refuses_tokens_gathered_in_another_order_than_their_experts(tokens):
+    assert layers(EveryToken(token_after_token), torch.randn(tokens, 8), dynamic=False) == (0, 0)
+    assert layers(EveryToken(token_after_token), torch.randn(tokens, 8)) == (0, 0)

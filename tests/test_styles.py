@@ -21,7 +21,6 @@ NOT_YET = {
 NOT_DECOMPOSED = (
     "all_experts_einsum_gate_in_contraction",
     "all_experts_einsum_router",
-    "all_experts_gather_arange_scatter_add_llama4",
     "one_hot_dispatch_combine_tec_gshard",
     "one_hot_dispatch_without_weights_tec",
     "one_hot_per_slot_tke",

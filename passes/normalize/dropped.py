@@ -13,6 +13,7 @@ from collections.abc import Collection
 
 import torch
 from moe_fx.passes.normalize.functional import memory_of
+from moe_fx.passes.normalize.wide_sizes import only_wide
 from torch.fx import Graph, Node
 
 from moe_fx.matcher import arguments, op_name
@@ -88,7 +89,8 @@ def _rewrite(node: Node, hot: Node, kept: Node) -> None:
         elif op_name(user) == "aten::reshape" and len(shape) > 1 and known_equal(shape[-1], classes):
             # The mask in another shape is that of the ids in it.
             emit = Emitter(graph, user, values)
-            replace(user, compared(emit, emit(aten.reshape.default, named, list(user.args[1][:-1]))))
+            sizes = only_wide(shape[:-1]) or list(user.args[1][:-1])
+            replace(user, compared(emit, emit(aten.reshape.default, named, sizes)))
             graph.erase_node(user)
         else:
             whole = whole or compared(Emitter(graph, node, values), named)
