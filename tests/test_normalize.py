@@ -255,24 +255,6 @@ def test_flatten_of_a_batch_of_any_size_is_a_reshape():
     assert call.args[1] == [-1, 5]
 
 
-SHAPES = {(24,): [-1], (24, 1): [-1, 1], (1, 24, 1): [1, -1, 1], (6, 4): [6, 4], (6, 1, 4): [6, 1, 4]}
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_only_wide_dimension_of_a_reshape_is_left_open(shape):
-    module, _ = normal(exported(lambda x: x.reshape(shape).relu(), torch.randn(2, 3, 4)))
-    (call,) = [node for node in module.graph.nodes if op_name(node) == "aten::reshape"]
-    assert call.args[1] == SHAPES[shape]
-
-
-@pytest.mark.parametrize("x", [torch.randn(1, 1), torch.randn(0, 3)])
-def test_a_reshape_of_one_element_or_none_stays_of_its_shape(x):
-    shape = [1, 1, 1] if len(x) else [0, 1]
-    module, _ = normal(exported(lambda x: x.reshape(shape).relu(), x))
-    (value,) = module(x)
-    assert list(value.shape) == shape
-
-
 def dropped(function, *args):
     module, _ = normal(exported(function, *args))
     spell_dropped_rows(module.graph, set())

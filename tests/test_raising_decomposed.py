@@ -8,6 +8,7 @@ from torch.export import Dim
 import moe_fx
 
 
+@torch.no_grad()
 def layers(model, x, dynamic=True):
     """How many layers are raised, decomposed and not; whatever was, the numbers are the model's."""
     model = model.eval()
@@ -18,8 +19,7 @@ def layers(model, x, dynamic=True):
         found.append(len(moe_fx.report(after).layers))
         for tokens in (1, 2, 9) if dynamic else (len(x),):
             rows = torch.randn(tokens, *x.shape[1:], generator=torch.Generator().manual_seed(tokens))
-            with torch.no_grad():
-                torch.testing.assert_close(after.module()(rows), model(rows))
+            torch.testing.assert_close(after.module()(rows), model(rows))
     return tuple(found)
 
 
@@ -169,3 +169,46 @@ def test_tokens_gathered_for_every_expert_are_found_however_sizes_are_written(dy
 def test_refuses_tokens_gathered_in_another_order_than_their_experts(tokens):
     assert layers(EveryToken(token_after_token), torch.randn(tokens, 8), dynamic=False) == (0, 0)
     assert layers(EveryToken(token_after_token), torch.randn(tokens, 8)) == (0, 0)
+
+
+class PartAfterPart(torch.nn.Module):
+    """Sorted rows, cut where each expert's end; its results are written over a part of zeros."""
+
+    def __init__(self, over=lambda out, e, start, end, rows: slice(start, end), made=lambda rows: rows, dtype=None):
+        super().__init__()
+        self.router, self.over, self.made, self.dtype = torch.nn.Linear(8, 4), over, made, dtype
+        self.up, self.down = torch.nn.Parameter(torch.randn(4, 16, 8)), torch.nn.Parameter(torch.randn(4, 8, 16))
+
+    def forward(self, x):
+        weights, ids = self.router(x).softmax(-1).topk(2, dim=-1)
+        order = ids.flatten().argsort(stable=True)
+        ends = torch.bincount(ids.flatten(), minlength=4).cumsum(0)
+        rows, start = x[order // 2], 0
+        out = torch.zeros_like(rows, dtype=self.dtype)
+        for e in range(4):
+            end = ends[e].item()
+            h = torch.nn.functional.linear(rows[start:end], self.up[e]).relu()
+            own = self.made(torch.nn.functional.linear(h, self.down[e]))
+            out[self.over(out, e, start, end, own)] = own
+            start = end
+        slots = torch.empty_like(out)
+        slots[order] = out
+        return (slots.view(-1, 2, 8) * weights.unsqueeze(-1)).sum(1)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_results_written_over_parts_are_those_of_sorted_rows(dynamic):
+    assert layers(PartAfterPart(), torch.randn(6, 8), dynamic) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(over=lambda out, e, start, end, rows: slice(out.shape[0] - end, out.shape[0] - start)),
+        dict(made=lambda rows: rows.sum(0, keepdim=True)),
+        dict(made=lambda rows: rows.flip(0)),
+        dict(dtype=torch.float64),
+    ],
+)
+def test_refuses_results_written_over_other_parts_or_rows_or_in_another_dtype(change):
+    assert layers(PartAfterPart(**change), torch.randn(6, 8)) == (0, 0)

@@ -27,7 +27,6 @@ NOT_DECOMPOSED = (
     "one_hot_sec_top1_deepspeed",
     "one_hot_switch_mesh_capacity",
     "one_hot_weights_per_slot_matmul",
-    "sorted_counted_expert_by_expert",
 )
 
 #: decomposed, one for each spelling that decompositions have of their own; the rest is the exhaustive product

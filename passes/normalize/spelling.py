@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from moe_fx.passes.normalize import places, recompose, synonyms, wide_sizes
+from moe_fx.passes.normalize.copies import copied
 from moe_fx.passes.normalize.functional import memory_of
 from moe_fx.passes.normalize.recompose import Spelling
 from torch.fx import Graph, Node
@@ -228,6 +229,8 @@ def _undone(node: Node, written: set[Node]) -> Node | None:
         return _mask_again(node, written)
     if op_name(node) == "aten::clone":
         return _sum_so_far(node, written)
+    if op_name(node) == "aten::copy":
+        return copied(node, written)
     if op_name(node) == "aten::reshape":
         return _reshaped_back(node) if memory_of(node) not in written else None
     source = node.args[0] if op_name(node) == "aten::squeeze" else None

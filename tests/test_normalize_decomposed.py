@@ -1,0 +1,102 @@
+"""EXPORTED -> NORMAL: what decomposition tables alone write, and the sizes that they spell out."""
+
+import pytest
+import torch
+from moe_fx.passes.normalize.copies import copied
+from test_normalize import exported, normal
+
+from moe_fx.matcher import op_name
+
+
+def copies(function, *args):
+    """How many copies are left of a program in core ATen, whose results stay what they were."""
+    module, _ = normal(exported(function, *args).run_decompositions())
+    for found, wanted in zip(module(*args), function(*args), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    return sum(op_name(node) == "aten::copy" for node in module.graph.nodes)
+
+
+def part_after_part(x, count, other=lambda rows: rows, out=torch.zeros_like):
+    many = count.item()
+    out = out(x)
+    out[:many] = other(x[:many] * 2)
+    out[many:] = x[many:] * 3
+    return (out.relu(),)
+
+
+COUNT = torch.tensor(2)
+
+
+def test_rows_copied_over_a_part_of_known_length_are_the_part():
+    def function(x, y):
+        out = torch.zeros_like(x)
+        out[1:3], out[:, 2] = y, y[0, 0]
+        return (out.relu(),)
+
+    assert copies(function, torch.randn(5, 4), torch.randn(2, 4)) == 1  # one number for a whole column
+
+
+def test_rows_copied_over_a_part_from_where_they_were_cut_are_the_part():
+    assert copies(part_after_part, torch.randn(5, 4), COUNT) == 0
+
+
+def test_rows_copied_over_a_part_of_another_dtype_stay_copied():
+    def function(x, count):
+        return part_after_part(x, count, out=lambda x: torch.zeros(5, 4, dtype=torch.float64))
+
+    assert copies(function, torch.randn(5, 4), COUNT) == 2
+
+
+@pytest.mark.parametrize("other", [lambda rows: rows.sum(0, keepdim=True), lambda rows: rows[0]])
+def test_a_row_copied_over_a_part_is_expanded_to_it(other):
+    assert copies(lambda x, count: part_after_part(x, count, other), torch.randn(5, 4), COUNT) == 0
+
+
+def copied_over(cut, rows=lambda rows: rows, written=""):
+    """Whether ``x[:n]``, copied over a part of other values, is taken for the copy."""
+
+    def function(x, count):
+        return rows(x[: count.item()] * 2), cut(torch.zeros(6, 4), count.item()) * 1
+
+    graph = exported(function, torch.randn(6, 4), COUNT).graph
+    new, old = next(iter(reversed(graph.nodes))).args[0]
+    with graph.inserting_after(new):
+        copy = graph.call_function(torch.ops.aten.copy.default, (old.args[0], new))
+    copy.meta["val"] = old.meta["val"]
+    return copied(copy, {"copy": {copy}, "new": {new}}.get(written, set())) is new
+
+
+def test_a_part_is_as_long_as_another_if_both_are_cut_alike():
+    assert copied_over(lambda out, count: out[:count])
+    assert not copied_over(lambda out, count: out[:count], written="copy")
+    assert not copied_over(lambda out, count: out[:count], written="new")
+    others = (
+        lambda out, count: out[count:],
+        lambda out, count: out[1:count],
+        lambda out, count: out[: count + 1],
+        lambda out, count: out[:count:2],
+        lambda out, count: out[:3][:count],
+        lambda out, count: torch.zeros(4, 6)[:, :count].t(),
+        lambda out, count: out.double()[:count],
+    )
+    assert not any(copied_over(other) for other in others)
+    assert not copied_over(lambda out, count: out[:count], lambda rows: rows.sum(0, keepdim=True))
+    assert not copied_over(lambda out, count: out[:count], lambda rows: rows.sum(0))
+
+
+SHAPES = {(24,): [-1], (24, 1): [-1, 1], (1, 24, 1): [1, -1, 1], (6, 4): [6, 4], (6, 1, 4): [6, 1, 4]}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_only_wide_dimension_of_a_reshape_is_left_open(shape):
+    module, _ = normal(exported(lambda x: x.reshape(shape).relu(), torch.randn(2, 3, 4)))
+    (call,) = [node for node in module.graph.nodes if op_name(node) == "aten::reshape"]
+    assert call.args[1] == SHAPES[shape]
+
+
+@pytest.mark.parametrize("x", [torch.randn(1, 1), torch.randn(0, 3)])
+def test_a_reshape_of_one_element_or_none_stays_of_its_shape(x):
+    shape = [1, 1, 1] if len(x) else [0, 1]
+    module, _ = normal(exported(lambda x: x.reshape(shape).relu(), x))
+    (value,) = module(x)
+    assert list(value.shape) == shape
