@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from moe_fx.passes.normalize import spell_places_in_turn
 from moe_fx.passes.normalize.copies import copied
 from test_normalize import exported, normal
 
@@ -100,3 +101,67 @@ def test_a_reshape_of_one_element_or_none_stays_of_its_shape(x):
     module, _ = normal(exported(lambda x: x.reshape(shape).relu(), x))
     (value,) = module(x)
     assert list(value.shape) == shape
+
+
+def stacks(function, *args):
+    """How many stacks there are, undecomposed and decomposed, of a program that stays what it was."""
+    found = []
+    for program in (exported(function, *args), exported(function, *args).run_decompositions()):
+        module, written = normal(program)
+        spell_places_in_turn(module.graph, written)
+        module.graph.lint()
+        for result, wanted in zip(module(*args), function(*args), strict=True):
+            torch.testing.assert_close(result, wanted, rtol=0, atol=0)
+        found.append(sum(op_name(node) == "aten::stack" for node in module.graph.nodes))
+    return tuple(found)
+
+
+def written_along(dim, places, dtype=torch.float32, between=lambda out: out):
+    def function(x, y, z):
+        out = torch.full([3, 2, 4] if dim else [3, 3, 2], 0.5, dtype=dtype)
+        for place, rows in zip(places, (x, y, z, x + z), strict=False):
+            if dim:
+                out[..., place] = rows
+            else:
+                out[place] = rows
+            out = between(out)
+        return (out.relu(),)
+
+    return function
+
+
+X, Y, Z = torch.randn(3, 3, 2).unbind(0)
+
+
+@pytest.mark.parametrize("dim", [0, -1])
+def test_places_that_are_all_written_in_turn_are_stacked(dim):
+    last = (3,) if dim else ()
+    assert stacks(written_along(dim, (1, 0, 2, *last)), X, Y, Z) == (1, 1)
+    if not dim:
+        assert stacks(written_along(dim, (2, 0, 2, 1)), X, Y, Z) == (1, 1)  # of two writes to a place, the last counts
+    assert stacks(written_along(dim, (1, 0, -1, *last)), X, Y, Z) == ((1, 1) if dim == 0 else (0, 0))
+
+
+@pytest.mark.parametrize("change", [dict(places=(0, 2, 0)), dict(places=(0, 1, 2), between=lambda out: out + 1)])
+def test_places_of_which_one_is_left_or_changed_after_it_was_written_are_not_stacked(change):
+    assert stacks(written_along(0, **change), X, Y, Z) == (0, 0)
+
+
+def test_places_that_are_cast_are_stacked_where_the_cast_is_written():
+    assert stacks(written_along(0, (0, 1, 2), dtype=torch.float64), X, Y, Z) == (0, 1)
+
+
+def test_places_that_are_written_to_again_in_between_are_not_stacked():
+    graph = torch.fx.Graph()
+    base, x, y = (graph.placeholder(name) for name in ("base", "x", "y"))
+    first = graph.call_function(torch.ops.aten.select_scatter.default, (base, x, 0, 0))
+    last = graph.call_function(torch.ops.aten.select_scatter.default, (first, y, 0, 1))
+    graph.output((last,))
+    mode = torch._subclasses.FakeTensorMode()
+    for node, shape in {base: (2, 3), x: (3,), y: (3,), first: (2, 3), last: (2, 3)}.items():
+        node.meta["val"] = mode.from_tensor(torch.empty(shape))
+    for written in ({first}, {x}, {last}):
+        spell_places_in_turn(graph, written)
+        assert last.users
+    spell_places_in_turn(graph, set())
+    assert not any(node.target is last.target for node in graph.nodes)

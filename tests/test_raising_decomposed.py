@@ -212,3 +212,32 @@ def test_results_written_over_parts_are_those_of_sorted_rows(dynamic):
 )
 def test_refuses_results_written_over_other_parts_or_rows_or_in_another_dtype(change):
     assert layers(PartAfterPart(**change), torch.randn(6, 8)) == (0, 0)
+
+
+class ResultsWritten(torch.nn.Module):
+    """Every expert's results are written to their place, then weighed by a table and summed."""
+
+    def __init__(self, dim, written=range(4)):
+        super().__init__()
+        self.router, self.dim, self.written = torch.nn.Linear(8, 4), dim, written
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        weights, ids = self.router(x).softmax(-1).topk(2, dim=-1)
+        table = torch.zeros(x.shape[0], 4).scatter(1, ids, weights)
+        results = torch.ones(x.shape[0], 4, 8) if self.dim else torch.ones(4, x.shape[0], 8)
+        for e in self.written:
+            results.select(self.dim, e).copy_(self.experts[e](x).relu())
+        results = results if self.dim else results.transpose(0, 1)
+        return (results * table.unsqueeze(-1)).sum(1)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_results_written_to_their_places_are_stacked_results(dim, dynamic):
+    assert layers(ResultsWritten(dim), torch.randn(6, 8), dynamic) == (1, 1)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_refuses_results_of_which_one_is_not_written(dim):
+    assert layers(ResultsWritten(dim, (0, 1, 3)), torch.randn(6, 8)) == (0, 0)

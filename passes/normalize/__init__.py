@@ -13,10 +13,11 @@ from moe_fx.passes.normalize.equal_values import merge_equal_values
 from moe_fx.passes.normalize.functional import functionalize
 from moe_fx.passes.normalize.masks import flatten_masks, select_masks
 from moe_fx.passes.normalize.nonzero_lists import spell_nonzero_lists
+from moe_fx.passes.normalize.places_in_turn import spell_places_in_turn
 from moe_fx.passes.normalize.regions import inline_regions
 from moe_fx.passes.normalize.spelling import drop_no_ops, spell
 
 __all__ = [
     "drop_no_ops", "flatten_masks", "functionalize", "inline_regions", "merge_equal_values", "select_masks", "spell",
-    "spell_choices_in_turn", "spell_dropped_rows", "spell_nonzero_lists", "spell_parts",
+    "spell_choices_in_turn", "spell_dropped_rows", "spell_nonzero_lists", "spell_parts", "spell_places_in_turn",
 ]  # fmt: skip

@@ -2,8 +2,9 @@
 
 slice_scatter(whole, copy(slice(whole, d, a, b), y), d, a, b)    =>     slice_scatter(whole, y, d, a, b)
 
-`copy(old, new)` is `new` in the shape and dtype of `old`: where it has both already, it is `new`. If only values tell
-how long a part is, each cut has a number of its own; cuts from `a` to `b` of equally long tensors are equally long.
+`copy(old, new)` is `new` in the shape and dtype of `old`: where it has both already, it is `new`. So is what a value is
+replaced with as a whole. If only values tell how long a part is, each cut has a number of its own; cuts from `a` to `b`
+of equally long tensors are equally long.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ BOUNDS = ("start", "end", "step")
 
 def copied(node: Node, written: Collection[Node]) -> Node | None:
     """What a copy holds, if it holds it unchanged; ``written`` is memory that ops in place still write."""
-    if op_name(node) != "aten::copy":
+    if op_name(node) not in ("aten::copy", "aten::slice_scatter"):
         return None
     given = arguments(node)
+    if op_name(node) == "aten::slice_scatter" and not all(map(_same_bound, _cut(node)[1:4], (0, None, 1))):
+        return None  # something is left of what was there
     old, new = given["self"], given["src"]
     mine, theirs = tensor_of(node), tensor_of(new)
     if mine is None or theirs is None or mine.dtype != theirs.dtype or mine.device != theirs.device:

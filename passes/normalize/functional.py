@@ -9,6 +9,7 @@ reads such memory is left alone.
 from __future__ import annotations
 
 import operator
+import sys
 from typing import Any
 
 import torch
@@ -77,12 +78,27 @@ def _written_part(node: Node, order: dict[Node, int]) -> tuple[Node, torch._ops.
     part, values = (*node.args, None, None)[:2]
     if op_name(node) != "aten::copy_" or not isinstance(part, Node) or op_name(part) not in PARTS or node.users:
         return None
-    base, written, mine = part.args[0], tensor_of(values) if isinstance(values, Node) else None, tensor_of(part)
+    base, written, mine = (
+        _all_of(part.args[0]),
+        tensor_of(values) if isinstance(values, Node) else None,
+        tensor_of(part),
+    )
     if not isinstance(base, Node) or written is None or mine is None or memory_of(base) is not base:
         return None
     if written.dtype != mine.dtype or not same_shape(written.shape, mine.shape) or not _harmless(node, base, order):
         return None
     return base, PARTS[op_name(part) or ""], (base, values, *part.args[1:])
+
+
+def _all_of(value: Any) -> Any:
+    """What a slice from the first to the last element is all of: ``out[:, 0]`` is cut twice."""
+    while (
+        op_name(value) == "aten::slice"
+        and not value.kwargs
+        and value.args[2:] in ((), (0,), (0, sys.maxsize), (None, None))
+    ):
+        value = value.args[0]
+    return value
 
 
 def _functional_form(node: Node) -> torch._ops.OpOverload | None:

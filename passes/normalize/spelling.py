@@ -229,7 +229,7 @@ def _undone(node: Node, written: set[Node]) -> Node | None:
         return _mask_again(node, written)
     if op_name(node) == "aten::clone":
         return _sum_so_far(node, written)
-    if op_name(node) == "aten::copy":
+    if op_name(node) in ("aten::copy", "aten::slice_scatter"):
         return copied(node, written)
     if op_name(node) == "aten::reshape":
         return _reshaped_back(node) if memory_of(node) not in written else None

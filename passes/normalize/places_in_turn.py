@@ -1,0 +1,90 @@
+"""A tensor whose every place along a dimension is written, one after the other, is a stack of what was written.
+
+out = select_scatter(base, y, 1, 0)      # out[:, 0] = y
+out = select_scatter(out, z, 1, 1)       # out[:, 1] = z        =>     out = stack([y, z], 1)
+
+Core ATen asks for each place whether it is the one: `where(arange(2).view(1, 2, 1) == 1, z.unsqueeze(1), out)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import torch
+from moe_fx.passes.normalize.functional import memory_of
+from torch.fx import Graph, Node
+
+from moe_fx.matcher import Match, arguments, match, op_name
+from moe_fx.pattern import ANY, As, AtLeast, Var, aten, either
+from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
+from moe_fx.shapes import same_shape, shape_of, tensor_of
+
+__all__ = ["spell_places_in_turn"]
+
+_aten = torch.ops.aten
+count = Var("count")
+numbers = either(aten.arange(count, dtype=ANY), aten.arange(0, count, dtype=ANY))
+rows = As("rows", aten.unsqueeze(Var("source"), ANY))
+WHERE = aten.where(
+    aten.eq(As("beside", aten.reshape(numbers, ANY)), As("place", AtLeast(0))), aten.expand(rows, ANY), Var("before")
+)
+
+
+class Write(NamedTuple):
+    """``before``, in which ``source`` stands at a ``place`` along ``dim``."""
+
+    before: Node
+    source: Node
+    dim: int
+    place: int
+
+
+def spell_places_in_turn(graph: Graph, written: Collection[Node]) -> None:
+    """Rewrite every tensor of which nothing is left as it was; ``written`` is memory that ops in place still write."""
+    for node in list(graph.nodes):
+        writes = _writes(node) if op_name(node) in ("aten::select_scatter", "aten::where") else None
+        # What was written is read later than it was, and nothing else may write in between.
+        read = [each for write in writes or () for each in (write.before, write.source)]
+        if writes is None or any(memory_of(each) in written for each in (node, *read)):
+            continue
+        sources = {write.place: write.source for write in reversed(writes)}  # the last write to a place counts
+        emit = Emitter(graph, node, FakeValues(node.meta["val"].fake_mode))
+        replace(node, emit(_aten.stack.default, [sources[place] for place in sorted(sources)], writes[0].dim))
+        erase_dead(graph, [node])
+
+
+def _writes(node: Node) -> list[Write] | None:
+    """The writes by which every place along a dimension is written, the last first; None if one is not."""
+    found: list[Write] = []
+    write = _write(node)
+    while write is not None and (not found or write.dim == found[0].dim):
+        found.append(write)
+        many = (shape_of(node) or ())[write.dim]
+        if isinstance(many, int) and many > 1 and len({each.place for each in found}) == many:
+            return found
+        write = _write(write.before)
+    return None
+
+
+def _write(node: Node) -> Write | None:
+    shape: tuple[Any, ...] = shape_of(node) or ()
+    if op_name(node) == "aten::select_scatter":
+        given = arguments(node)
+        dim, place = given["dim"] % len(shape), given["index"]
+        before, source = given["self"], given["src"]
+    else:
+        found = match(WHERE, node) if op_name(node) == "aten::where" else None
+        if not isinstance(found, Match):
+            return None
+        dim, place = arguments(found["rows"])["dim"] % len(shape), found["place"]
+        before, source, beside = found["before"], found["source"], shape_of(found["beside"]) or ()
+        along = [shape[dim] if at == dim else 1 for at in range(len(shape))]
+        whole = tensor_of(found["beside"]).dtype in (torch.int64, torch.int32)
+        if not whole or not same_shape(beside, along) or not same_shape(shape_of(before) or (), shape):
+            return None
+    if not isinstance(place, int) or not isinstance(shape[dim], int) or not -shape[dim] <= place < shape[dim]:
+        return None
+    kinds = {(each.dtype, each.device) for each in map(tensor_of, (before, source, node)) if each is not None}
+    fits = same_shape(shape_of(source) or (), shape[:dim] + shape[dim + 1 :])
+    return Write(before, source, dim, place % shape[dim]) if len(kinds) == 1 and fits else None
