@@ -422,7 +422,11 @@ def compared_rows(ids):
     return (ids.unsqueeze(-1) == torch.arange(4)).float()
 
 
-@pytest.mark.parametrize("rows", [one_hot_rows, compared_rows])
+def whole_rows(ids):
+    return F.one_hot(ids, 4)
+
+
+@pytest.mark.parametrize("rows", [one_hot_rows, compared_rows, whole_rows])
 def test_a_table_added_up_choice_by_choice_is_that_of_stacked_ids(rows):
     def function(best, second, weights):
         return weights[:, :1] * rows(best) + weights[:, 1:] * rows(second)
@@ -437,3 +441,12 @@ def test_a_table_added_up_choice_by_choice_is_that_of_stacked_ids(rows):
     assert torch.equal(module(best, second, weights)[0], function(best, second, weights))
     if rows is compared_rows:  # of which an id that is no class is no error
         assert torch.equal(module(best + 1, second - 1, weights)[0], function(best + 1, second - 1, weights))
+
+
+def test_a_table_of_wider_masks_than_weights_stays_a_sum():
+    def function(best, second, weights):
+        return weights[:, :1] * one_hot_rows(best).double() + weights[:, 1:] * one_hot_rows(second).double()
+
+    module, written = normal(exported(function, torch.tensor([0, 2]), torch.tensor([1, 3]), torch.rand(2, 2)))
+    spell_choices_in_turn(module.graph, written)
+    assert all(op_name(node) != "aten::stack" for node in module.graph.nodes)

@@ -165,6 +165,41 @@ def test_tokens_gathered_for_every_expert_are_found_however_sizes_are_written(dy
     assert layers(EveryToken(), torch.randn(6, 8), dynamic) == (1, 1)
 
 
+class RepeatedTokens(EveryToken):
+    """The same by index: ``read`` at some places, and added to every token, expert after expert."""
+
+    def __init__(self, read=lambda tokens: torch.arange(tokens).repeat(4)):
+        super().__init__()
+        self.read = read
+
+    def forward(self, x):
+        tokens = x.shape[0]
+        weights, ids = self.router(x).topk(2, dim=-1)
+        table = torch.full((tokens, 4), -torch.inf).scatter(1, ids, weights).sigmoid()
+        rows = x[self.read(tokens)] * table.t().reshape(-1, 1)
+        results = torch.bmm(torch.bmm(rows.view(4, tokens, 8), self.up).relu(), self.down)
+        return torch.zeros_like(x).index_add(0, torch.arange(tokens).repeat(4), results.view(-1, 8))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_tokens_read_at_repeated_numbers_are_those_of_every_expert(dynamic):
+    assert layers(RepeatedTokens(), torch.randn(6, 8), dynamic) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda tokens: torch.arange(tokens // 2).repeat(8),
+        lambda tokens: torch.arange(tokens // 2).view(1, -1).expand(8, -1).reshape(-1),
+    ],
+)
+def test_refuses_half_of_the_tokens_read_twice_as_often(read):
+    model = RepeatedTokens(read)
+    assert layers(model, torch.randn(6, 8), dynamic=False) == (0, 0)
+    (miss,) = moe_fx.explain(torch.export.export(model, (torch.randn(6, 8),))).misses
+    assert "every token once for each of 4 experts" in str(miss)
+
+
 @pytest.mark.parametrize("tokens", [6, 4])
 def test_refuses_tokens_gathered_in_another_order_than_their_experts(tokens):
     assert layers(EveryToken(token_after_token), torch.randn(tokens, 8), dynamic=False) == (0, 0)

@@ -57,8 +57,10 @@ def _terms(node: object) -> list[Match] | None:
     if not isinstance(found, Match):
         return None
     ids, weights, mask = (tensor_of(found[name]) for name in ("ids", "weights", "mask"))
-    if ids is None or weights is None or mask is None or ids.is_floating_point() or weights.dtype != mask.dtype:
+    if ids is None or weights is None or mask is None or ids.is_floating_point():
         return None
+    if mask.is_floating_point() and weights.dtype != mask.dtype:
+        return None  # of whole numbers, or truth values, the product has the dtype of the weights
     return [found] if same_shape((*ids.shape, 1), weights.shape) and weights.is_floating_point() else None
 
 

@@ -48,8 +48,8 @@ def endings(root: Node) -> Iterator[Ending]:
     if op_name(root) == "aten::sum":
         yield from _sums(root, shape)
     added = match(every_token.ADDED, root)
-    if isinstance(added, Match) and filled_with(added["base"]) == 0 and isinstance(added["experts"], int):
-        known = _axes(shape, EXPERT, added["experts"])
+    if isinstance(added, Match) and filled_with(added["base"]) == 0 and isinstance(added["num_copies"], int):
+        known = _axes(shape, EXPERT, added["num_copies"])
         if known is not None:
             sizes, tokens, place = known
             yield Ending(added["summed"], ((EXPERT, *tokens), place[-1]), place, sizes, tokens)

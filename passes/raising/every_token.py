@@ -13,9 +13,11 @@ from moe_fx.pattern import ANY, Last, Var, aten, either, optional
 
 __all__ = ["ADDED", "PIECES"]
 
+#: as many as there are experts: every token once for each (`region.py`)
+copies = Var("num_copies")
 row = either(aten.unsqueeze(arange(), 0), aten.reshape(arange(), [1, -1]))
-times = either(aten.expand(row, [Var("experts"), ANY]), aten.repeat(row, [Var("experts"), 1]))
-token = aten.reshape(optional(aten.clone, times), ANY)
+times = either(aten.expand(row, [copies, ANY]), aten.repeat(row, [copies, 1]))
+token = either(aten.reshape(optional(aten.clone, times), ANY), aten.repeat(arange(), [copies]))
 column = either(aten.unsqueeze(aten.reshape(optional(aten.clone, times), [-1]), Last(1)),
                 aten.reshape(optional(aten.clone, times), [-1, 1]))  # fmt: skip
 wide = either(aten.expand(column, ANY), aten.repeat(column, ANY))

@@ -30,7 +30,7 @@ SLOTS, TOKEN_MAJOR, SORTED = "slots", "token_major", "sorted"
 TOKENS, HITS, EXPERT_MAJOR = "tokens", "hits", "expert_major"
 
 #: names whose values differ from piece to piece
-LOCAL = ("rows", "experts", "slot", "table", "weight", "bias", "param")
+LOCAL = ("rows", "slot", "table", "weight", "bias", "param")
 
 
 @dataclass(frozen=True)

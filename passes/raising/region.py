@@ -166,6 +166,8 @@ def misfit(region: Region) -> Miss | None:
             return miss(f"a class for each of {experts} experts", ids, f"{classes} classes")
     if found.get("num_experts", experts) != experts:
         return miss(f"rows counted for {experts} experts", ids, f"for {found['num_experts']}: an expert is missing")
+    if found.get("num_copies", experts) != experts:
+        return miss(f"every token once for each of {experts} experts", tokens, f"{found['num_copies']} times as many")
     last = found.get("last_expert", experts - 1)
     if last != experts - 1:
         return miss(f"ids up to {experts - 1}", ids, f"ids clamped to {last}: an expert is missing")
