@@ -52,9 +52,14 @@ def _is_length(size: Dim, part: Node, dim: int) -> bool:
     if op_name(part) != "aten::slice":
         return False
     cut = _cut(part)
-    others = part.graph.find_nodes(op="call_function", target=part.target, sort=False)
-    same = (_cut(other) for other in others if _same_name(size, (shape_of(other) or ())[_cut(other)[0]]))
-    return cut[0] == dim and any(all(map(_same_bound, cut[1:], other[1:])) for other in same)
+    for other in part.graph.find_nodes(op="call_function", target=part.target, sort=False):
+        shape = shape_of(other) or ()
+        if cut[0] != dim or not any(_same_name(size, each) for each in shape):
+            continue
+        found = _cut(other)
+        if _same_name(size, shape[found[0]]) and all(map(_same_bound, cut[1:], found[1:])):
+            return True
+    return False
 
 
 def _cut(part: Node) -> tuple[int, Any, Any, Any, Dim]:
@@ -62,7 +67,8 @@ def _cut(part: Node) -> tuple[int, Any, Any, Any, Dim]:
     given = arguments(part)
     shape: tuple[Dim, ...] = shape_of(given["self"]) or ()
     dim = given["dim"] % len(shape)
-    start, end, step = (bound.meta["val"] if isinstance(bound, Node) else bound for bound in map(given.get, BOUNDS))
+    bounds = map(given.get, BOUNDS)
+    start, end, step = (bound.meta.get("val", bound) if isinstance(bound, Node) else bound for bound in bounds)
     everything = isinstance(end, int) and end >= sys.maxsize  # as None is
     return dim, 0 if start is None else start, None if everything else end, step, shape[dim]
 

@@ -31,6 +31,10 @@ WHERE = aten.where(
 )
 
 
+#: what a write is, and which argument it leaves as it was but for one place
+WRITES = {"aten::select_scatter": 0, "aten::where": 2}
+
+
 class Write(NamedTuple):
     """``before``, in which ``source`` stands at a ``place`` along ``dim``."""
 
@@ -43,7 +47,8 @@ class Write(NamedTuple):
 def spell_places_in_turn(graph: Graph, written: Collection[Node]) -> None:
     """Rewrite every tensor of which nothing is left as it was; ``written`` is memory that ops in place still write."""
     for node in list(graph.nodes):
-        writes = _writes(node) if op_name(node) in ("aten::select_scatter", "aten::where") else None
+        last = op_name(node) in WRITES and not any(_goes_on(user, node) for user in node.users)
+        writes = _writes(node) if last else None
         # What was written is read later than it was, and nothing else may write in between.
         read = [each for write in writes or () for each in (write.before, write.source)]
         if writes is None or any(memory_of(each) in written for each in (node, *read)):
@@ -54,14 +59,19 @@ def spell_places_in_turn(graph: Graph, written: Collection[Node]) -> None:
         erase_dead(graph, [node])
 
 
+def _goes_on(user: Node, node: Node) -> bool:
+    """Whether the next write is to what a write left."""
+    at = WRITES.get(op_name(user) or "")
+    return at is not None and user.args[at : at + 1] == (node,)
+
+
 def _writes(node: Node) -> list[Write] | None:
     """The writes by which every place along a dimension is written, the last first; None if one is not."""
-    found: list[Write] = []
-    write = _write(node)
+    found, places, write = list[Write](), set[int](), _write(node)
     while write is not None and (not found or write.dim == found[0].dim):
         found.append(write)
-        many = (shape_of(node) or ())[write.dim]
-        if isinstance(many, int) and many > 1 and len({each.place for each in found}) == many:
+        places.add(write.place)
+        if 1 < len(places) == (shape_of(node) or ())[write.dim]:
             return found
         write = _write(write.before)
     return None
