@@ -147,6 +147,15 @@ def test_places_of_which_one_is_left_or_changed_after_it_was_written_are_not_sta
     assert stacks(written_along(0, **change), X, Y, Z) == (0, 0)
 
 
+def test_places_written_in_turn_are_stacked_whoever_asks_where_they_hold_something():
+    def function(x, y):
+        out = torch.zeros(2, 3, 2)
+        out[0], out[1] = x.relu(), y
+        return torch.where(out)
+
+    assert stacks(function, X, Y) == (1, 1)
+
+
 def test_places_that_are_cast_are_stacked_where_the_cast_is_written():
     assert stacks(written_along(0, (0, 1, 2), dtype=torch.float64), X, Y, Z) == (0, 1)
 
