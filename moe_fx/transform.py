@@ -22,6 +22,7 @@ from moe_fx.passes.normalize import (
     spell_nonzero_lists,
     spell_parts,
     spell_places_in_turn,
+    unmerge_products,
 )
 from moe_fx.passes.normalize.spelling import leftover as not_normal
 from moe_fx.passes.packing import name_linears, plan_layers
@@ -46,6 +47,7 @@ def _normalize(work: Work) -> None:
     merge_equal_values(work.program.graph, work.written, work.program.weights)
     spell(work.program.graph)  # what a no-op stood between
     spell_places_in_turn(work.program.graph, work.written)
+    unmerge_products(work.program.graph, work.written)
     spell_parts(work.program.graph)
     spell_nonzero_lists(work.program.graph, work.written)
     spell_dropped_rows(work.program.graph, work.written)

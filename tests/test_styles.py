@@ -17,18 +17,6 @@ NOT_YET = {
 }
 
 
-#: decomposed, not raised yet: their products are then of merged dimensions, their indices and biases spelled otherwise
-NOT_DECOMPOSED = (
-    "all_experts_einsum_gate_in_contraction",
-    "all_experts_einsum_router",
-    "one_hot_dispatch_combine_tec_gshard",
-    "one_hot_dispatch_without_weights_tec",
-    "one_hot_per_slot_tke",
-    "one_hot_sec_top1_deepspeed",
-    "one_hot_switch_mesh_capacity",
-    "one_hot_weights_per_slot_matmul",
-)
-
 #: decomposed, one for each spelling that decompositions have of their own; the rest is the exhaustive product
 SOME_DECOMPOSED = {
     "modulelist_where_index_add": "one-hot by comparison, and columns of nonzero cut out",
@@ -169,18 +157,11 @@ def test_layers_that_share_their_experts_share_what_these_are_quantized_to():
     assert (after.module()(x) - model(x)).abs().max() < 0.05 * model(x).abs().max()
 
 
-@pytest.mark.parametrize("name", products(name for name in STYLES if name not in (*NOT_YET, *NOT_DECOMPOSED)))
+@pytest.mark.parametrize("name", products(name for name in STYLES if name not in NOT_YET))
 @torch.no_grad()
 def test_a_style_is_raised_from_core_aten(name):
     model, program = exported(STYLES[name])
     check_raised(name, model, program.run_decompositions())
-
-
-@pytest.mark.parametrize("name", NOT_DECOMPOSED)
-@torch.no_grad()
-def test_a_style_that_is_not_raised_from_core_aten_yet_is_left_alone(name):
-    program = exported(STYLES[name])[1].run_decompositions()
-    assert nodes(moe_fx.transform(program)) == nodes(program)
 
 
 @pytest.mark.parametrize("name", NOT_YET)

@@ -16,8 +16,10 @@ from moe_fx.passes.normalize.nonzero_lists import spell_nonzero_lists
 from moe_fx.passes.normalize.places_in_turn import spell_places_in_turn
 from moe_fx.passes.normalize.regions import inline_regions
 from moe_fx.passes.normalize.spelling import drop_no_ops, spell
+from moe_fx.passes.normalize.unmerge_products import unmerge_products
 
 __all__ = [
     "drop_no_ops", "flatten_masks", "functionalize", "inline_regions", "merge_equal_values", "select_masks", "spell",
     "spell_choices_in_turn", "spell_dropped_rows", "spell_nonzero_lists", "spell_parts", "spell_places_in_turn",
+    "unmerge_products",
 ]  # fmt: skip

@@ -19,7 +19,7 @@ from typing import Any
 
 from moe_fx.passes.raising.axes import EXPERT, PLACE, SLOT, Axis, Place, features
 from moe_fx.passes.raising.contraction import Contraction
-from moe_fx.passes.raising.factors import Hot, Term, factors, one_hot_of
+from moe_fx.passes.raising.factors import Hot, Term, between, factors, one_hot_of
 from moe_fx.passes.raising.outside import Outside
 from moe_fx.passes.raising.products import Factor
 from moe_fx.passes.raising.ranks import Rank, Ranks
@@ -33,11 +33,15 @@ __all__ = ["Choice", "chosen", "summed_slots"]
 
 @dataclass
 class Choice:
-    """A product without its one-hot factors: its ``place`` tells which of its letters are rows."""
+    """A product without its one-hot factors: its ``place`` tells which of its letters are rows.
+
+    ``apart`` are the products among its operands that were taken apart.
+    """
 
     found: Contraction
     place: Place
     steps: list[tuple[Node, ...]] = field(default_factory=list)
+    apart: frozenset[Node] = frozenset()
 
     def factor(self, body: Writer, which: int, given: Factor) -> Factor:
         """A factor after the steps of its term, without dimensions of size 1."""
@@ -68,7 +72,8 @@ def chosen(walk: Outside, found: Contraction, place: Place) -> Choice | None:
     product = Contraction(
         tuple(term.node for term in rest), tuple(term.letters for term in rest), found.out + "".join(rows)
     )
-    return Choice(product, (*place, *(at[letter] for letter in rows)), [term.steps for term in rest])
+    apart = frozenset(between(found, terms))
+    return Choice(product, (*place, *(at[letter] for letter in rows)), [term.steps for term in rest], apart)
 
 
 def summed_slots(found: Contraction) -> Iterator[tuple[str | None, Dim]]:

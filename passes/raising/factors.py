@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import string
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +22,7 @@ from torch.fx import Node
 from moe_fx.matcher import arguments, op_name
 from moe_fx.shapes import Dim, known_equal, shape_of, tensor_of
 
-__all__ = ["Hot", "Term", "factors", "one_hot_of"]
+__all__ = ["Hot", "Term", "between", "factors", "one_hot_of"]
 
 #: ops on a product of one-hot rows that act on its only other factor: casts, and whether it is zero
 STEPS = frozenset({"aten::to", "aten::clone", "aten::ne", "aten::gt"})
@@ -61,6 +61,17 @@ def factors(found: Contraction) -> list[Term]:
         inner = _factors(operand, letters, unused)
         terms += inner if any(one_hot_of(term) is not None for term in inner) else [Term(operand, letters)]
     return terms
+
+
+def between(found: Contraction, terms: Iterable[Term]) -> set[Node]:
+    """The calls that were taken apart on the way to a product's factors."""
+    ends, passed, waiting = {term.node for term in terms}, set[Node](), list(found.operands)
+    while waiting:
+        node = waiting.pop()
+        if node not in ends and node not in passed and tensor_of(node) is not None:
+            passed.add(node)
+            waiting += node.all_input_nodes
+    return passed
 
 
 def _factors(node: Node, letters: str, unused: Iterator[str], depth: int = 0) -> list[Term]:

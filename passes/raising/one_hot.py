@@ -54,12 +54,14 @@ class OneHotRows:
     def ids(self, node: Node, place: Place) -> bool:
         """Whether a value is the layer's ids, or a view of them."""
         chain: list[Node] = []
+        plain: list[Node] = []
         while True:
             value = tensor_of(node)
             if value is None or value.dtype not in (torch.int64, torch.int32):
                 break
             if self.by_slot(place):
                 chain.append(node)
+                plain += [node] if place in self.walk.slot_places else []  # without dimensions of size 1 between
             if op_name(node) == "aten::select":
                 given = arguments(node)
                 dim = given["dim"] % (len(place) + 1)
@@ -74,7 +76,8 @@ class OneHotRows:
         if not chain:
             return False
         # Of one expert per token, the ids as they were chosen: a dimension for slots is taken away and added at will.
-        return self.walk.bindings.setdefault("ids", chain[-1 if known_equal(self.top_k, 1) else 0]) in chain
+        named = chain[-1] if known_equal(self.top_k, 1) else (*plain, chain[0])[0]
+        return self.walk.bindings.setdefault("ids", named) in chain
 
     def is_hot(self, node: Node, place: Place) -> bool:
         """Whether a value by slot and expert is 1 for the slot's own expert and 0 for all others."""

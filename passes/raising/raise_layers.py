@@ -9,6 +9,7 @@ succeeded; what a layer would read is written before (see taken.py), and dropped
 from __future__ import annotations
 
 import torch
+from moe_fx.passes.normalize.unmerge_products import merge_products
 from moe_fx.passes.raising.anchors import anchors_behind, anchors_near, is_anchor
 from moe_fx.passes.raising.choices_left import choices_left
 from moe_fx.passes.raising.disguises import one_slot_at, region_at
@@ -77,6 +78,7 @@ def raise_layers(work: Work) -> None:
             covered.update(anchors_near(node))
             told.add(node)
     drop_unread(graph)
+    merge_products(graph)
     for miss in choices_left(graph, told, [(miss, root) for miss, root, _ in near]):
         work.misses.append(describe_miss(UNKNOWN_FORM, miss))
 

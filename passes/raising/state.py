@@ -59,6 +59,8 @@ class State:
         #: how many values were looked at: the further a walk came, the more its mismatch tells
         self.visited = 0
         self.interior: set[Node] = set()
+        #: products of which only the factors are read
+        self.apart: set[Node] = set()
         self.deepest: Miss | None = None
         self.forms: set[str] = set()
         #: the sizes that a row of tokens and slots has

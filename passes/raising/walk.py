@@ -293,6 +293,7 @@ class Walk(Outside):
         choice, shape_of_row = chosen(self, found, place), features(place)
         if choice is not None:
             found, place = choice.found, choice.place
+            self.apart |= choice.apart
         elif not set(found.out) <= set("".join(found.letters)):
             return self.miss("one-hot rows of the experts' ids, and of ranks among an expert's rows", node)
         places: list[Place] = []
@@ -348,6 +349,9 @@ class Walk(Outside):
             return self.miss("token rows sent to their experts", self.root, "no dispatch")
         if "ids" not in self.bindings and not nested:
             return self.miss("the ids of the experts", self.root, "none")
+        for node in sorted(self.apart, reverse=True):  # nobody else reads them: the layer's
+            if all(user in self.interior or user is self.root or user in self.ending for user in node.users):
+                self.interior.add(node)
         used = read_outside(self.interior, {self.root, *self.ending})
         if used is not None:
             return replace(used, bindings=dict(self.bindings))
