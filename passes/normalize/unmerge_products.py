@@ -22,7 +22,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from moe_fx.matcher import arguments, op_name
-from moe_fx.rewrite import PROVENANCE, Emitter, FakeValues, respell
+from moe_fx.rewrite import PROVENANCE, Emitter, FakeValues, erase_dead, respell
 from moe_fx.shapes import Dim, known_equal, same_shape, shape_of
 
 __all__ = ["merge_products", "unmerge_products"]
@@ -81,7 +81,8 @@ class Merged:
 def unmerge_products(graph: Graph, written: Collection[Node]) -> None:
     """Rewrite every such product; ``written`` is memory that ops in place still write."""
     for node in list(graph.nodes):
-        one, other = (*node.args, None, None)[:2] if op_name(node) == "aten::bmm" else (None, None)
+        # Another overload has a result of another dtype.
+        one, other = (*node.args, None, None)[:2] if node.target is aten.bmm.default else (None, None)
         if not isinstance(one, Node) or not isinstance(other, Node):
             continue
         left, right = _seen(one), _seen(other)
@@ -237,11 +238,11 @@ def _operand(seen: Seen, names: Sequence[str], emit: Emitter) -> tuple[Node, str
 
 def merge_products(graph: Graph) -> None:
     """Write back what no layer came of, as the program had it."""
+    known: dict[Node, Node] = {}  # what stands for the nodes of the program: products share some
     for node in list(graph.nodes):
         merged: Merged | None = node.meta.pop(MERGED, None)
         if merged is None:
             continue
-        known: dict[Node, Node] = {}
         operands: Any = node.args[1]
         for (source, squeezed), operand in zip(merged.sources, operands, strict=True):
             known[source] = operand
@@ -255,12 +256,16 @@ def merge_products(graph: Graph) -> None:
             continue
         *before, last = merged.calls
         for call in before:
+            if call.node in known or not call.node._erased:
+                continue
             with graph.inserting_before(node):
-                known[call.node] = graph.create_node("call_function", call.target, *_given(call, known), name=call.name)
+                known[call.node] = graph.create_node("call_function", call.target, *_given(call, known))
+            known[call.node].name = call.name
             known[call.node].meta.update(call.node.meta)
         respell(merged.end, last.target, *_given(last, known))
         if apart:
             graph.erase_node(node)
+        erase_dead(graph, [each for each in operands if not each.users])
 
 
 def _given(call: Call, known: Mapping[Node, Node]) -> tuple[Any, Any]:
