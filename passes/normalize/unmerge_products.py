@@ -86,33 +86,32 @@ def unmerge_products(graph: Graph, written: Collection[Node]) -> None:
         if not isinstance(one, Node) or not isinstance(other, Node):
             continue
         left, right = _seen(one), _seen(other)
-        if not any(map(_is_einsums, (left, right))):
+        merges = any(len(group) > 1 for seen in (left, right) for group in seen.groups)
+        if not merges and not any(map(_moves_ones, (*left.views, *right.views))):
             continue
         if not same_shape(left.sizes(0), right.sizes(0)) or not same_shape(left.sizes(2), right.sizes(1)):
             continue
         sizes = [*left.sizes(0), *left.sizes(1), *right.sizes(2)]
         outcome = _outcome(node, sizes) if len(sizes) + len(left.sizes(2)) <= len(string.ascii_letters) else None
+        if outcome is None or (not merges and len(shape_of(outcome[0][-1]) or ()) != len(sizes)):
+            continue  # of what is a single one, such as a single token, the dimension stays
         # A copy on the way is one, of what is written later.
-        read = (left.source, right.source, *left.views, *right.views, *(outcome[0] if outcome is not None else ()))
-        if outcome is not None and not any(memory_of(each) in written for each in read):
+        read = (left.source, right.source, *left.views, *right.views, *outcome[0])
+        if not any(memory_of(each) in written for each in read):
             _rewrite(node, left, right, *outcome)
 
 
-def _is_einsums(seen: Seen) -> bool:
-    """Whether an operand is written as `einsum` does: with dimensions merged, or one of size 1 moved among them."""
-
-    def moves(view: Node) -> bool:
-        moved = op_name(view) in ("aten::permute", "aten::transpose")
-        return moved and any(known_equal(size, 1) for size in shape_of(view) or ())
-
-    return any(len(group) > 1 for group in seen.groups) or any(map(moves, seen.views))
+def _moves_ones(view: Node) -> bool:
+    """Whether a dimension of size 1 is moved among others, as `einsum` writes an operand that lacks a letter."""
+    moves = op_name(view) in ("aten::permute", "aten::transpose")
+    return moves and any(known_equal(size, 1) for size in shape_of(view) or ())
 
 
 def _seen(value: Node) -> Seen:
     """A value seen through as many views as only order, merge, or add dimensions of size 1."""
     views: list[Node] = []
     source, steps = value, list[Callable[[tuple[Group, ...]], tuple[Group, ...] | None]]()
-    while (step := _step(source)) is not None:
+    while (step := _step(source)) is not None and MERGED not in source.args[0].meta:
         steps.append(step)
         views.append(source)
         source = source.args[0]  # type: ignore[assignment]
