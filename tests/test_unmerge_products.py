@@ -103,12 +103,21 @@ def test_an_einsum_comes_back_and_is_the_same(equation, dynamic):
             assert str(expected.shape) == str(node.meta["val"].shape)
 
 
-def test_dimensions_of_size_1_are_none_of_the_products():
-    x, w = torch.randn(1, 3, 4), torch.randn(5, 1, 4, 6)
-    program = exported(lambda x, w: torch.einsum("bsh,eqhi->bsqei", x, w), x, w)
-    module = unmerged(program)
+def test_dimensions_of_size_1_that_the_result_lacks_are_taken_away():
+    x, w = torch.randn(2, 3, 1, 4), torch.randn(5, 1, 4, 6)
+
+    def function(x, w):
+        return torch.einsum("bsh,ehi->bsei", x.squeeze(2), w.squeeze(1))
+
+    module = unmerged(exported(function, x, w))
     assert "aten::bmm" not in ops(module)
-    torch.testing.assert_close(module(x, w)[0], torch.einsum("bsh,eqhi->bsqei", x, w))
+    torch.testing.assert_close(module(x, w)[0], function(x, w))
+
+
+def test_dimensions_of_size_1_of_operands_and_result_stay():
+    # Of a single token, its dimension would be lost.
+    program = exported(lambda x, w: torch.einsum("bsh,ehi->bsei", x, w), torch.randn(1, 1, 4), torch.randn(5, 4, 6))
+    assert calls(unmerged(program)) == calls(spelled(program)[0])
 
 
 def sum_in_another_order(x, w):

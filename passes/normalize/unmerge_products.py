@@ -4,53 +4,32 @@ a = aten.reshape(aten.permute(x, ...), [1, B*S, H])
 b = aten.reshape(aten.permute(w, ...), [1, H, E*I])         =>      y = einsum("bsh,eih->bsei", [x, w])
 y = aten.reshape(aten.bmm(a, b), [B, S, E, I])
 
-Each dimension of `bmm` is the product of dimensions that stand next to each other in an operand, in their order: those
-of batch and sum must be the same for both operands, and the result must be cut into exactly those of both. What no
-layer came of is written back (:func:`merge_products`): nothing is gained there.
+The same of `mm`, `matmul` and `linear`, where what is summed is merged. Each dimension is the product of dimensions
+that stand next to each other in an operand, in their order: those of batch and sum must be the same for both operands,
+and the result must be cut into exactly those of both. What no layer came of is written back (:func:`merge_products`):
+nothing is gained there.
 """
 
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from moe_fx.passes.normalize.functional import memory_of
+from moe_fx.passes.normalize.merged_dims import MERGED, Group, Seen, regrouped, seen_through, step_of
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from moe_fx.matcher import arguments, op_name
+from moe_fx.matcher import op_name
 from moe_fx.rewrite import PROVENANCE, Emitter, FakeValues, erase_dead, respell
 from moe_fx.shapes import Dim, known_equal, same_shape, shape_of
 
 __all__ = ["merge_products", "unmerge_products"]
 
 aten = torch.ops.aten
-
-#: in a node's meta: the calls that it stands for
-MERGED = "moe_fx_merged_product"
-
-#: ops that show the elements of a value in another shape or order
-VIEWS = frozenset({
-    "aten::reshape", "aten::permute", "aten::transpose", "aten::unsqueeze", "aten::squeeze", "aten::clone",
-})  # fmt: skip
-
-#: a dimension of what a view is of, with its size; those merged in one dimension of the view
-Group = tuple[tuple[int, Dim], ...]
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A value as it is seen through ``views``, the last one first: ``groups`` for each of its dimensions."""
-
-    source: Node
-    groups: tuple[Group, ...]
-    views: tuple[Node, ...]
-
-    def sizes(self, dim: int) -> list[Dim]:
-        return [size for _, size in self.groups[dim]]
 
 
 @dataclass(frozen=True)
@@ -81,24 +60,52 @@ class Merged:
 def unmerge_products(graph: Graph, written: Collection[Node]) -> None:
     """Rewrite every such product; ``written`` is memory that ops in place still write."""
     for node in list(graph.nodes):
-        # Another overload has a result of another dtype.
-        one, other = (*node.args, None, None)[:2] if node.target is aten.bmm.default else (None, None)
-        if not isinstance(one, Node) or not isinstance(other, Node):
+        operands = _operands(node)
+        if operands is None:
             continue
-        left, right = _seen(one), _seen(other)
-        merges = any(len(group) > 1 for seen in (left, right) for group in seen.groups)
+        left, right = operands
+        merges = any(len(group) > 1 for seen in operands for group in seen.groups)
         if not merges and not any(map(_moves_ones, (*left.views, *right.views))):
             continue
         if not same_shape(left.sizes(0), right.sizes(0)) or not same_shape(left.sizes(2), right.sizes(1)):
             continue
+        if node.target is not aten.bmm.default and len(left.groups[2]) < 2:
+            continue  # of a linear, rows are merged all the time
         sizes = [*left.sizes(0), *left.sizes(1), *right.sizes(2)]
         outcome = _outcome(node, sizes) if len(sizes) + len(left.sizes(2)) <= len(string.ascii_letters) else None
-        if outcome is None or (not merges and len(shape_of(outcome[0][-1]) or ()) != len(sizes)):
+        if outcome is None:
+            continue
+        ones = len(shape_of(outcome[0][-1]) or ()) != len(sizes)
+        if ones and (not merges or any(map(_has_ones, operands))):
             continue  # of what is a single one, such as a single token, the dimension stays
         # A copy on the way is one, of what is written later.
         read = (left.source, right.source, *left.views, *right.views, *outcome[0])
         if not any(memory_of(each) in written for each in read):
             _rewrite(node, left, right, *outcome)
+
+
+def _operands(product: Node) -> tuple[Seen, Seen] | None:
+    """Both operands of a product of matrices: dimensions of batch, rows and sum, and of batch, sum and columns."""
+    # Other overloads have a result of another dtype.
+    if product.target not in (aten.bmm.default, aten.mm.default, aten.matmul.default, aten.linear.default):
+        return None
+    one, other, *bias = product.args
+    if not isinstance(one, Node) or not isinstance(other, Node) or any(each is not None for each in bias):
+        return None
+    left, right = seen_through(one), seen_through(other)
+    if product.target is aten.bmm.default:
+        return left, right
+    if len(right.groups) != 2 or len(left.groups) < 2:
+        return None
+    rows = tuple(each for group in left.groups[:-1] for each in group)
+    summed, columns = right.groups[:: -1 if product.target is aten.linear.default else 1]
+    return replace(left, groups=((), rows, left.groups[-1])), replace(right, groups=((), summed, columns))
+
+
+def _has_ones(seen: Seen) -> bool:
+    """Whether an operand has dimensions of size 1, other than those that were given to an einsum's result."""
+    given = any(MERGED in each.meta for each in seen.source.all_input_nodes)
+    return not given and len(shape_of(seen.source) or ()) != sum(map(len, seen.groups))
 
 
 def _moves_ones(view: Node) -> bool:
@@ -107,74 +114,12 @@ def _moves_ones(view: Node) -> bool:
     return moves and any(known_equal(size, 1) for size in shape_of(view) or ())
 
 
-def _seen(value: Node) -> Seen:
-    """A value seen through as many views as only order, merge, or add dimensions of size 1."""
-    views: list[Node] = []
-    source, steps = value, list[Callable[[tuple[Group, ...]], tuple[Group, ...] | None]]()
-    while (step := _step(source)) is not None and MERGED not in source.args[0].meta:
-        steps.append(step)
-        views.append(source)
-        source = source.args[0]  # type: ignore[assignment]
-    # From the source on: a view further in may cut what one further out merges.
-    while True:
-        groups: tuple[Group, ...] | None = tuple(
-            () if known_equal(size, 1) else ((dim, size),) for dim, size in enumerate(shape_of(source) or ())
-        )
-        for step in reversed(steps):
-            groups = step(groups) if groups is not None else None
-        if groups is not None:
-            return Seen(source, groups, tuple(views))
-        steps.pop()
-        source = views.pop()
-
-
-def _step(view: Node) -> Callable[[tuple[Group, ...]], tuple[Group, ...] | None] | None:
-    """What a view makes of the dimensions of its source; None for any other op."""
-    name, source, shape = op_name(view), shape_of(view.args[0]) if view.args else None, shape_of(view)
-    if name not in VIEWS or source is None or shape is None:
-        return None
-    given = arguments(view)
-    if name == "aten::clone":
-        return lambda groups: groups
-    if name in ("aten::permute", "aten::transpose"):
-        order = _order(view, len(shape))
-        return lambda groups: tuple(groups[dim] for dim in order)
-    if name == "aten::squeeze" and not isinstance(given.get("dim"), int):
-        return None
-    return lambda groups: _regrouped([each for group in groups for each in group], shape)
-
-
-def _order(view: Node, rank: int) -> list[int]:
-    given = arguments(view)
-    if op_name(view) == "aten::permute":
-        return [dim % rank for dim in given["dims"]]
-    order, one, other = list(range(rank)), given["dim0"] % rank, given["dim1"] % rank
-    order[one], order[other] = other, one
-    return order
-
-
-def _regrouped(dims: list[tuple[int, Dim]], shape: Sequence[Dim]) -> tuple[Group, ...] | None:
-    """Dimensions, none of size 1, as those of the same elements in another shape; None where that cuts one of them."""
-    groups: list[Group] = []
-    rest = list(dims)
-    for size in shape:
-        group: list[tuple[int, Dim]] = []
-        count: Dim = 1
-        while not known_equal(count, size):
-            if not rest:
-                return None
-            group.append(rest.pop(0))
-            count = count * group[-1][1]
-        groups.append(tuple(group))
-    return tuple(groups) if not rest else None
-
-
 def _outcome(product: Node, sizes: Sequence[Dim]) -> tuple[list[Node], list[int]] | None:
     """The calls up to where a product is seen in dimensions of these sizes, one by one, and their order there.
 
     The first place at which it has no dimension of size 1; if there is none, the first where a reshape cuts it.
     """
-    groups: tuple[Group, ...] | None = _regrouped(list(enumerate(sizes)), shape_of(product) or ())
+    groups: tuple[Group, ...] | None = regrouped(list(enumerate(sizes)), shape_of(product) or ())
     path: list[Node] = []
     first: tuple[list[Node], list[int]] | None = None
     node: Node | None = product
@@ -190,7 +135,7 @@ def _outcome(product: Node, sizes: Sequence[Dim]) -> tuple[list[Node], list[int]
             first = list(path), order
         # Another reader of what the path passes would go on to read it: the product would be computed twice.
         node = next(iter(node.users)) if len(node.users) == 1 else None
-        step = _step(node) if node is not None else None
+        step = step_of(node) if node is not None else None
         groups = step(groups) if step is not None else None
     return first
 

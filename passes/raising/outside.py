@@ -215,6 +215,21 @@ class Outside(Routes):
             return self.value(found["results"], before)
         return None
 
+    def is_outside(self, node: Node) -> bool:
+        """Whether a value is nothing but a view of what comes from outside: others may go on to read it."""
+        outside = {*self.body.captured["x"], *self.body.captured["s"]}
+        while node not in outside and is_view(node) and isinstance(node.args[0], Node):
+            node = node.args[0]
+        return node in outside
+
+    def settle_interior(self) -> None:
+        """Views of what comes from outside are not inside; products that were taken apart are, if nobody else reads
+        them."""
+        self.interior -= {node for node in self.interior if self.is_outside(node)}
+        for node in sorted(self.apart, reverse=True):  # nobody else reads them: the layer's
+            if all(user in self.interior or user is self.root or user in self.ending for user in node.users):
+                self.interior.add(node)
+
     def inlined(
         self, found: Region, node: Node, place: Place, rows: Place = (), by_token: Collection[Node] = (),
         tables: Collection[Node] = (),

@@ -349,9 +349,7 @@ class Walk(Outside):
             return self.miss("token rows sent to their experts", self.root, "no dispatch")
         if "ids" not in self.bindings and not nested:
             return self.miss("the ids of the experts", self.root, "none")
-        for node in sorted(self.apart, reverse=True):  # nobody else reads them: the layer's
-            if all(user in self.interior or user is self.root or user in self.ending for user in node.users):
-                self.interior.add(node)
+        self.settle_interior()
         used = read_outside(self.interior, {self.root, *self.ending})
         if used is not None:
             return replace(used, bindings=dict(self.bindings))
