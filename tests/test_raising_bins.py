@@ -175,6 +175,57 @@ def test_a_test_that_matters_stays_in_the_body():
     assert (after.module()(x) - model(x)).abs().max() <= 1e-6
 
 
+class ReadElsewhere(OneHot):
+    """What is computed for the layer only in its einsums, a loss may read: here, what ``told`` says."""
+
+    def told(self, combine, y):
+        return combine.sum((0, 2))
+
+    def experts(self, x, ids, weights):
+        hot = F.one_hot(ids, self.E)
+        ranks = ((hot.reshape(-1, self.E).cumsum(0) - 1).reshape(hot.shape) * hot).sum(-1)
+        places = F.one_hot(ranks, x.shape[0]).to(x.dtype)
+        combine = torch.einsum("tk,tke,tkc->tec", weights, hot.to(x.dtype), places)
+        rows = torch.einsum("tec,th->ech", (combine != 0).to(x.dtype), x)
+        h = self.activation(torch.einsum("ech,eih->eci", rows, self.up))
+        y = torch.einsum("eci,ehi->ech", h, self.down)
+        return torch.einsum("tec,ech->th", combine, y), self.told(combine, y)
+
+
+class ResultsReadElsewhere(ReadElsewhere):
+    def told(self, combine, y):
+        return y.sum((0, 1))
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+@torch.no_grad()
+def test_a_product_of_one_hot_rows_may_be_read_elsewhere(decomposed):
+    model, x = ReadElsewhere().eval(), torch.randn(9, 8)
+    program = torch.export.export(model, (x,))
+    after = moe_fx.transform(program.run_decompositions() if decomposed else program, moe_fx.Config(require="all"))
+    torch.testing.assert_close(after.module()(x), model(x))
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+@torch.no_grad()
+def test_what_the_experts_make_may_not(decomposed):
+    program = torch.export.export(ResultsReadElsewhere().eval(), (torch.randn(9, 8),))
+    result = moe_fx.explain(program.run_decompositions() if decomposed else program)
+    assert not result.layers
+    assert "to be read inside the layer only" in result.misses[0].wanted
+
+
+@pytest.mark.parametrize("model", [OneHot(), Positive()])
+@torch.no_grad()
+def test_one_hot_dispatch_is_the_same_decomposed(model):
+    whole, decomposed = export(model.eval()), export(model).run_decompositions()
+    before, after = (moe_fx.transform(each, moe_fx.Config(require="all")) for each in (whole, decomposed))
+    (layer,), (other,) = moe_fx.report(before).layers, moe_fx.report(after).layers
+    assert (layer.source_form, layer.top_k, layer.router) == (other.source_form, other.top_k, other.router)
+    x = torch.randn(9, 8)
+    torch.testing.assert_close(after.module()(x), model(x))
+
+
 class Given(Binned):
     """Ids that may repeat within a token: an expert can get K rows of each."""
 

@@ -15,12 +15,17 @@ from moe_fx.matcher import op_name
 from moe_fx.printer import format_graph
 
 
-def exported(function, *args, dynamic=None):
-    class Model(torch.nn.Module):
-        def forward(self, *args):
-            return function(*args)
+class Function(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
 
-    return torch.export.export(Model(), args, dynamic_shapes=dynamic).run_decompositions()
+    def forward(self, *args):
+        return self.function(*args)
+
+
+def exported(function, *args, dynamic=None):
+    return torch.export.export(Function(function), args, dynamic_shapes=dynamic).run_decompositions()
 
 
 def exported_einsum(equation, args, dynamic):
@@ -120,6 +125,29 @@ def test_dimensions_of_size_1_of_operands_and_result_stay():
     assert calls(unmerged(program)) == calls(spelled(program)[0])
 
 
+@pytest.mark.parametrize("product", ["mm", "linear", "matmul"])
+def test_a_sum_over_merged_dimensions(product):
+    x, w = torch.randn(3, 4, 5), torch.randn(4, 5, 6)
+
+    def function(x, w):
+        rows, matrix = x.reshape(3, 20), w.reshape(20, 6)
+        if product == "linear":
+            return torch.nn.functional.linear(rows, matrix.t())
+        return getattr(torch, product)(rows, matrix)
+
+    module = unmerged(torch.export.export(Function(function), (x, w)))
+    assert [node.args for node in module.graph.nodes if op_name(node) == "aten::einsum"]
+    torch.testing.assert_close(module(x, w)[0], function(x, w))
+
+
+def test_a_linear_of_merged_rows_stays():
+    def function(x, w):
+        return torch.mm(x.reshape(6, 4), w).reshape(2, 3, 5)
+
+    program = exported(function, torch.randn(2, 3, 4), torch.randn(4, 5))
+    assert calls(unmerged(program)) == calls(spelled(program)[0])
+
+
 def sum_in_another_order(x, w):
     return torch.bmm(x.reshape(1, 3, 4 * 5), w.permute(1, 0, 2).reshape(1, 5 * 4, 6))
 
@@ -184,11 +212,7 @@ def test_a_product_of_memory_that_is_written_stays():
         w.mul_(2)
         return product
 
-    class Model(torch.nn.Module):
-        def forward(self, x, w):
-            return function(x, w)
-
-    program = torch.export.export(Model(), (torch.randn(2, 3, 4), torch.randn(4, 15)))
+    program = torch.export.export(Function(function), (torch.randn(2, 3, 4), torch.randn(4, 15)))
     module, written = spelled(program)
     assert written
     before = calls(module)

@@ -13,7 +13,7 @@ from torch.fx import Node
 from moe_fx.matcher import arguments, op_name
 from moe_fx.shapes import Dim, known_equal, shape_of
 
-__all__ = ["MERGED", "VIEWS", "Group", "Seen", "regrouped", "seen_through", "step_of"]
+__all__ = ["MERGED", "VIEWS", "Group", "Seen", "is_end", "regrouped", "seen_through", "step_of"]
 
 #: in the meta of an einsum: the calls that it stands for
 MERGED = "moe_fx_merged_product"
@@ -43,7 +43,7 @@ def seen_through(value: Node) -> Seen:
     """A value seen through as many views as only order, merge, or add dimensions of size 1."""
     views: list[Node] = []
     source, steps = value, list[Callable[[tuple[Group, ...]], tuple[Group, ...] | None]]()
-    while (step := step_of(source)) is not None and MERGED not in source.args[0].meta:
+    while (step := step_of(source)) is not None and not is_end(source):
         steps.append(step)
         views.append(source)
         source = source.args[0]  # type: ignore[assignment]
@@ -58,6 +58,12 @@ def seen_through(value: Node) -> Seen:
             return Seen(source, groups, tuple(views))
         steps.pop()
         source = views.pop()
+
+
+def is_end(view: Node) -> bool:
+    """Whether a reshape gives an einsum the dimensions of size 1 that the product had for which it stands."""
+    merged = view.args[0].meta.get(MERGED)
+    return merged is not None and merged.end is view
 
 
 def step_of(view: Node) -> Callable[[tuple[Group, ...]], tuple[Group, ...] | None] | None:

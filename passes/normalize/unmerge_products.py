@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from moe_fx.passes.normalize.functional import memory_of
-from moe_fx.passes.normalize.merged_dims import MERGED, Group, Seen, regrouped, seen_through, step_of
+from moe_fx.passes.normalize.merged_dims import MERGED, Group, Seen, is_end, regrouped, seen_through, step_of
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
@@ -104,7 +104,7 @@ def _operands(product: Node) -> tuple[Seen, Seen] | None:
 
 def _has_ones(seen: Seen) -> bool:
     """Whether an operand has dimensions of size 1, other than those that were given to an einsum's result."""
-    given = any(MERGED in each.meta for each in seen.source.all_input_nodes)
+    given = op_name(seen.source) == "aten::reshape" and is_end(seen.source)
     return not given and len(shape_of(seen.source) or ()) != sum(map(len, seen.groups))
 
 
