@@ -338,6 +338,26 @@ def test_a_single_row_put_in_a_single_place_keeps_its_dimension():
     assert op_name(put.args[2]) == "aten::arange"
 
 
+@pytest.mark.parametrize(
+    ("written", "equation", "shapes"),
+    [
+        ("... h, e i h -> ... e i", "ABh,eih->ABei", [(2, 5, 4), (3, 6, 4)]),
+        ("...h,...hi->...i", "Bh,ABhi->ABi", [(5, 4), (2, 5, 4, 6)]),
+        ("...h,hA->...A", "Bh,hA->BA", [(5, 4), (4, 3)]),
+        ("th,hi", "th,hi->it", [(5, 4), (4, 3)]),
+        ("b...,Z...->...", "bA,ZA->A", [(2, 5), (3, 5)]),
+        ("z...h,hB", "zAh,hB->ABz", [(2, 3, 5), (5, 4)]),
+        ("...h->...", "Ah->A", [(5, 4)]),
+    ],
+)
+def test_equations_name_every_dimension(written, equation, shapes):
+    operands = [torch.randn(shape) for shape in shapes]
+    module, _ = normal(exported(lambda *operands: torch.einsum(written, *operands), *operands))
+    (einsum,) = [node for node in module.graph.nodes if op_name(node) == "aten::einsum"]
+    assert einsum.args[0] == equation
+    torch.testing.assert_close(module(*operands)[0], torch.einsum(written, *operands))
+
+
 def test_a_number_in_place_of_some_ids_is_written_as_one():
     def given(fill, dtype):
         return lambda mask, ids: torch.where(mask, ids.to(dtype), torch.scalar_tensor(fill, dtype=dtype))

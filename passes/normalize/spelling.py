@@ -29,7 +29,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from moe_fx.passes.normalize import places, recompose, synonyms, wide_sizes
+from moe_fx.passes.normalize import equations, places, recompose, synonyms, wide_sizes
 from moe_fx.passes.normalize.copies import copied
 from moe_fx.passes.normalize.functional import memory_of
 from moe_fx.passes.normalize.recompose import Spelling
@@ -56,7 +56,7 @@ def spell(graph: Graph) -> None:
 
 def canonical(node: Node) -> Spelling | None:
     """The one spelling of a call, or the next on the way to it; None where it has it already."""
-    for rules in (synonyms.RULES, _RULES, recompose.RULES, places.RULES, wide_sizes.RULES):
+    for rules in (synonyms.RULES, _RULES, recompose.RULES, places.RULES, wide_sizes.RULES, equations.RULES):
         rule = rules.get(op_name(node) or "")
         spelled = rule(node, arguments(node)) if rule is not None else None
         if spelled is not None:

@@ -166,8 +166,8 @@ def _rewrite(product: Node, left: Seen, right: Seen, path: list[Node], order: li
     ranks = [(each.source, len(shape_of(each.source) or ()) - len(shape_of(used) or ()))
              for each, used in ((left, one), (right, other))]  # fmt: skip
     whole.meta[MERGED] = Merged(tuple(calls), (ranks[0], ranks[1]), end)
-    for node in [*reversed(path[:-1]), *left.views, *right.views]:
-        if not node.users and not node._erased:
+    for node in dict.fromkeys([*reversed(path[:-1]), *left.views, *right.views]):
+        if not node.users:
             graph.erase_node(node)
 
 
@@ -194,13 +194,13 @@ def merge_products(graph: Graph) -> None:
                 known[source] = known[source].args[0]  # type: ignore[assignment]
         made = {call.node for call in merged.calls}
         given = {each for call in merged.calls for each in _nodes(call)} - made - known.keys()
-        apart = node is not merged.end
+        apart, there = node is not merged.end, set(graph.nodes)
         # An einsum says the same: what cannot be written back may stay.
-        if any(each._erased or each.graph is not graph for each in given) or (apart and [*node.users] != [merged.end]):
+        if not given <= there or (apart and [*node.users] != [merged.end]):
             continue
         *before, last = merged.calls
         for call in before:
-            if call.node in known or not call.node._erased:
+            if call.node in known or call.node in there:
                 continue
             with graph.inserting_before(node):
                 known[call.node] = graph.create_node("call_function", call.target, *_given(call, known))
