@@ -163,6 +163,20 @@ def test_few_tokens_are_computed_by_them_where_they_are_faster():
     assert not taken(FORMATS["none"], 8, 1, hidden=2048, inner=2048)
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("form", [None, WHOLE[0], WHOLE[1], FLOAT8], ids=repr)
+def test_few_tokens_compiled(form, tokens):
+    # A compiler makes constants of sizes.
+    model = Gathered(num_experts=16, hidden=128, inner=192, dtype=torch.bfloat16).cuda()
+    x = torch.randn(tokens, 128, device="cuda").bfloat16()
+    with torch.no_grad():
+        config = moe_fx.Config(experts="fused", quantize=form, require="all")
+        module = moe_fx.transform(torch.export.export(model, (x,)), config).module()
+        torch.compiler.reset()
+        compiled, eager = torch.compile(module, fullgraph=True)(x), module(x)
+    assert float((compiled - eager).float().norm() / eager.float().norm()) < (0.04 if form is FLOAT8 else 0.01)
+
+
 SIZES = [(1, 1), (8, 2), (60, 4), (128, 8), (256, 8), (300, 6), (1000, 32)]
 
 
