@@ -82,10 +82,9 @@ def _rewrite(node: Node, hot: Node, kept: Node) -> None:
     for user in [user for user in node.users if _takes_places(user, node)]:
         shape, value = shape_of(user) or (), tensor_of(user)
         if op_name(user) == "aten::to" and value is not None and value.dtype is torch.bool:
-            _columns(user, named, values)
-            if user.users:
+            dead += [*_columns(user, named, values), user]
+            if not set(user.users) <= set(dead):
                 replace(user, compared(Emitter(graph, user, values), named, torch.bool))
-            dead.append(user)
         elif op_name(user) == "aten::reshape" and len(shape) > 1 and known_equal(shape[-1], classes):
             # The mask in another shape is that of the ids in it.
             emit = Emitter(graph, user, values)
@@ -98,9 +97,12 @@ def _rewrite(node: Node, hot: Node, kept: Node) -> None:
     erase_dead(graph, dead)
 
 
-def _columns(mask: Node, named: Node, values: FakeValues) -> None:
-    """Where a class is looked at, the ids are compared with it; in one dimension, if the column is."""
-    graph, flat = mask.graph, None
+def _columns(mask: Node, named: Node, values: FakeValues) -> list[Node]:
+    """Where a class is looked at, the ids are compared with it; in one dimension, if the column is.
+
+    Returns the columns that nobody reads any more.
+    """
+    graph, flat, unread = mask.graph, None, []
     for column in [user for user in mask.users if op_name(user) == "aten::select"]:
         given, rank = arguments(column), len(shape_of(mask) or ())
         if given["dim"] % rank != rank - 1 or not isinstance(given["index"], int) or given["index"] < 0:
@@ -112,4 +114,5 @@ def _columns(mask: Node, named: Node, values: FakeValues) -> None:
                 graph.erase_node(user)
         if column.users:
             replace(column, Emitter(graph, column, values)(aten.eq.Scalar, named, given["index"]))
-        erase_dead(graph, [column])
+        unread.append(column)
+    return unread

@@ -78,11 +78,8 @@ def _written_part(node: Node, order: dict[Node, int]) -> tuple[Node, torch._ops.
     part, values = (*node.args, None, None)[:2]
     if op_name(node) != "aten::copy_" or not isinstance(part, Node) or op_name(part) not in PARTS or node.users:
         return None
-    base, written, mine = (
-        _all_of(part.args[0]),
-        tensor_of(values) if isinstance(values, Node) else None,
-        tensor_of(part),
-    )
+    base, mine = _all_of(part.args[0]), tensor_of(part)
+    written = tensor_of(values) if isinstance(values, Node) else None
     if not isinstance(base, Node) or written is None or mine is None or memory_of(base) is not base:
         return None
     if written.dtype != mine.dtype or not same_shape(written.shape, mine.shape) or not _harmless(node, base, order):

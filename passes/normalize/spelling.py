@@ -211,10 +211,10 @@ def drop_no_ops(graph: Graph, written: set[Node]) -> None:
 
     ``written`` is memory that ops in place still write: a copy of a value is then more than the value.
     """
+    for node in [node for node in graph.nodes if op_name(node) == "aten::_assert_tensor_metadata"]:
+        graph.erase_node(node)
     for node in list(graph.nodes):
-        if op_name(node) == "aten::_assert_tensor_metadata":
-            graph.erase_node(node)
-        elif (undone := _undone(node, written)) is not None:
+        if (undone := _undone(node, written)) is not None:
             replace(node, undone)
             erase_dead(graph, [node])
         elif memory_of(node) not in written and is_no_op(node):

@@ -78,14 +78,17 @@ class Region:
         return experts
 
     @property
-    def top_k(self) -> int:
+    def ids_per_token(self) -> Dim:
         shape = shape_of(self.ids)
         assert shape is not None
         apart = len(shape_of(self.tokens) or ()) - len(self.features.get(self.tokens, ()))
         # One expert per token needs no dimension; batch and sequence may stand apart in the ids only.
-        once = known_equal(math.prod(shape), self.size[0]) or chosen_once(self.ids)
-        alone = known_equal(self.size[1], 1) and (len(shape) == apart or once)
-        top_k = 1 if len(shape) == 1 or alone else shape[-1]
+        alone = known_equal(self.size[1], 1) and (len(shape) == apart or chosen_once(self.ids))
+        return 1 if len(shape) == 1 or alone else shape[-1]
+
+    @property
+    def top_k(self) -> int:
+        top_k = self.ids_per_token
         assert isinstance(top_k, int)
         return top_k
 
@@ -147,6 +150,8 @@ def misfit(region: Region) -> Miss | None:
                 chosen = selection_of(ids, 0).chooser is not None
                 shape = f"{ids.name} of {shape}, {CHOSEN if chosen else GIVEN_IDS}"
             return miss(wanted, node, shape)
+    if not isinstance(region.ids_per_token, int):
+        return miss("a fixed number of experts for each token", ids, f"{region.ids_per_token}")
     if found.get("top_k", top_k) != top_k:
         return miss(f"{top_k} rows for each token", tokens, f"{found['top_k']}")
     if not region.params:
