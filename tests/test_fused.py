@@ -280,6 +280,17 @@ def test_there_is_a_tile_for_every_product():
                         assert fused_tiles.large_tile_of(product, slots / experts)
 
 
+def test_weights_are_read_for_each_slot_where_few_are_read_twice():
+    megabytes = 1e6
+    # One token's experts are distinct, however large they are.
+    assert fused_tiles.reads_apart("plain", 176 * megabytes, 1, 2, 8)
+    assert fused_tiles.reads_apart("int4", 91 * megabytes, 1, 8, 8)
+    assert not fused_tiles.reads_apart("plain", 176 * megabytes, 2, 2, 8)
+    assert fused_tiles.reads_apart("plain", 4.7 * megabytes, 4, 8, 128)
+    assert fused_tiles.reads_apart("int4", 91 * megabytes, 2, 2, 8)
+    assert not fused_tiles.reads_apart("int4", 91 * megabytes, 4, 2, 8)
+
+
 def test_tuned_tiles_are_saved_loaded_and_used(tmp_path, monkeypatch):
     from moe_fx.kernels import tuning
 

@@ -190,10 +190,12 @@ def block_of_digits(tokens: int, num_slots: int, num_experts: int) -> int | None
     return 4 if num_slots <= DIGITS_BELOW * _hit(num_slots, num_experts) else None
 
 
-def reads_apart(kind: str, stored: float, num_slots: int, num_experts: int) -> bool:
+def reads_apart(kind: str, stored: float, tokens: int, top_k: int, num_experts: int) -> bool:
     """Whether it is faster to read an expert's weights, of ``stored`` bytes, for each slot than to gather its slots."""
-    hit = _hit(num_slots, num_experts)
-    return num_slots <= REPEATED_INT4 * hit if kind == "int4" else (num_slots - hit) * stored <= REPEATED_BYTES
+    # A token's experts are distinct: of one token, no weight is read twice.
+    hit = num_experts * (1 - (1 - min(top_k / num_experts, 1)) ** tokens)
+    slots = tokens * top_k
+    return slots <= REPEATED_INT4 * hit if kind == "int4" else (slots - hit) * stored <= REPEATED_BYTES
 
 
 def parts_of(programs: int, steps: int) -> int:

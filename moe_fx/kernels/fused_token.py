@@ -62,7 +62,7 @@ def takes_token(
     if rows == {"plain"} and kinds != {"plain"}:
         return tokens == top_k == 1 and kinds <= {"plain", "widened"} and not any(each.digits for each in projections)
     stored = sum(tensor.numel() * tensor.element_size() for each in projections for tensor in each.tensors)
-    return reads_apart("int4" if "int4" in kinds else "plain", stored / num_experts, ids.numel(), num_experts)
+    return reads_apart("int4" if "int4" in kinds else "plain", stored / num_experts, tokens, top_k, num_experts)
 
 
 def _rows_as(projection: Projection) -> str:
