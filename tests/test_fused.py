@@ -1,5 +1,8 @@
 """The lowering fused on a CPU: its references, what it writes, and what it says where it cannot be used."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -263,6 +266,16 @@ def test_widened_int4_is_the_formats_own():
     form = moe_fx.Int4WeightOnly(32, symmetric=False)
     tensors = form.quantize(torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(widen_int4_reference(tensors, torch.float32), form.dequantize(*tensors))
+
+
+def test_no_two_functions_of_kernels_have_the_same_name():
+    # torch.compile copies what a kernel calls into one module, by name: of two, one would be called for the other.
+    where = {}
+    for path in Path(fused_tiles.__file__).parent.glob("triton_*.py"):
+        for each in ast.parse(path.read_text()).body:
+            if isinstance(each, ast.FunctionDef) and any("jit" in ast.unparse(by) for by in each.decorator_list):
+                assert where.setdefault(each.name, path.name) == path.name, each.name
+    assert "token_kernel" in where
 
 
 def test_there_is_a_tile_for_every_product():

@@ -141,20 +141,20 @@ LARGE: dict[tuple[bool, bool], tuple[tuple[float, LargeTile], ...]] = {
         (96, LargeTile(128, 3, 4, half=True)), (320, LargeTile(256, 4, 8, half=True)), (inf, LargeTile(256, 4, 8)),
     ),
     (False, True): (
-        (96, LargeTile(64, 3, 4, half=True)), (320, LargeTile(128, 4, 8, half=True)),
+        (96, LargeTile(64, 3, 4, half=True)), (640, LargeTile(128, 4, 8, half=True)),
         (inf, LargeTile(128, 4, 8, swap=True)),
     ),
     (True, False): (
         (96, LargeTile(128, 3, 4, half=True)), (320, LargeTile(256, 4, 8, half=True)), (inf, LargeTile(256, 4, 8)),
     ),
     (True, True): (
-        (96, LargeTile(64, 3, 4, half=True)), (320, LargeTile(128, 4, 8, half=True)),
+        (96, LargeTile(64, 3, 4, half=True)), (640, LargeTile(128, 4, 8, half=True)),
         (inf, LargeTile(128, 4, 8, swap=True)),
     ),
 }  # fmt: skip
 #: for a single product of few steps along K, of which the beginning and the end overlap with other tiles' steps
 SHORT = LargeTile(128, 3, 4, persistent=2)
-SHORT_STEPS = 12
+SHORT_STEPS = 16
 #: inner size from which on rows are copied into the order of the tiles, to be loaded by descriptors as well
 SORT_ABOVE = 4096
 

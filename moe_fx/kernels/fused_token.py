@@ -3,8 +3,8 @@
 Integer weights are multiplied by rows in digits (:mod:`moe_fx.kernels.triton_blocks`): the first projection splits the
 tokens as it reads them, and its results as it makes them. float8 dynamic has sums of its own as well
 (:mod:`moe_fx.kernels.triton_token_float8`). Tried and dropped: weights of one byte that are widened, for more experts
-than one, which bounds the kernel and not memory; and loading a step ahead, into registers. Figures are in
-docs/design.md.
+than one, which bounds the kernel and not memory; loading steps ahead, into registers or (but for sums of 2-byte
+weights) shared memory; and fetching the second kernel's weights into L2 from the first. Figures are in docs/design.md.
 """
 
 from __future__ import annotations
@@ -25,18 +25,23 @@ __all__ = ["TokenTile", "run_token", "takes_token", "token_product"]
 
 @dataclass(frozen=True)
 class TokenTile:
-    """``block_n`` output columns of each slot, and ``block_bytes`` of their weights along K, at a time."""
+    """``block_n`` output columns of each slot, and ``block_bytes`` of their weights along K, at a time.
+
+    Attributes:
+        stages: of 2-byte weights, how many steps are under way at once, in shared memory.
+    """
 
     block_n: int
     block_bytes: int
     warps: int
+    stages: int = 1
 
 
 #: for a slot's own result, and for sums over slots, by how many (a power of two; of 16 and 32 not measured)
 EACH = TokenTile(8, 512, 4)
 SUMMED = {
-    1: TokenTile(4, 1024, 4), 2: TokenTile(4, 1024, 4), 4: TokenTile(4, 512, 4), 8: TokenTile(4, 256, 4),
-    16: TokenTile(2, 256, 4), 32: TokenTile(1, 256, 4),
+    1: TokenTile(4, 1024, 4, 3), 2: TokenTile(4, 1024, 4, 3), 4: TokenTile(4, 512, 4, 3), 8: TokenTile(4, 256, 4, 3),
+    16: TokenTile(2, 256, 4, 3), 32: TokenTile(1, 256, 4, 3),
 }  # fmt: skip
 SUMMED_BYTES = TokenTile(8, 1024, 4)
 #: where those are many of int8, or few
@@ -131,7 +136,8 @@ def token_product(
         SUM=summed, SLOTS=slots, SP=padded, BN=tile.block_n, BK=block_k, VEC=1 if projection.transposed else 16 // size,
         ROWS=rows_as, MADE=extra is not None, GROUP=inputs // given.scale.shape[-1] if int4 else 0,
         MOST=1 << (tiles - 1).bit_length() if rows_as == "float8" else 1, BOUND=LARGEST_ACTIVATION[torch.float8_e4m3fn],
-        SMALLEST=SMALLEST_SCALE, OUT=leaves, HALF=dtype is torch.float16, num_warps=tile.warps,
+        SMALLEST=SMALLEST_SCALE, OUT=leaves, HALF=dtype is torch.float16,
+        STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     return out, left
 

@@ -37,7 +37,7 @@ def split_blocks_reference(rows: torch.Tensor, pairs_apart: bool) -> tuple[torch
 
 
 @jit()
-def _steps(x, AXIS: tl.constexpr):
+def _block_steps(x, AXIS: tl.constexpr):
     """float32 x, blocks along AXIS (the last), as integers of 16 bits times the second, a scale without that axis."""
     # The largest of their bits: the largest of the numbers would not be one that is none.
     exponent = tl.max(tl.abs(x).to(tl.int32, bitcast=True), AXIS, keep_dims=True) >> 23
@@ -55,7 +55,7 @@ def store_blocks(x, out, scales, first, N, APART: tl.constexpr):
 
     N, the columns of the row, is a multiple of 16; those beyond it are not stored.
     """
-    whole, scale = _steps(x, 1)
+    whole, scale = _block_steps(x, 1)
     block = first // 16 + tl.arange(0, x.shape[0])
     tl.store(scales + block, scale, mask=block < N // 16)
     n = block[:, None] * 16 + tl.arange(0, 16)[None, :]
@@ -148,7 +148,7 @@ def _rows_split(x, k0, K, INT4: tl.constexpr, EVEN_K: tl.constexpr, SP: tl.const
     n = tl.arange(0, BK * PER_WORD)[None, :] + k0 * PER_WORD
     rows = tl.load(x[:, None] + n) if EVEN_K else tl.load(x[:, None] + n, mask=n < K, other=0.0)
     rows = tl.reshape(rows.to(tl.float32), (SP, BK * PER_WORD // 16, 16))
-    whole, scale = _steps(rows, 2)
+    whole, scale = _block_steps(rows, 2)
     if INT4:
         # As [place, block, word, byte, even or odd].
         whole = tl.permute(tl.reshape(whole, (SP, BK, 4, 2)), (0, 1, 3, 2))

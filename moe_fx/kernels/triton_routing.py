@@ -20,6 +20,9 @@ __all__ = ["Tiles", "max_tiles", "route", "route_reference"]
 #: slots, tile_expert, tile_group, tile_count
 Tiles = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
+#: how many int32 lie between the next free places of more than a few experts: side by side, in one slice of the L2
+#: cache, the slots that are placed would wait for one another
+APART, FEW_EXPERTS = 32, 16
 #: up to how many slots every expert's program looks at all of them, in one kernel; beyond, there are four
 ONE_KERNEL = 2048
 
@@ -90,14 +93,14 @@ def count_kernel(ids, counts, S, E, EP: tl.constexpr, CHUNK: tl.constexpr):
 
 @jit(do_not_specialize=("S", "B"))
 def plan_kernel(counts, start, slots, tile_expert, tile_group, tile_count, S, B, EP: tl.constexpr, BM: tl.constexpr,
-                TILES: tl.constexpr):  # fmt: skip
-    """Each program plans TILES tiles; the first one also writes where each expert's slots begin."""
+                TILES: tl.constexpr, APART: tl.constexpr):  # fmt: skip
+    """Each program plans TILES tiles; the first one also writes where each expert's slots begin: start [EP, APART]."""
     pid = tl.program_id(0)
     e = tl.arange(0, EP)
     tiles = tl.cdiv(tl.load(counts + e), BM)
     ends = tl.cumsum(tiles, 0)
     if pid == 0:
-        tl.store(start + e, (ends - tiles) * BM)
+        tl.store(start + e * APART, (ends - tiles) * BM)
         tl.store(tile_count, tl.sum(tiles, 0))
     b = pid * TILES + tl.arange(0, TILES)
     before = ends[None, :] <= b[:, None]
@@ -112,12 +115,12 @@ def plan_kernel(counts, start, slots, tile_expert, tile_group, tile_count, S, B,
 
 
 @jit(do_not_specialize=("S",))
-def place_kernel(ids, start, slots, S, E, CHUNK: tl.constexpr):
+def place_kernel(ids, start, slots, S, E, CHUNK: tl.constexpr, APART: tl.constexpr):
     """Each slot into the next free place of its expert."""
     s = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     some = tl.load(ids + s, mask=s < S, other=-1).to(tl.int32)
     valid = (some >= 0) & (some < E)
-    place = tl.atomic_add(start + tl.where(valid, some, 0), 1, mask=valid, sem="relaxed")
+    place = tl.atomic_add(start + tl.where(valid, some, 0) * APART, 1, mask=valid, sem="relaxed")
     tl.store(slots + place, s, mask=valid)
 
 
@@ -149,14 +152,15 @@ def route(ids: torch.Tensor, num_experts: int, block: int) -> Tiles:
             SP=max(_power_of_two(num_slots), 256), EP=padded, BM=block, OVERLAP=overlaps(), num_warps=8,
         )  # fmt: skip
         return slots, tile_expert, tile_group, tile_count
-    start = ids.new_empty((padded,), dtype=torch.int32)
+    apart = 1 if num_experts <= FEW_EXPERTS else APART
+    start = ids.new_empty((padded, apart), dtype=torch.int32)
     counts = ids.new_zeros((padded,), dtype=torch.int32)
     chunk = 256 if num_slots <= 65536 else 1024
     chunks = -(-num_slots // chunk)
     wrapped(count_kernel)[(chunks,)](ids, counts, num_slots, num_experts, EP=padded, CHUNK=chunk, num_warps=4)
     wrapped(plan_kernel)[(-(-count // 16),)](
         counts, start, slots, tile_expert, tile_group, tile_count, num_slots, count,
-        EP=padded, BM=block, TILES=16, num_warps=4,
+        EP=padded, BM=block, TILES=16, APART=apart, num_warps=4,
     )  # fmt: skip
-    wrapped(place_kernel)[(chunks,)](ids, start, slots, num_slots, num_experts, CHUNK=chunk, num_warps=4)
+    wrapped(place_kernel)[(chunks,)](ids, start, slots, num_slots, num_experts, CHUNK=chunk, APART=apart, num_warps=4)
     return slots, tile_expert, tile_group, tile_count

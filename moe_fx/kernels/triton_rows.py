@@ -58,12 +58,9 @@ def _steps(x, scale, BOUND: tl.constexpr, INT: tl.constexpr, ASM: tl.constexpr):
 
 @jit(do_not_specialize=("R", "S"))
 def quantize_rows_kernel(rows, values, scales, slots, R, S, N, stride, BOUND: tl.constexpr, SMALLEST: tl.constexpr,
-                         SLOTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ONCE: tl.constexpr,
-                         ASM: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """ROWS rows per program, rounded as :func:`quantize_rows_reference` does; SLOTS: only rows that are a slot's.
-
-    ONCE: a row fits into BLOCK. Otherwise it is read twice, the second time from a cache.
-    """
+                         SLOTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr,
+                         OVERLAP: tl.constexpr):  # fmt: skip
+    """ROWS rows per program, rounded as :func:`quantize_rows_reference` does; SLOTS: only rows that are a slot's."""
     after_previous(OVERLAP)
     before_next(OVERLAP)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -74,27 +71,12 @@ def quantize_rows_kernel(rows, values, scales, slots, R, S, N, stride, BOUND: tl
             return
     n = tl.arange(0, BLOCK)[None, :]
     at = r.to(tl.int64)[:, None]
-    INT: tl.constexpr = values.dtype.element_ty == tl.int8
-    if ONCE:
-        mask = there[:, None] & (n < N)
-        x = tl.load(rows + at * stride + n, mask=mask, other=0.0).to(tl.float32)
-        scale = scale_of_largest(tl.abs(x), BOUND, SMALLEST)
-        tl.store(scales + r, scale, mask=there)
-        steps = _steps(x, scale[:, None], BOUND, INT, ASM)
-        tl.store(values + at * N + n, steps.to(values.dtype.element_ty), mask=mask)
-    else:
-        largest = tl.zeros((ROWS, BLOCK), tl.float32)
-        for n0 in range(0, N, BLOCK):
-            mask = there[:, None] & (n0 + n < N)
-            x = tl.load(rows + at * stride + n0 + n, mask=mask, other=0.0).to(tl.float32)
-            largest = tl.maximum(largest, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
-        scale = scale_of_largest(largest, BOUND, SMALLEST)
-        tl.store(scales + r, scale, mask=there)
-        for n0 in range(0, N, BLOCK):
-            mask = there[:, None] & (n0 + n < N)
-            x = tl.load(rows + at * stride + n0 + n, mask=mask, other=0.0).to(tl.float32)
-            steps = _steps(x, scale[:, None], BOUND, INT, ASM)
-            tl.store(values + at * N + n0 + n, steps.to(values.dtype.element_ty), mask=mask)
+    mask = there[:, None] & (n < N)
+    x = tl.load(rows + at * stride + n, mask=mask, other=0.0).to(tl.float32)
+    scale = scale_of_largest(tl.abs(x), BOUND, SMALLEST)
+    tl.store(scales + r, scale, mask=there)
+    steps = _steps(x, scale[:, None], BOUND, values.dtype.element_ty == tl.int8, ASM)
+    tl.store(values + at * N + n, steps.to(values.dtype.element_ty), mask=mask)
 
 
 def quantize_rows(
@@ -108,14 +90,15 @@ def quantize_rows(
     values = rows.new_empty((count, width), dtype=dtype)
     scales = rows.new_empty((count,), dtype=torch.float32)
     block = 1 << (width - 1).bit_length()
+    # Of many rows a warp takes 4096 numbers, in one row or several: that warps need not wait for one another counts for
+    # more than how many there are.
     many = count >= 1024
-    once = block <= 4096 or not many
     at_once = max(1, 4096 // block) if many else 1
+    warps = min(max(1, block // 4096), 32) if many else 4 if block <= 2048 else 8 if block <= 4096 else 16
     overlapped(quantize_rows_kernel)[(-(-count // at_once),)](
         rows, values, scales, rows if slots is None else slots, count, num_slots, width, rows.stride(0),
-        BOUND=LARGEST_ACTIVATION[dtype], SMALLEST=SMALLEST_SCALE, SLOTS=slots is not None, ROWS=at_once,
-        BLOCK=block if once else 2048, ONCE=once, ASM=not INTERPRETED, OVERLAP=overlaps(),
-        num_warps=4 if not once or (block <= 2048 and not many) else 8 if block <= 4096 else 16,
+        BOUND=LARGEST_ACTIVATION[dtype], SMALLEST=SMALLEST_SCALE, SLOTS=slots is not None, ROWS=at_once, BLOCK=block,
+        ASM=not INTERPRETED, OVERLAP=overlaps(), num_warps=warps,
     )  # fmt: skip
     return values, scales
 

@@ -18,21 +18,33 @@ __all__ = ["token_kernel"]
 
 
 @jit()
-def _products(rows, weights, VEC: tl.constexpr):
+def _sums_of_products(rows, weights, VEC: tl.constexpr):
     """[SP, BN, BK // VEC]: rows [SP, 1, BK] times weights [SP, BN, BK], added within what a thread holds."""
     products = weights.to(tl.float32) * rows
     return tl.sum(tl.reshape(products, (weights.shape[0], weights.shape[1], weights.shape[2] // VEC, VEC)), 3)
 
 
 @jit()
-def _scaled(acc, scales, bias, at, weight, there, SCALED: tl.constexpr, SLOT: tl.constexpr, BIAS: tl.constexpr):
-    """As :func:`moe_fx.kernels.triton_epilogue.rescaled`, where every row has an expert of its own: at [SP, BN]."""
+def _of_columns(scales, bias, at, there, SCALED: tl.constexpr, BIAS: tl.constexpr):
+    """As :func:`moe_fx.kernels.triton_epilogue.of_columns`, where every row has an expert of its own: at [SP, BN]."""
+    scale = 1.0
+    added = 0.0
     if SCALED:
-        acc = acc * tl.load(scales + at, mask=there, other=0.0)
+        scale = tl.load(scales + at, mask=there, other=0.0)
+    if BIAS:
+        added = tl.load(bias + at, mask=there, other=0.0).to(tl.float32)
+    return scale, added
+
+
+@jit()
+def _scaled(acc, scale, bias, weight, SCALED: tl.constexpr, SLOT: tl.constexpr, BIAS: tl.constexpr):
+    """As :func:`moe_fx.kernels.triton_epilogue.rescaled`, of [SP, BN] each."""
+    if SCALED:
+        acc = acc * scale
     if SLOT == 1:
         acc = acc * weight[:, None]
     if BIAS:
-        acc = acc + tl.load(bias + at, mask=there, other=0.0).to(tl.float32)
+        acc = acc + bias
     if SLOT == 2:
         acc = acc * weight[:, None]
     return acc
@@ -41,11 +53,11 @@ def _scaled(acc, scales, bias, at, weight, there, SCALED: tl.constexpr, SLOT: tl
 @jit()
 def _float_products(
     a, w, u, source, there, at, at_up, valid, K, w_stride, TRANSPOSED: tl.constexpr, TWO: tl.constexpr,
-    EVEN_K: tl.constexpr, BK: tl.constexpr, VEC: tl.constexpr,
+    EVEN_K: tl.constexpr, BK: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """[SP, N] float32, twice: the rows of a at source [SP] times what begins at ``at`` and ``at_up`` [SP, N] of w, u.
 
-    there [SP], valid [SP, N]: which are.
+    there [SP], valid [SP, N]: which are. STAGES: how many steps are loaded ahead, into shared memory; 1: none.
     """
     k = tl.arange(0, BK)
     if TRANSPOSED:
@@ -56,7 +68,7 @@ def _float_products(
         u_ptrs = u + at_up[:, :, None] + k[None, None, :]
     acc = tl.zeros((at.shape[0], at.shape[1], BK // VEC), tl.float32)
     acc_up = acc
-    for k0 in range(0, K, BK):
+    for k0 in tl.range(0, K, BK, num_stages=STAGES):
         mask = valid[:, :, None]
         if EVEN_K == 0:
             mask = mask & (k0 + k < K)[None, None, :]
@@ -65,9 +77,9 @@ def _float_products(
             weights_up = tl.load(u_ptrs, mask=mask, other=0.0)
         rows = tl.load(a + source[:, None] + k0 + k[None, :], mask=there[:, None] & (k0 + k < K)[None, :], other=0.0)
         rows = rows.to(tl.float32)[:, None, :]
-        acc += _products(rows, weights, VEC)
+        acc += _sums_of_products(rows, weights, VEC)
         if TWO:
-            acc_up += _products(rows, weights_up, VEC)
+            acc_up += _sums_of_products(rows, weights_up, VEC)
         w_ptrs += BK * w_stride if TRANSPOSED else BK
         u_ptrs += BK * w_stride if TRANSPOSED else BK
     return tl.sum(acc, 2), tl.sum(acc_up, 2)
@@ -82,6 +94,7 @@ def token_kernel(
     ASM: tl.constexpr, OVERLAP: tl.constexpr, SUM: tl.constexpr, SLOTS: tl.constexpr, SP: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, MADE: tl.constexpr, GROUP: tl.constexpr,
     MOST: tl.constexpr, BOUND: tl.constexpr, SMALLEST: tl.constexpr, OUT: tl.constexpr, HALF: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """out[s, n] for a slot s; if SUM, out[t, n], the sum of a token's SLOTS. SP: how many slots a program takes.
 
@@ -117,6 +130,11 @@ def token_kernel(
     if EVEN_N == 0:
         valid = valid & (r < (2 * N if GATED == "interleaved" else N))[None, :]
     first = e[:, None] * w_rows + r[None, :]
+    # What follows the products is read ahead of them: at the end, nothing would hide how long it takes.
+    weight = tl.load(slot_weight + slot, mask=there, other=0.0).to(tl.float32) if SLOT != 0 else 1.0
+    scale, added = _of_columns(w_scale, w_bias, first + gate_row, valid, SCALED, BIAS)
+    if TWO:
+        scale_up, added_up = _of_columns(u_scale, u_bias, first + up_row, valid, SCALED, BIAS)
     if SUM:
         after_previous(OVERLAP)
     MASKED: tl.constexpr = EVEN_N == 0 or EVEN_K == 0 or SP != SLOTS
@@ -135,17 +153,17 @@ def token_kernel(
         at = e[:, None] * w_stride_e + (r + gate_row).to(tl.int64)[None, :] * across
         at_up = e[:, None] * w_stride_e + (r + up_row).to(tl.int64)[None, :] * across
         acc, acc_up = _float_products(
-            a, w, u, source * a_stride, there, at, at_up, valid, K, w_stride, TRANSPOSED, TWO, EVEN_K, BK, VEC
-        )
+            a, w, u, source * a_stride, there, at, at_up, valid, K, w_stride, TRANSPOSED, TWO, EVEN_K, BK, VEC,
+            STAGES,
+        )  # fmt: skip
 
     before_next(OVERLAP)
-    weight = tl.load(slot_weight + slot, mask=there, other=0.0).to(tl.float32) if SLOT != 0 else 1.0
-    total = _scaled(acc, w_scale, w_bias, first + gate_row, weight, valid, SCALED, SLOT, BIAS)
+    total = _scaled(acc, scale, added, weight, SCALED, SLOT, BIAS)
     if GATED == "interleaved":
         gate, up = tl.split(tl.reshape(total, (SP, BN, 2)))
         total = gated(gate, up, ACT, ALPHA, LIMIT)
     elif TWO:
-        up = _scaled(acc_up, u_scale, u_bias, first + up_row, weight, valid, SCALED, SLOT, BIAS)
+        up = _scaled(acc_up, scale_up, added_up, weight, SCALED, SLOT, BIAS)
         total = gated(total, up, ACT, ALPHA, LIMIT)
     else:
         total = activated(total, ACT)

@@ -55,7 +55,7 @@ def _quantized(x, inverse, ASM: tl.constexpr):
 
 
 @jit()
-def _dot4(low, high, weights, ASM: tl.constexpr):
+def _dot4_float8(low, high, weights, ASM: tl.constexpr):
     """Two partial sums of four products, of two float16 each in low and high and four float8 in weights: all int32."""
     if ASM:
         return tl.inline_asm_elementwise(
@@ -105,12 +105,38 @@ def _half(words, bit: tl.constexpr):
 @jit()
 def _dot16(low, high, weights, ASM: tl.constexpr):
     """[SP, N, BK / 4] float32: the products of sixteen inputs added; low and high [SP, BK], weights [SP, N, BK]."""
-    words = _dot4(low[:, None, :], high[:, None, :], weights, ASM)
+    words = _dot4_float8(low[:, None, :], high[:, None, :], weights, ASM)
     words = tl.reshape(words, (words.shape[0], words.shape[1], words.shape[2] // 4, 2, 2))
     even, odd = tl.split(words)
     first, second = tl.split(_add(even, odd, ASM))
     total = _add(first, second, ASM)
     return _half(total, 0) + _half(total, 16)
+
+
+@jit()
+def _words(
+    w, u, valid, k0, length, TWO: tl.constexpr, MASKED: tl.constexpr, EVEN_K: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """Those from k0 on at w and u [SP, N, BK]; the first twice, if there are not two."""
+    mask = valid[:, :, None]
+    if EVEN_K == 0:
+        mask = mask & (k0 + tl.arange(0, BK) < length)[None, None, :]
+    words = tl.load(w + k0, mask=mask, other=0) if MASKED else tl.load(w + k0)
+    words_up = words
+    if TWO:
+        words_up = tl.load(u + k0, mask=mask, other=0) if MASKED else tl.load(u + k0)
+    return words, words_up
+
+
+@jit()
+def _add_products(acc, acc_up, rows, inverse, words, words_up, k0, K, TWO: tl.constexpr, ASM: tl.constexpr):
+    inputs = (k0 * 4 + tl.arange(0, words.shape[2] * 4))[None, :]
+    x = tl.load(rows + inputs, mask=inputs < K, other=0.0).to(tl.float32)
+    low, high = _quantized(x, inverse, ASM)
+    acc += _dot16(low, high, words, ASM)
+    if TWO:
+        acc_up += _dot16(low, high, words_up, ASM)
+    return acc, acc_up
 
 
 @jit()
@@ -126,32 +152,26 @@ def float8_products(
     """
     SP: tl.constexpr = first.shape[0]
     N: tl.constexpr = first.shape[1]
+    length = K // 16 * 4
+    k = tl.arange(0, BK)
+    w = w.to(tl.pointer_type(tl.int32)) + first[:, :, None] * length + k[None, None, :]
+    u = u.to(tl.pointer_type(tl.int32)) + first_up[:, :, None] * length + k[None, None, :]
     rows = a + source[:, None] * a_stride
     n = tl.arange(0, MOST)[None, :]
+    acc = tl.zeros((SP, N, BK // 4), tl.float32)
+    acc_up = acc
     if MADE:
         values = tl.load(largest + source[:, None] * TILES + n, mask=n < TILES, other=0.0)
     else:
+        # The first weights are under way while the row's largest is looked for.
+        words, words_up = _words(w, u, valid, 0, length, TWO, MASKED, EVEN_K, BK)
         values = tl.load(rows + n, mask=n < K, other=0.0).to(tl.float32)
     scale = scale_of_largest(tl.abs(values), BOUND, SMALLEST)
     inverse = tl.math.div_rn(1.0, scale)
-    length = K // 16 * 4
-    k = tl.arange(0, BK)
-    words = w.to(tl.pointer_type(tl.int32)) + first[:, :, None] * length + k[None, None, :]
-    words_up = u.to(tl.pointer_type(tl.int32)) + first_up[:, :, None] * length + k[None, None, :]
-    acc = tl.zeros((SP, N, BK // 4), tl.float32)
-    acc_up = acc
-    inputs = tl.arange(0, BK * 4)[None, :]
-    for k0 in range(0, length, BK):
-        mask = valid[:, :, None]
-        if EVEN_K == 0:
-            mask = mask & (k0 + k < length)[None, None, :]
-        weights = tl.load(words + k0, mask=mask, other=0) if MASKED else tl.load(words + k0)
-        if TWO:
-            weights_up = tl.load(words_up + k0, mask=mask, other=0) if MASKED else tl.load(words_up + k0)
-        x = tl.load(rows + k0 * 4 + inputs, mask=k0 * 4 + inputs < K, other=0.0).to(tl.float32)
-        low, high = _quantized(x, inverse, ASM)
-        acc += _dot16(low, high, weights, ASM)
-        if TWO:
-            acc_up += _dot16(low, high, weights_up, ASM)
+    if not MADE:
+        acc, acc_up = _add_products(acc, acc_up, rows, inverse, words, words_up, 0, K, TWO, ASM)
+    for k0 in range(0 if MADE else BK, length, BK):
+        words, words_up = _words(w, u, valid, k0, length, TWO, MASKED, EVEN_K, BK)
+        acc, acc_up = _add_products(acc, acc_up, rows, inverse, words, words_up, k0, K, TWO, ASM)
     scale = scale[:, None] * 256.0
     return tl.sum(acc, 2) * scale, tl.sum(acc_up, 2) * scale
