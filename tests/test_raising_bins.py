@@ -62,8 +62,7 @@ VARIANTS = {
 }
 
 
-# Decomposed, products with one-hot rows are matrix products whose dimensions are expert and place, or slot, in one.
-CASES = [(variant, False) for variant in VARIANTS] + [(variant, True) for variant in VARIANTS if "bins" in variant]
+CASES = [(variant, decomposed) for decomposed in (False, True) for variant in VARIANTS]
 
 
 @pytest.mark.parametrize(("variant", "decomposed"), CASES)
@@ -259,6 +258,14 @@ REFUSALS = {
     "one_hot_bins_from_one_up": "ranks from 0 up",
     "one_hot_bins_softmax_over_places": "an op along other dimensions than the rows",
     "one_hot_weights_of_another_choice": "one-hot rows of getitem",
+    "one_hot_groups_by_half_the_tokens": "tokens can be dropped: capacity",
+    "one_hot_groups_ranked_over_the_batch": "tokens can be dropped: capacity",
+    "one_hot_groups_ranked_across": "bins for each group of tokens within which ranks are counted",
+    "one_hot_groups_in_the_same_bins": "bins for each group of tokens within which ranks are counted",
+    "one_hot_groups_exchanged": "an op along other dimensions than the rows",
+    "one_hot_groups_softmax_over_them": "an op along other dimensions than the rows",
+    "one_hot_groups_scaled": "a number for each token",
+    "binned_by_ranks_within_a_sequence": "ranks counted over all tokens",
     "binned_with_capacity": "tokens can be dropped: capacity 2 for up to",
     "gshard_with_capacity": "tokens can be dropped: capacity 2 for up to 6 rows",
     "binned_by_ids_of_others": "a place in bins",

@@ -172,7 +172,7 @@ def _is_choice(walk: Outside, found: Contraction, hots: list[Hot], at: dict[str,
         return False
     told = {hot.number for hot in hots}
     group = {letter for letter in grouped if groups.issuperset(at[letter])}
-    slots = {letter for hot in hots for letter in hot.letters if letter} - told - group
+    slots = {letter for hot in hots for letter in hot.letters if letter and at[letter]} - told - group
     masks = any(hot.number in found.out and slots & set(hot.letters) & set(found.out) for hot in hots)
     by_bin = {axis for letter in found.out for axis in at[letter] if axis in (EXPERT, PLACE)}
     numbers = {axis for hot in hots if hot.number in found.out for axis in at[hot.number]}

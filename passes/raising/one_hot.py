@@ -69,7 +69,10 @@ class OneHotRows:
                 break
             if self.by_slot(place):
                 chain.append(node)
-                plain += [node] if place in self.walk.slot_places else []  # without dimensions of size 1 between
+                kept = tuple(
+                    dim for dim in place[:-1] if dim
+                )  # the batch may be one; behind the slots there is nothing
+                plain += [node] if (*kept, place[-1]) in self.walk.slot_places else []
             if op_name(node) == "aten::select":
                 given = arguments(node)
                 dim = given["dim"] % (len(place) + 1)
@@ -92,6 +95,8 @@ class OneHotRows:
         if EXPERT not in axes_of(place):
             return False
         name = op_name(node)
+        if name == "aten::to":
+            return self.is_hot(node.args[0], place)
         if self.by_token(place):
             return self.is_mask(node, place)
         if name == "aten::one_hot" and place[-1] == (EXPERT,):
