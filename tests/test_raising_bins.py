@@ -1,10 +1,13 @@
 """Bins of rows, and one-hot rows: raised where every row has a place, and refused where it may be dropped."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
-from lookalikes_bins import LOOKALIKES
+from lookalikes_bins_of_groups import LOOKALIKES, GroupedBins
+from styles import STYLES
 from test_raising import raised
 from test_styles import exported
 from toys import Toy, export
@@ -248,6 +251,36 @@ def test_ids_that_may_repeat_need_room_for_every_slot():
     assert miss.found == "tokens can be dropped: capacity 5 for up to 10 rows"
     (layer,) = given(GivenRoomForAll()).layers
     assert layer.error < 1e-9
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("name", ["one_hot_gsec_choice_by_choice_gshard", "one_hot_bsec_bins_of_all_groups_in_a_bmm"])
+@torch.no_grad()
+def test_a_batch_of_one_is_one_group(name, decomposed):
+    model, program = exported(replace(STYLES[name], shape=(1, 5, 16), dynamic=False))
+    after = moe_fx.transform(program.run_decompositions() if decomposed else program, moe_fx.Config(require="all"))
+    x = torch.randn(1, 5, 16)
+    torch.testing.assert_close(after.module()(x), model(x))
+
+
+class Crossed(GroupedBins):
+    """Dispatch and combine by these letters."""
+
+    def __init__(self, put="gsec", read="gsec"):
+        super().__init__()
+        self.put, self.read = f"{put},gsm->egcm", f"{read},egcm->gsm"
+
+
+@pytest.mark.parametrize(
+    ("put", "read", "layers"),
+    [("gsec", "gsec", 1), ("sgec", "gsec", 0), ("gsec", "sgec", 0), ("sgec", "sgec", 0), ("gesc", "gesc", 0),
+     ("cseg", "gsec", 0)],
+)  # fmt: skip
+@torch.no_grad()
+def test_groups_are_told_from_tokens_where_all_sizes_are_equal(put, read, layers):
+    # As many groups, tokens of each, experts and places; the numbers are not compared.
+    program = torch.export.export(Crossed(put, read).eval(), (torch.randn(4, 4, 16),))
+    assert len(moe_fx.report(moe_fx.transform(program, moe_fx.Config(validate=False))).layers) == layers
 
 
 REFUSALS = {

@@ -69,10 +69,8 @@ class OneHotRows:
                 break
             if self.by_slot(place):
                 chain.append(node)
-                kept = tuple(
-                    dim for dim in place[:-1] if dim
-                )  # the batch may be one; behind the slots there is nothing
-                plain += [node] if (*kept, place[-1]) in self.walk.slot_places else []
+                before = tuple(dim for dim in place[:-1] if dim)  # the batch may be one; behind the slots is nothing
+                plain += [node] if (*before, place[-1]) in self.walk.slot_places else []
             if op_name(node) == "aten::select":
                 given = arguments(node)
                 dim = given["dim"] % (len(place) + 1)
