@@ -66,6 +66,13 @@ class Rounded(OneHotBins):
         return ((one_hot.cumsum(0) - 1) * one_hot).sum(-1).long().view_as(ids)
 
 
+@lookalike("one_hot_bins_counted_past_other_experts", "what comes before in all rows of one-hot numbers is no rank")
+class Flattened(OneHotBins):
+    def read_rank(self, ids):
+        one_hot = F.one_hot(ids, self.E)
+        return ((one_hot.flatten().cumsum(0).view_as(one_hot) - 1) * one_hot).sum(-1)
+
+
 @lookalike("one_hot_bins_from_one_up", "the first row of an expert goes to place 1, and its last one to none")
 class FromOne(OneHotBins):
     def rank(self, ids):

@@ -1,10 +1,13 @@
 """Bins of rows, and one-hot rows: raised where every row has a place, and refused where it may be dropped."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
-from lookalikes_bins import LOOKALIKES
+from lookalikes_bins_of_groups import LOOKALIKES, GroupedBins
+from styles import STYLES
 from test_raising import raised
 from test_styles import exported
 from toys import Toy, export
@@ -62,8 +65,7 @@ VARIANTS = {
 }
 
 
-# Decomposed, products with one-hot rows are matrix products whose dimensions are expert and place, or slot, in one.
-CASES = [(variant, False) for variant in VARIANTS] + [(variant, True) for variant in VARIANTS if "bins" in variant]
+CASES = [(variant, decomposed) for decomposed in (False, True) for variant in VARIANTS]
 
 
 @pytest.mark.parametrize(("variant", "decomposed"), CASES)
@@ -251,6 +253,36 @@ def test_ids_that_may_repeat_need_room_for_every_slot():
     assert layer.error < 1e-9
 
 
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("name", ["one_hot_gsec_choice_by_choice_gshard", "one_hot_bsec_bins_of_all_groups_in_a_bmm"])
+@torch.no_grad()
+def test_a_batch_of_one_is_one_group(name, decomposed):
+    model, program = exported(replace(STYLES[name], shape=(1, 5, 16), dynamic=False))
+    after = moe_fx.transform(program.run_decompositions() if decomposed else program, moe_fx.Config(require="all"))
+    x = torch.randn(1, 5, 16)
+    torch.testing.assert_close(after.module()(x), model(x))
+
+
+class Crossed(GroupedBins):
+    """Dispatch and combine by these letters."""
+
+    def __init__(self, put="gsec", read="gsec"):
+        super().__init__()
+        self.put, self.read = f"{put},gsm->egcm", f"{read},egcm->gsm"
+
+
+@pytest.mark.parametrize(
+    ("put", "read", "layers"),
+    [("gsec", "gsec", 1), ("sgec", "gsec", 0), ("gsec", "sgec", 0), ("sgec", "sgec", 0), ("gesc", "gesc", 0),
+     ("cseg", "gsec", 0)],
+)  # fmt: skip
+@torch.no_grad()
+def test_groups_are_told_from_tokens_where_all_sizes_are_equal(put, read, layers):
+    # As many groups, tokens of each, experts and places; the numbers are not compared.
+    program = torch.export.export(Crossed(put, read).eval(), (torch.randn(4, 4, 16),))
+    assert len(moe_fx.report(moe_fx.transform(program, moe_fx.Config(validate=False))).layers) == layers
+
+
 REFUSALS = {
     "one_hot_bins_by_capacity_factor": "tokens can be dropped: capacity",
     "one_hot_bins_ranked_in_two_orders": "ranks counted in one order of the slots",
@@ -259,6 +291,14 @@ REFUSALS = {
     "one_hot_bins_from_one_up": "ranks from 0 up",
     "one_hot_bins_softmax_over_places": "an op along other dimensions than the rows",
     "one_hot_weights_of_another_choice": "one-hot rows of getitem",
+    "one_hot_groups_by_half_the_tokens": "tokens can be dropped: capacity",
+    "one_hot_groups_ranked_over_the_batch": "tokens can be dropped: capacity",
+    "one_hot_groups_ranked_across": "bins for each group of tokens within which ranks are counted",
+    "one_hot_groups_in_the_same_bins": "bins for each group of tokens within which ranks are counted",
+    "one_hot_groups_exchanged": "an op along other dimensions than the rows",
+    "one_hot_groups_softmax_over_them": "an op along other dimensions than the rows",
+    "one_hot_groups_scaled": "a number for each token",
+    "binned_by_ranks_within_a_sequence": "ranks counted over all tokens",
     "binned_with_capacity": "tokens can be dropped: capacity 2 for up to",
     "gshard_with_capacity": "tokens can be dropped: capacity 2 for up to 6 rows",
     "binned_by_ids_of_others": "a place in bins",

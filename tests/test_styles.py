@@ -76,6 +76,12 @@ def test_a_style_is_raised(name):
 NOT_OF_ONE_TOKEN = (
     *NOT_YET,
     "all_experts_gather_arange_scatter_add_llama4",
+    "one_hot_bsec_bins_of_all_groups_in_a_bmm",
+    "one_hot_bsec_switch_mesh_capacity",
+    "one_hot_gsec_choice_by_choice_gshard",
+    "one_hot_gsec_groups_of_tokens",
+    "one_hot_gsec_ranks_of_a_token_mask",
+    "one_hot_gsec_top1_by_comparison",
     "one_hot_sec_top1_deepspeed",
     "one_hot_switch_mesh_capacity",
     "stack_take_along_dim",

@@ -13,6 +13,7 @@ thing: of a slot and its expert, or its place; it is then left out.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -57,13 +58,13 @@ class Choice:
 def chosen(walk: Outside, found: Contraction, place: Place) -> Choice | None:
     """A product whose one-hot factors are read as choices; None where there are none, or one of them is none."""
     terms = factors(found)
-    hots = [hot for term in terms if (hot := one_hot_of(term)) is not None]
+    hots = _hots(found, terms)
     if not hots or walk.dense or found.bias is not None:
         return None
     before = dict(walk.bindings), walk.sizes
     at = _identified(walk, hots, dict(zip(found.out, place, strict=True)))
     rest = [term for term in terms if one_hot_of(term) is None and not (at and _is_one(walk, term, at))]
-    if at is None or not rest or not _is_choice(found, hots, at):
+    if at is None or not rest or not _is_choice(walk, found, hots, at):
         walk.bindings, walk.sizes = before
         return None
     if any(term.steps for term in rest) and not any(PLACE in dim for dim in at.values()):
@@ -79,7 +80,7 @@ def chosen(walk: Outside, found: Contraction, place: Place) -> Choice | None:
 def summed_slots(found: Contraction) -> Iterator[tuple[str | None, Dim]]:
     """The letters of a product that may be those of a token's slots, or none of them if it has one slot only."""
     terms = factors(found)
-    hots = [hot for term in terms if (hot := one_hot_of(term)) is not None]
+    hots = _hots(found, terms)
     if not hots:
         return
     known = {*found.out, *(hot.number for hot in hots)}
@@ -88,6 +89,18 @@ def summed_slots(found: Contraction) -> Iterator[tuple[str | None, Dim]]:
         yield letter, next(term.size(letter) for term in terms if letter in term.letters)
     if not unknown:
         yield None, 1
+
+
+def _hots(found: Contraction, terms: list[Term]) -> list[Hot]:
+    """The one-hot factors. A dimension of size 1 that no other factor has, as of the only slot, is none of theirs."""
+    seen = Counter([*found.out, *(letter for term in terms for letter in term.letters)])
+    hots = [(term, hot) for term in terms if (hot := one_hot_of(term)) is not None]
+
+    def alone(term: Term, letter: str) -> bool:
+        return bool(letter) and seen[letter] == 1 and known_equal(term.size(letter), 1)
+
+    return [replace(hot, letters=tuple("" if alone(term, letter) else letter for letter in hot.letters))
+            for term, hot in hots]  # fmt: skip
 
 
 def _identified(walk: Outside, hots: list[Hot], at: dict[str, tuple[Axis, ...]]) -> dict[str, tuple[Axis, ...]] | None:
@@ -125,9 +138,9 @@ def _number(walk: Outside, ranks: Ranks, hot: Hot, at: dict[str, tuple[Axis, ...
         walk.sizes = {**walk.sizes, EXPERT: hot.count}
         return (EXPERT,) if known else None
     if read == Rank(rank=1):
-        return (PLACE,) if ranks.bins_of(hot.count, hot.source) else None
+        return (PLACE,) if ranks.bins_of(hot.count, hot.source, grouped=True) else None
     if read is not None and read.ranked and not (isinstance(read.ids, int) and read.ids == 0):
-        return (EXPERT, PLACE) if ranks.bins_of(read.ids, hot.source) else None
+        return (EXPERT, PLACE) if ranks.bins_of(read.ids, hot.source, grouped=True) else None
     ids = walk.bindings.get("ids")
     if ids is not None:
         wanted = f"one-hot rows of {ids.name}, or of ranks from 0 up among the rows of an expert"
@@ -146,14 +159,21 @@ def _slots(walk: Outside, hot: Hot, at: dict[str, tuple[Axis, ...]]) -> Iterator
             yield {**at, **guess}
 
 
-def _is_choice(found: Contraction, hots: list[Hot], at: dict[str, tuple[Axis, ...]]) -> bool:
+def _is_choice(walk: Outside, found: Contraction, hots: list[Hot], at: dict[str, tuple[Axis, ...]]) -> bool:
     """Whether one-hot rows choose, by slot, an expert or a place, or by place, the one slot that is there.
 
-    Where a slot and its number are both seen in the result, they mask it.
+    Where a slot and its number are both seen in the result, they mask it. Of bins that are apart for each group of
+    tokens, the group is always seen: in another group, another slot has the same place.
     """
+    groups = Ranks(walk).groups if any(PLACE in dim for dim in at.values()) else frozenset()
+    grouped = {letter for letter, dim in at.items() if groups & set(dim)}
+    if not grouped <= set(found.out) or not groups <= {axis for letter in grouped for axis in at[letter]}:
+        Ranks(walk).miss("bins for each group of tokens within which ranks are counted", "bins for all", walk.root)
+        return False
     told = {hot.number for hot in hots}
-    slots = {letter for hot in hots for letter in hot.letters if letter} - told
-    masks = any(hot.number in found.out and (set(hot.letters) - told) & set(found.out) for hot in hots)
+    group = {letter for letter in grouped if groups.issuperset(at[letter])}
+    slots = {letter for hot in hots for letter in hot.letters if letter and at[letter]} - told - group
+    masks = any(hot.number in found.out and slots & set(hot.letters) & set(found.out) for hot in hots)
     by_bin = {axis for letter in found.out for axis in at[letter] if axis in (EXPERT, PLACE)}
     numbers = {axis for hot in hots if hot.number in found.out for axis in at[hot.number]}
     summed = slots - set(found.out)

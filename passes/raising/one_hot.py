@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 import torch
-from moe_fx.passes.raising.axes import EXPERT, ONE, PLACE, SLOT, Place, aligned, axes_of
+from moe_fx.passes.raising.axes import EXPERT, ONE, PLACE, SLOT, Place, aligned, axes_of, size_of
 from moe_fx.passes.raising.counts import EXACT
 from moe_fx.passes.raising.outside import Outside
 from moe_fx.passes.raising.pieces import arange
@@ -44,6 +44,14 @@ class OneHotRows:
     def slot_axes(self) -> set[str]:
         return set(self.walk.tokens) if known_equal(self.top_k, 1) else {*self.walk.tokens, SLOT}
 
+    @property
+    def groups(self) -> frozenset[str]:
+        """Axes of tokens over which ranks are not counted, such as the batch: each group of tokens has its own bins."""
+        order = self.walk.bindings.get("rank_order", "sorted")
+        counted = self.walk.tokens if order == "sorted" else order
+        apart = (token for token in self.walk.tokens if token not in counted)
+        return frozenset(token for token in apart if not known_equal(self.walk.sizes[token], 1))
+
     def by_slot(self, place: Place) -> bool:
         """Whether a value of whole numbers has one for every slot, in the order of the ids."""
         wide = tuple(dim for dim in place if dim not in ((), (ONE,)))
@@ -61,7 +69,8 @@ class OneHotRows:
                 break
             if self.by_slot(place):
                 chain.append(node)
-                plain += [node] if place in self.walk.slot_places else []  # without dimensions of size 1 between
+                before = tuple(dim for dim in place[:-1] if dim)  # the batch may be one; behind the slots is nothing
+                plain += [node] if (*before, place[-1]) in self.walk.slot_places else []
             if op_name(node) == "aten::select":
                 given = arguments(node)
                 dim = given["dim"] % (len(place) + 1)
@@ -84,6 +93,8 @@ class OneHotRows:
         if EXPERT not in axes_of(place):
             return False
         name = op_name(node)
+        if name == "aten::to":
+            return self.is_hot(node.args[0], place)
         if self.by_token(place):
             return self.is_mask(node, place)
         if name == "aten::one_hot" and place[-1] == (EXPERT,):
@@ -137,15 +148,22 @@ class OneHotRows:
 
     # Sizes
 
-    def bins_of(self, capacity: Dim, node: Node) -> bool:
-        """Whether an expert's bin has ``capacity`` places, as everywhere in the layer, which hold all of its rows."""
+    def bins_of(self, capacity: Dim, node: Node, grouped: bool = False) -> bool:
+        """Whether an expert's bin has ``capacity`` places, as everywhere in the layer, which hold all of its rows.
+
+        Whoever reads bins that are apart for each group of tokens says so: ``grouped``.
+        """
+        if self.groups and not grouped:
+            self.miss("ranks counted over all tokens, as the bins are for all", "ranks counted within groups", node)
+            return False
         known = self.walk.sizes.get(PLACE, capacity)
         self.walk.sizes = {**self.walk.sizes, PLACE: known}
         return known_equal(known, capacity) and self.holds_all(capacity, node)
 
     def holds_all(self, capacity: Dim, node: Node) -> bool:
         """Whether every rank is below ``capacity``. If it need not be, tokens can be dropped: that is noted."""
-        bound, tokens = self.walk.bindings, self.walk.token_count
+        bound = self.walk.bindings
+        tokens = size_of(tuple(token for token in self.walk.tokens if token not in self.groups), self.sizes)
         every = tokens * self.top_k
         if known_at_least(capacity, every):
             return True

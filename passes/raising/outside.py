@@ -101,6 +101,8 @@ class Outside(Routes):
         if self.single and all(size == 1 for size in features(place)):  # a number for its only slot
             if op_name(node) == "aten::to":
                 return self.inside(node, place)
+            if not known_equal(math.prod(shape_of(node) or ()), self.token_count):
+                return self.miss("a number for each token", node)
             return self.body.reshaped(self.row("s", node, tuple(features(place))), shape)
         known = self.body.captured["x"]
         if node not in known and all(size == 1 for size in features(place)):

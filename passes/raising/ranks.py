@@ -197,13 +197,18 @@ class Ranks(OneHotRows):
         )
 
     def _counted(self, node: Node, place: Place) -> Rank | None:
-        """A running sum of one-hot rows over all slots: how many of its expert there are up to each, and with it."""
+        """A running sum of one-hot rows over all slots: how many of its expert there are up to each, and with it.
+
+        Of tokens in groups, such as a batch, it may be one over the slots of each group.
+        """
         given = arguments(node)
+        if EXPERT in place[given["dim"]]:
+            return None
         order = tuple(axis for axis in place[given["dim"]] if axis in self.slot_axes)
         if self.read(given["self"], place) != HOT:
             return None
         every = set(self.walk.tokens) if self.by_token(place) else self.slot_axes
-        if not every <= set(order):
+        if SLOT in every - set(order) or not set(self.walk.tokens) & set(order):
             found = f"{node.name}, over dimension {given['dim']}"
             self.miss("a count over all slots of all tokens", found, node)
             return None

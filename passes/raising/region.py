@@ -152,6 +152,8 @@ def misfit(region: Region) -> Miss | None:
             return miss(wanted, node, shape)
     if not isinstance(region.ids_per_token, int):
         return miss("a fixed number of experts for each token", ids, f"{region.ids_per_token}")
+    if not known_equal(region.ids_per_token, top_k):
+        return miss(f"ids of {top_k} experts for each token", ids, f"{ids.name} of {region.ids_per_token}")
     if found.get("top_k", top_k) != top_k:
         return miss(f"{top_k} rows for each token", tokens, f"{found['top_k']}")
     if not region.params:

@@ -79,6 +79,8 @@ class Routes(State):
         alone = not is_view(node) and self.is_row_of(SLOT, place)
         if alone or place in self.slot_places or place in tuple((*each, ()) for each in self.slot_places):
             return self.row("s", node, tuple(features(place)))
+        if not is_view(node) and tuple(dim for dim in place if dim) in self.slot_places:  # of a batch of one
+            return self.row("s", node, tuple(features(place)))
         if place == ((*self.tokens, SLOT), ()) and known_equal(self.sizes[SLOT], 1):  # [T, 1] is [T, K]
             return self.body.reshaped(self.row("s", node, ()), features(place))
         return None

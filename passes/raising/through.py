@@ -29,6 +29,7 @@ ELEMENTWISE = frozenset({"aten::to", "aten::masked_fill", "aten::dropout"})
 VIEWS = frozenset({
     "aten::reshape", "aten::transpose", "aten::permute", "aten::unsqueeze", "aten::squeeze", "aten::expand",
     "aten::repeat", "aten::repeat_interleave", "aten::contiguous", "aten::clone", "aten::view_as", "aten::reshape_as",
+    "aten::flatten",
 })  # fmt: skip
 #: ops along one or more dimensions, and the arguments that name them
 ALONG = {
@@ -313,6 +314,7 @@ _RULES: dict[str, Rule] = {
     "aten::reshape": _reshape,
     "aten::view_as": _reshape,
     "aten::reshape_as": _reshape,
+    "aten::flatten": _reshape,
     "aten::transpose": _transpose,
     "aten::permute": _transpose,
     "aten::unsqueeze": _unsqueeze,
