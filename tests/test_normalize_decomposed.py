@@ -5,6 +5,7 @@ import torch
 from moe_fx.passes.normalize import spell_places_in_turn
 from moe_fx.passes.normalize.copies import copied
 from test_normalize import exported, normal
+from toys import writes_parts
 
 from moe_fx.matcher import op_name
 
@@ -37,10 +38,12 @@ def test_rows_copied_over_a_part_of_known_length_are_the_part():
     assert copies(function, torch.randn(5, 4), torch.randn(2, 4)) == 1  # one number for a whole column
 
 
+@writes_parts
 def test_rows_copied_over_a_part_from_where_they_were_cut_are_the_part():
     assert copies(part_after_part, torch.randn(5, 4), COUNT) == 0
 
 
+@writes_parts
 def test_rows_copied_over_a_part_of_another_dtype_stay_copied():
     def function(x, count):
         return part_after_part(x, count, out=lambda x: torch.zeros(5, 4, dtype=torch.float64))
@@ -48,6 +51,7 @@ def test_rows_copied_over_a_part_of_another_dtype_stay_copied():
     assert copies(function, torch.randn(5, 4), COUNT) == 2
 
 
+@writes_parts
 @pytest.mark.parametrize("other", [lambda rows: rows.sum(0, keepdim=True), lambda rows: rows[0]])
 def test_a_row_copied_over_a_part_is_expanded_to_it(other):
     assert copies(lambda x, count: part_after_part(x, count, other), torch.randn(5, 4), COUNT) == 0

@@ -4,6 +4,7 @@ import pytest
 import torch
 from styles.dispatcher import SparseDispatcher
 from torch.export import Dim
+from toys import writes_parts
 
 import moe_fx
 
@@ -231,11 +232,13 @@ class PartAfterPart(torch.nn.Module):
         return (slots.view(-1, 2, 8) * weights.unsqueeze(-1)).sum(1)
 
 
+@writes_parts
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_results_written_over_parts_are_those_of_sorted_rows(dynamic):
     assert layers(PartAfterPart(), torch.randn(6, 8), dynamic) == (1, 1)
 
 
+@writes_parts
 @pytest.mark.parametrize(
     "change",
     [

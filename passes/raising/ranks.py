@@ -264,7 +264,7 @@ class Ranks(OneHotRows):
         plain = found is not None and found == replace(Rank(rank=1), plus=found.plus, elsewhere=found.elsewhere)
         if found is None or not plain or not isinstance(limit, int | torch.SymInt):
             return None
-        capacity = limit - found.plus + (below == equal)
+        capacity = limit - found.plus + int(below == equal)  # torch 2.11 makes no number of a size and a bool
         return Rank(plus=int(below)) if self.holds_all(capacity, node) else None
 
     def _negated(self, node: Node, place: Place) -> Rank | None:

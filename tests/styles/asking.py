@@ -217,7 +217,7 @@ class ResultsJoined(Stacked):
         return torch.zeros_like(x).index_add(0, torch.cat(tokens), torch.cat(results))
 
 
-@style("stacked_sequential_gemm_index_copy_aria", **ASKS)
+@style("stacked_sequential_gemm_index_copy_aria", torch="2.13", **ASKS)
 class Aria(Apart):
     """Aria of transformers 4.57: each product apart, written to slices of a buffer; put back by ``index_copy_``."""
 

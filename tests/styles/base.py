@@ -24,6 +24,7 @@ class Style:
     Attributes:
         build: makes the module. through: what traces it; ``moe_fx.export`` if Python asks for data.
         dynamic: whether any number of tokens is reasonable. shape: of the input. layers: how many MoE layers it has.
+        torch: the oldest that traces it.
     """
 
     build: Callable[[], nn.Module]
@@ -31,6 +32,7 @@ class Style:
     dynamic: bool = True
     shape: tuple[int, ...] = (6, H)
     layers: int = 1
+    torch: str = "2.11"
 
 
 STYLES: dict[str, Style] = {}

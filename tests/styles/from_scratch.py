@@ -114,7 +114,7 @@ class SortedByHand(Simple):
         return self.sorted(x, ids, weights, order)
 
 
-@style("sorted_counted_expert_by_expert")
+@style("sorted_counted_expert_by_expert", torch="2.13")
 class CountedOneByOne(SortedByHand):
     """How many rows an expert has, is asked for each."""
 
