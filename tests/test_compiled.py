@@ -51,10 +51,7 @@ def assert_equal_at_every_shape(actual, expected):
 
 
 @pytest.mark.slow  # Inductor compiles a whole model
-@every_combination(
-    [("mixtral", "none"), ("olmoe", "none"), ("gpt_oss", "none"), ("qwen3_moe", "int8"), ("deepseek_v3", "int8")],
-    FORMATS,
-)
+@every_combination([("olmoe", "none"), ("gpt_oss", "none"), ("deepseek_v3", "int8")], FORMATS)
 def test_inductor_compiles_the_whole_graph(family, form, lowering, quantize):
     program = transformed(family, form, lowering, quantize)
     torch.compiler.reset()
