@@ -136,8 +136,8 @@ def token_product(
         SUM=summed, SLOTS=slots, SP=padded, BN=tile.block_n, BK=block_k, VEC=1 if projection.transposed else 16 // size,
         ROWS=rows_as, MADE=extra is not None, GROUP=inputs // given.scale.shape[-1] if int4 else 0,
         MOST=1 << (tiles - 1).bit_length() if rows_as == "float8" else 1, BOUND=LARGEST_ACTIVATION[torch.float8_e4m3fn],
-        SMALLEST=SMALLEST_SCALE, OUT=leaves, HALF=dtype is torch.float16,
-        STAGES=tile.stages, num_warps=tile.warps,
+        SMALLEST=SMALLEST_SCALE, OUT=leaves, HALF=dtype is torch.float16, STAGES=tile.stages,
+        num_warps=tile.warps,
     )  # fmt: skip
     return out, left
 
