@@ -290,7 +290,10 @@ def test_there_is_a_tile_for_every_product():
                     for block in blocks:
                         product = fused_tiles.Product(kind, two, block, 768, 2048)
                         assert fused_tiles.tile_of(product, min(slots, experts))
-                        assert fused_tiles.large_tile_of(product, slots / experts)
+                        if kind != "columns":
+                            large = fused_tiles.large_tile_of(product, slots / experts)
+                            # What is widened in registers is the left operand.
+                            assert large.swap or kind not in ("widened", "int4")
 
 
 def test_weights_are_read_for_each_slot_where_few_are_read_twice():

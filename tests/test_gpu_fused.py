@@ -171,14 +171,14 @@ def test_few_slots_for_fewer_experts(tokens, form):
 @pytest.fixture(params=[True, False], ids=["half tiles", "whole tiles"])
 def half(request, monkeypatch):
     def chosen(product, rows):
-        return replace(fused_tiles.LARGE[product.kind == "dynamic", product.two][-1][1], half=request.param)
+        return replace(fused_tiles.LARGE[product.kind, product.two][-1][1], half=request.param)
 
     monkeypatch.setattr(fused_large, "large_tile_of", chosen)
 
 
 @pytest.mark.parametrize("gated", ["none", "gate_up", "up_gate", "two"])
 @pytest.mark.parametrize("sort", [True, False], ids=["sorted", "gathered"])
-@pytest.mark.parametrize("form", ["none", "int8", "int8 dynamic", "float8 dynamic", "int4"])
+@pytest.mark.parametrize("form", ["none", "int8", "int8 dynamic", "float8", "float8 dynamic", "int4"])
 def test_many_rows_per_expert(form, sort, gated, half, monkeypatch):
     calls = []
     monkeypatch.setattr(fused_large, "SORT_ABOVE", 0 if sort else 1 << 30)
@@ -190,10 +190,39 @@ def test_many_rows_per_expert(form, sort, gated, half, monkeypatch):
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("form", ["none", "float8 dynamic"])
-@pytest.mark.parametrize("tokens", [160, 600, 1200])
+@pytest.mark.parametrize("form", ["none", "int8", "float8", "float8 dynamic", "int4", "int4 of 32", "int4 asymmetric"])
+@pytest.mark.parametrize("tokens", [9, 25, 75, 160, 600, 1200])
 def test_the_tiles_of_all_numbers_of_rows(tokens, form):
-    Layer(FORMATS[form], torch.bfloat16, tokens=tokens, experts=5, hidden=2048, inner=1920).check()
+    layer = Layer(FORMATS[form], torch.bfloat16, tokens=tokens, experts=5, hidden=2048, inner=1920)
+    layer.check()
+    # What is still read when it is written differs from one time to the next.
+    for op in (torch.ops.moe_fx.fused_experts_any, torch.ops.moe_fx.fused_experts):
+        first, *others = [op(*layer.arguments("silu")) for _ in range(4)]
+        assert all(torch.equal(first, each) for each in others)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("gated", ["none", "gate_up", "up_gate", "two", "interleaved"])
+def test_weights_widened_in_registers(gated, dtype, form, monkeypatch):
+    taken = []
+    whole = fused_large.large_gemm_kernel
+
+    class Spy:
+        def __getitem__(self, grid):
+            def launch(*operands, **constants):
+                taken.append(constants["WIDE"])
+                return whole[grid](*operands, **constants)
+
+            return launch
+
+    monkeypatch.setattr(fused_large, "large_gemm_kernel", Spy())
+    for tokens, experts in ((130, 6), (900, 6), (1000, 2)):
+        layer = Layer(FORMATS[form], dtype, gated, tokens, experts=experts, hidden=1024, inner=640)
+        layer.check("relu" if gated == "none" else "silu")
+        layer.check("relu" if gated == "none" else "silu", before=True)
+    # Interleaved weights are not loaded by descriptors.
+    assert taken == [True] * (0 if gated == "interleaved" else 12)
 
 
 def test_weights_may_lie_anywhere():

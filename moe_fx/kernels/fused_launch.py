@@ -84,6 +84,7 @@ def expert_gemm(
         ROUTED="tiles" if routing.tiles is not None else "alone" if routing.alone else "leader", SP=FEW_SLOTS,
         DIGITS=routing.digits, SPLIT=parts, EARLY=overlaps() and (early or left is not rows),
         BM=max(routing.block, 2), BN=tile.block_n, BK=block_k, GROUP_M=tile.group_m, SWAP=tile.swap,
+        WAIT=tile.swap and form in ("widened", "int4") and routing.block >= 16 and tile.warps % 4 == 0,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out, out_sums

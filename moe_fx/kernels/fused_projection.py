@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from moe_fx.kernels.fused_tiles import FEW_SLOTS, block_of_digits, block_of_rows
+from moe_fx.kernels.triton_or_none import is_opaque
 from moe_fx.kernels.triton_routing import Tiles, route
 from moe_fx.kernels.triton_widen import widen, widen_int4
 
-__all__ = ["KINDS", "Operands", "Projection", "Routing", "operands", "output_width", "widened"]
+__all__ = ["KINDS", "Operands", "Projection", "Routing", "in_registers", "operands", "output_width", "widened"]
 
 #: what a format's weights are multiplied as
 KINDS = {
@@ -48,10 +49,31 @@ class Projection:
             return len(self.weights()[0]) == 2 and inputs // self.tensors[1].shape[-1] % 32 == 0
         return self.form == "int8_weight_only" and inputs < 1 << 17
 
+    @property
+    def fits_descriptors(self) -> bool:
+        """Whether tiles can be loaded by descriptors: inputs are whole steps of 128 bytes, of weights ``[E, N, K]``."""
+        inputs = self.tensors[0].shape[-1] * (2 if self.kind == "int4" else 1)
+        laid = not self.transposed and self.gated in ("none", "gate_up", "up_gate", "two")
+        return laid and inputs * (1 if self.kind == "dynamic" else 2) % 128 == 0
+
     def weights(self) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
         """The tensors of the first weight and of the second, which may be the same."""
         half = len(self.tensors) // 2
         return (self.tensors[:half], self.tensors[half:]) if self.gated == "two" else (self.tensors, self.tensors)
+
+
+def in_registers(projection: Projection, dtype: torch.dtype) -> bool:
+    """Whether tiles that are loaded by descriptors can widen stored weights in registers, for rows of ``dtype``.
+
+    int8; and int4 of which a step of 64 bytes has one scale, in the dtype of the rows.
+    """
+    if projection.form == "int4_weight_only":
+        group_bytes = projection.tensors[0].shape[-1] // projection.tensors[1].shape[-1]
+        same = projection.tensors[1].dtype is dtype
+        stored = len(projection.weights()[0]) == 2 and group_bytes % 64 == 0 and same
+    else:
+        stored = projection.form == "int8_weight_only"
+    return stored and dtype.itemsize == 2 and projection.fits_descriptors
 
 
 @dataclass(frozen=True)
@@ -124,7 +146,8 @@ class Routing:
         if dtype.itemsize == 2 and all(each.digits for each in projections):
             block = block_of_digits(ids.shape[0], ids.numel(), num_experts)
         if block is None:
-            block = block_of_rows(projections[0].kind, ids.numel(), num_experts)
+            wide = is_opaque() and all(in_registers(each, dtype) for each in projections)
+            block = block_of_rows(projections[0].kind, ids.numel(), num_experts, wide)
         few = ids.numel() <= FEW_SLOTS
         return Routing(ids, num_experts, block, None if few else route(ids, num_experts, block))
 

@@ -134,23 +134,27 @@ NARROW: dict[tuple[str, bool, int], Tile] = {
 }
 FEW_WARPS = 1056
 
-#: tiles of 128 rows, by whether both operands are of one byte (otherwise of two), and by whether two products are made
-#: at once; with the most rows per expert for which they are taken
-LARGE: dict[tuple[bool, bool], tuple[tuple[float, LargeTile], ...]] = {
-    (False, False): (
+#: tiles of 128 rows, by kind ("widened" and "int4": in registers), and by whether two products are made at once; with
+#: the most rows per expert for which they are taken
+LARGE: dict[tuple[str, bool], tuple[tuple[float, LargeTile], ...]] = {
+    ("plain", False): (
         (96, LargeTile(128, 3, 4, half=True)), (320, LargeTile(256, 4, 8, half=True)), (inf, LargeTile(256, 4, 8)),
     ),
-    (False, True): (
+    ("plain", True): (
         (96, LargeTile(64, 3, 4, half=True)), (640, LargeTile(128, 4, 8, half=True)),
         (inf, LargeTile(128, 4, 8, swap=True)),
     ),
-    (True, False): (
+    ("dynamic", False): (
         (96, LargeTile(128, 3, 4, half=True)), (320, LargeTile(256, 4, 8, half=True)), (inf, LargeTile(256, 4, 8)),
     ),
-    (True, True): (
+    ("dynamic", True): (
         (96, LargeTile(64, 3, 4, half=True)), (640, LargeTile(128, 4, 8, half=True)),
         (inf, LargeTile(128, 4, 8, swap=True)),
     ),
+    ("widened", False): ((640, LargeTile(128, 3, 4, swap=True, half=True)), (inf, LargeTile(128, 3, 4, swap=True))),
+    ("widened", True): ((640, LargeTile(64, 4, 4, swap=True, half=True)), (inf, LargeTile(64, 4, 4, swap=True))),
+    ("int4", False): ((640, LargeTile(128, 3, 4, swap=True, half=True)), (inf, LargeTile(128, 3, 4, swap=True))),
+    ("int4", True): ((640, LargeTile(64, 3, 4, swap=True, half=True)), (inf, LargeTile(64, 3, 4, swap=True))),
 }  # fmt: skip
 #: for a single product of few steps along K, of which the beginning and the end overlap with other tiles' steps
 SHORT = LargeTile(128, 3, 4, persistent=2)
@@ -160,6 +164,8 @@ SORT_ABOVE = 4096
 
 #: rows per expert above which stored weights are widened once, and multiplied as 2-byte ones
 WIDEN_ABOVE = {"widened": 640.0, "int4": 448.0}
+#: the same where tiles that are loaded by descriptors can widen them in registers
+WIDEN_ABOVE_IN_REGISTERS = {"widened": 1400.0, "int4": 1024.0}
 
 #: rows per tile, and up to how many rows of an expert that is hit they are taken
 BLOCKS = {
@@ -168,6 +174,8 @@ BLOCKS = {
     "widened": ((8, 5), (16, 12), (32, 32), (64, 80)),
     "int4": ((8, 5), (16, 12), (32, 32), (64, 80)),
 }
+#: the same where weights can be widened in registers, by tiles of 128 rows that are loaded by descriptors
+BLOCKS_IN_REGISTERS = {"widened": ((8, 5), (16, 12), (32, 24)), "int4": ((8, 5), (16, 12), (32, 20))}
 #: up to how many rows of an expert that is hit they are multiplied in digits
 DIGITS_BELOW = 2.5
 
@@ -206,25 +214,29 @@ def parts_of(programs: int, steps: int) -> int:
     return parts
 
 
-def block_of_rows(kind: str, num_slots: int, num_experts: int) -> int:
-    """Rows per tile: about as many as an expert that is hit has, so that few are idle and weights are read once."""
+def block_of_rows(kind: str, num_slots: int, num_experts: int, in_registers: bool = False) -> int:
+    """Rows per tile: about as many as an expert that is hit has, so that few are idle and weights are read once.
+
+    in_registers: tiles that are loaded by descriptors can widen the weights in registers, as they read them.
+    """
     # Few values, so that few kernels exist.
     hit = _hit(num_slots, num_experts)
-    for block, most in BLOCKS[kind]:
+    for block, most in (BLOCKS_IN_REGISTERS if in_registers else BLOCKS)[kind]:
         if num_slots <= most * hit:
             return block
     return 128
 
 
-def loads_by_descriptor(kind: str, num_slots: int, num_experts: int) -> bool:
+def loads_by_descriptor(kind: str, num_slots: int, num_experts: int, in_registers: bool = False) -> bool:
     """Whether there are rows enough for tiles that are loaded by descriptors, which only opaque ops can make."""
-    many = num_slots > FEW_SLOTS and block_of_rows(kind, num_slots, num_experts) == 128
-    return many and (kind in ("plain", "dynamic") or widens_first(kind, num_slots, num_experts))
+    many = num_slots > FEW_SLOTS and block_of_rows(kind, num_slots, num_experts, in_registers) == 128
+    return many and (kind in ("plain", "dynamic") or in_registers or widens_first(kind, num_slots, num_experts))
 
 
-def widens_first(kind: str, num_slots: int, num_experts: int) -> bool:
+def widens_first(kind: str, num_slots: int, num_experts: int, in_registers: bool = False) -> bool:
     """Whether weights are widened ahead of the product: where they are read by enough rows to pay for it."""
-    return kind in WIDEN_ABOVE and num_slots > WIDEN_ABOVE[kind] * num_experts
+    above = WIDEN_ABOVE_IN_REGISTERS if in_registers else WIDEN_ABOVE
+    return kind in above and num_slots > above[kind] * num_experts
 
 
 @dataclass(frozen=True)
@@ -268,7 +280,7 @@ def large_tile_of(product: Product, rows: float) -> LargeTile:
     known = TUNED_LARGE.get(large_product(product, rows))
     if known is not None:
         return known
-    bytes_ = product.kind == "dynamic"
-    if not product.two and product.inputs * (1 if bytes_ else 2) <= SHORT_STEPS * 128:
+    sizes = {"plain": 2, "dynamic": 1}
+    if not product.two and product.inputs * sizes.get(product.kind, inf) <= SHORT_STEPS * 128:
         return SHORT
-    return next(tile for most, tile in LARGE[bytes_, product.two] if rows <= most)
+    return next(tile for most, tile in LARGE[product.kind, product.two] if rows <= most)

@@ -15,7 +15,7 @@ from moe_fx.kernels.triton_digits import joined
 from moe_fx.kernels.triton_epilogue import activated, gated, of_columns, rescaled
 from moe_fx.kernels.triton_int4 import int4_products
 from moe_fx.kernels.triton_or_none import after_previous, before_next, jit, tl
-from moe_fx.kernels.triton_unpack import dot, widened
+from moe_fx.kernels.triton_unpack import dot, products_done, widened
 
 __all__ = ["expert_gemm_kernel", "tile_place"]
 
@@ -83,7 +83,7 @@ def _load_weights(ptrs, inputs, columns, EVEN_K: tl.constexpr, MASK_N: tl.conste
 def _products(
     a_ptrs, w_ptrs, u_ptrs, w_stride, read, columns, begin, end, acc, acc_up,
     TWO: tl.constexpr, WIDENED: tl.constexpr, SWAP: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN_K: tl.constexpr,
-    MASK_N: tl.constexpr, ASM: tl.constexpr, BK: tl.constexpr,
+    MASK_N: tl.constexpr, WAIT: tl.constexpr, ASM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """acc and acc_up, and what the inputs from begin to end make of the rows at a_ptrs."""
     k = tl.arange(0, BK)
@@ -92,11 +92,15 @@ def _products(
             rows = tl.load(a_ptrs, mask=read[:, None], other=0.0)
         else:
             rows = tl.load(a_ptrs, mask=read[:, None] & (k[None, :] < end - k0), other=0.0)
+        if WAIT:
+            products_done(ASM)
         weights = _load_weights(w_ptrs, k < end - k0, columns, EVEN_K, MASK_N, TRANSPOSED)
         if WIDENED:
             weights = widened(weights, rows.dtype, ASM)
         acc = dot(rows, weights, acc, SWAP, TRANSPOSED)
         if TWO:
+            if WAIT:
+                products_done(ASM)
             weights = _load_weights(u_ptrs, k < end - k0, columns, EVEN_K, MASK_N, TRANSPOSED)
             if WIDENED:
                 weights = widened(weights, rows.dtype, ASM)
@@ -118,6 +122,7 @@ def expert_gemm_kernel(
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, ASM: tl.constexpr, OVERLAP: tl.constexpr, ROUTED: tl.constexpr,
     SP: tl.constexpr, DIGITS: tl.constexpr, SPLIT: tl.constexpr, EARLY: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr,
+    WAIT: tl.constexpr,
 ):  # fmt: skip
     """out[s, n] for the slots s of every tile.
 
@@ -127,6 +132,7 @@ def expert_gemm_kernel(
     DIGITS: a [*, 3, K] is rows in digits (see triton_digits.py), times a_scale; "dynamic" and "int4" only.
     SPLIT: out [S, SPLIT, N], of which every one has its part of K; without bias or activation only.
     EARLY: the kernel before this one made rows, their scales and sums only, so that the rest is read while it runs.
+    WAIT: weights are widened to be the left operand of products by whole warp groups (see products_done).
     PAIRS_APART: the result has the even columns first, as an int4 projection reads its inputs; with its sums over
     blocks of SUM_BLOCK columns in out_sums, if that is not 0. SHIFTED: such sums of the rows of a are in row_sums, one
     for each group's even inputs, then one for each group's odd ones.
@@ -225,12 +231,12 @@ def expert_gemm_kernel(
         acc, acc_up = int4_products(
             a_ptrs, w_ptrs, u_ptrs, row_sums + source * (2 * groups), w_scale, u_scale, w_zero, u_zero,
             (e * w_rows + r_gate) * groups, (e * w_rows + r_up) * groups, read, there, begin, end, length, acc, acc_up,
-            TWO, SWAP, BM < 64, ZERO, SHIFTED, DIGITS, ASM, BK, UNROLL, GROUP_BYTES,
+            TWO, SWAP, BM < 64, ZERO, SHIFTED, DIGITS, WAIT, ASM, BK, UNROLL, GROUP_BYTES,
         )  # fmt: skip
     else:
         acc, acc_up = _products(
             a_ptrs, w_ptrs, u_ptrs, w_stride, read, columns_there, begin, end, acc, acc_up,
-            TWO, FMT == "widened", SWAP, TRANSPOSED, EVEN_K, MASK_N, ASM, BK,
+            TWO, FMT == "widened", SWAP, TRANSPOSED, EVEN_K, MASK_N, WAIT, ASM, BK,
         )  # fmt: skip
 
     # Not before: programs of the next kernel that were set up while some of this one's had ended would crowd there.

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from moe_fx.kernels.triton_or_none import jit, tl
-from moe_fx.kernels.triton_unpack import dot, nibbles, nibbles_as_bytes
+from moe_fx.kernels.triton_unpack import dot, nibbles, nibbles_as_bytes, products_done
 
 __all__ = ["int4_products"]
 
 
 @jit()
 def int4_step(low_rows, high_rows, sums, packed, scale, zero, acc, SWAP: tl.constexpr, SCALE_ACC: tl.constexpr,
-              ZERO: tl.constexpr, SHIFTED: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+              ZERO: tl.constexpr, SHIFTED: tl.constexpr, WAIT: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
     """One group of inputs: its scale [BN] multiplies the products of few rows, or the weights of many.
 
     SHIFTED: weights are taken 136 too large, so sums [BM] (of a row's inputs of this group) times 136 is taken off.
+    WAIT: see products_done; products of few rows are done when their scale multiplies them.
     """
+    if WAIT and not SCALE_ACC:
+        products_done(ASM)
     low, high = nibbles(packed, low_rows.dtype, SHIFTED, ASM)
     if SHIFTED:
         offset = 136.0 + zero.to(tl.float32) if ZERO else 136.0
@@ -60,11 +63,12 @@ def _digits_step(low_rows, high_rows, packed, scale, acc, SWAP: tl.constexpr, AS
 
 @jit()
 def _step(low_rows, high_rows, sums, packed, scale, zero, acc, SWAP: tl.constexpr, SCALE_ACC: tl.constexpr,
-          ZERO: tl.constexpr, SHIFTED: tl.constexpr, DIGITS: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+          ZERO: tl.constexpr, SHIFTED: tl.constexpr, DIGITS: tl.constexpr, WAIT: tl.constexpr,
+          ASM: tl.constexpr):  # fmt: skip
     if DIGITS:
         return _digits_step(low_rows, high_rows, packed, scale, acc, SWAP, ASM)
     else:
-        return int4_step(low_rows, high_rows, sums, packed, scale, zero, acc, SWAP, SCALE_ACC, ZERO, SHIFTED, ASM)
+        return int4_step(low_rows, high_rows, sums, packed, scale, zero, acc, SWAP, SCALE_ACC, ZERO, SHIFTED, WAIT, ASM)
 
 
 @jit()
@@ -89,8 +93,8 @@ def _of_groups(values, first, k0, half, BK: tl.constexpr, UNROLL: tl.constexpr, 
 def int4_products(
     a_ptrs, w_ptrs, u_ptrs, sum_ptrs, w_scale, u_scale, w_zero, u_zero, w_first, u_first, read, there, begin, end, half,
     acc, acc_up, TWO: tl.constexpr, SWAP: tl.constexpr, SCALE_ACC: tl.constexpr, ZERO: tl.constexpr,
-    SHIFTED: tl.constexpr, DIGITS: tl.constexpr, ASM: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr,
-    GROUP_BYTES: tl.constexpr,
+    SHIFTED: tl.constexpr, DIGITS: tl.constexpr, WAIT: tl.constexpr, ASM: tl.constexpr, BK: tl.constexpr,
+    UNROLL: tl.constexpr, GROUP_BYTES: tl.constexpr,
 ):  # fmt: skip
     """acc and acc_up, and what the bytes from begin to end of half bytes a row make of the rows at a_ptrs.
 
@@ -119,13 +123,13 @@ def int4_products(
                 sums += tl.load(sum_ptrs + groups + group, mask=there, other=0.0)
             acc = _step(
                 low_rows, high_rows, sums, packed, scales[step], zeros[step], acc,
-                SWAP, SCALE_ACC, ZERO, SHIFTED, DIGITS, ASM,
+                SWAP, SCALE_ACC, ZERO, SHIFTED, DIGITS, WAIT, ASM,
             )  # fmt: skip
             if TWO:
                 packed = tl.load(u_ptrs + step * BK)
                 acc_up = _step(
                     low_rows, high_rows, sums, packed, scales_up[step], zeros_up[step], acc_up,
-                    SWAP, SCALE_ACC, ZERO, SHIFTED, DIGITS, ASM,
+                    SWAP, SCALE_ACC, ZERO, SHIFTED, DIGITS, WAIT, ASM,
                 )  # fmt: skip
         scales = next_scales
         zeros = next_zeros

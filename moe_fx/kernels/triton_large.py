@@ -13,38 +13,110 @@ from __future__ import annotations
 from moe_fx.kernels.triton_epilogue import activated, gated, of_columns, rescaled
 from moe_fx.kernels.triton_gemm import tile_place
 from moe_fx.kernels.triton_or_none import jit, tl
-from moe_fx.kernels.triton_unpack import dot
+from moe_fx.kernels.triton_unpack import dot, pairs_to_float, products_done
 
 __all__ = ["large_gemm_kernel"]
 
 
 @jit()
-def _large_tile(
-    a, w, u, out, a_scale, w_scale, u_scale, w_bias, u_bias, slot_weight, slots,
-    S, N, K, row_div, a_stride, w_rows, gate_row, up_row, row, pid_n, expert,
-    ALPHA: tl.constexpr, LIMIT: tl.constexpr, FMT: tl.constexpr, TWO: tl.constexpr, ACT: tl.constexpr,
-    SLOT: tl.constexpr, BIAS: tl.constexpr, GATHER: tl.constexpr, SORTED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr, INT: tl.constexpr,
+def _large_products(
+    a, a_ptrs, w, u, row, first, first_up, there, K, acc, acc_up,
+    WIDE: tl.constexpr, TWO: tl.constexpr, GATHER: tl.constexpr, SWAP: tl.constexpr, ASM: tl.constexpr,
+    BK: tl.constexpr,
 ):  # fmt: skip
-    """The BM places from ``row`` on, times the columns of ``pid_n``."""
-    m = tl.arange(0, BM)
-    k = tl.arange(0, BK)
-    slot = tl.load(slots + row + m)
-    there = slot < S
-    source = (slot // row_div).to(tl.int64)
-    first = expert * w_rows + pid_n * BN
-    if GATHER:
-        a_ptrs = a + source[:, None] * a_stride + k[None, :]
-    acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.int32 if INT else tl.float32)
-    acc_up = acc
+    """acc and acc_up, and what the rows from ``row`` on (or at a_ptrs, if GATHER) make with those of w and u."""
+    # Were the loop left out, what products add to would be written beside them, and they would be made one by one.
+    tl.assume(K > 0)
     for k0 in range(0, K, BK):
         if GATHER:
             rows = tl.load(a_ptrs + k0, mask=there[:, None], other=0.0)
         else:
             rows = a.load([row, k0])
-        acc = dot(rows, w.load([first + gate_row, k0]), acc, SWAP, False)
+        if WIDE:
+            products_done(ASM)
+        # Both weights are widened ahead of both products, which follow one another without a pause.
+        weights = w.load([first, k0])
+        if WIDE:
+            weights = pairs_to_float(weights, rows.dtype, "whole", ASM)
         if TWO:
-            acc_up = dot(rows, u.load([first + up_row, k0]), acc_up, SWAP, False)
+            weights_up = u.load([first_up, k0])
+            if WIDE:
+                weights_up = pairs_to_float(weights_up, rows.dtype, "whole", ASM)
+        acc = dot(rows, weights, acc, SWAP, False)
+        if TWO:
+            acc_up = dot(rows, weights_up, acc_up, SWAP, False)
+    return acc, acc_up
+
+
+@jit()
+def _int4_weights(w, first, k0, scale, dtype: tl.constexpr, ASM: tl.constexpr):
+    """The even and the odd inputs' weights of BK bytes, as :func:`moe_fx.kernels.triton_widen.widen_int4` has them."""
+    packed = w.load([first, k0])
+    low = pairs_to_float(packed, dtype, "low", ASM) * scale[:, None]
+    high = pairs_to_float(packed, dtype, "high", ASM) * scale[:, None]
+    return low, high
+
+
+@jit()
+def _large_int4_products(
+    a, w, u, w_scale, u_scale, row, first, first_up, last, K, acc, acc_up,
+    TWO: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The same for int4: rows have their even inputs first, then the odd ones, and a step is within a group."""
+    half = K // 2
+    groups = K // GROUP
+    tl.assume(half > 0)
+    n = tl.arange(0, BN)
+    # Rows beyond the last weight's are of no use, and have no scale.
+    scales = w_scale + tl.minimum(first + n, last).to(tl.int64) * groups
+    scales_up = u_scale + tl.minimum(first_up + n, last).to(tl.int64) * groups
+    for k0 in range(0, half, BK):
+        even = a.load([row, k0])
+        odd = a.load([row, k0 + half])
+        products_done(ASM)
+        group = k0 * 2 // GROUP
+        low, high = _int4_weights(w, first, k0, tl.load(scales + group), even.dtype, ASM)
+        if TWO:
+            low_up, high_up = _int4_weights(u, first_up, k0, tl.load(scales_up + group), even.dtype, ASM)
+        acc = dot(even, low, acc, True, False)
+        if TWO:
+            acc_up = dot(even, low_up, acc_up, True, False)
+        acc = dot(odd, high, acc, True, False)
+        if TWO:
+            acc_up = dot(odd, high_up, acc_up, True, False)
+    return acc, acc_up
+
+
+@jit()
+def _large_tile(
+    a, w, u, out, a_scale, w_scale, u_scale, w_bias, u_bias, slot_weight, slots,
+    S, N, K, row_div, a_stride, w_rows, gate_row, up_row, last, row, pid_n, expert,
+    ALPHA: tl.constexpr, LIMIT: tl.constexpr, FMT: tl.constexpr, TWO: tl.constexpr, ACT: tl.constexpr,
+    SLOT: tl.constexpr, BIAS: tl.constexpr, GATHER: tl.constexpr, SORTED: tl.constexpr, WIDE: tl.constexpr,
+    GROUP: tl.constexpr, PAIRS_APART: tl.constexpr, ASM: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr, INT: tl.constexpr,
+):  # fmt: skip
+    """The BM places from ``row`` on, times the columns of ``pid_n``."""
+    m = tl.arange(0, BM)
+    slot = tl.load(slots + row + m)
+    there = slot < S
+    source = (slot // row_div).to(tl.int64)
+    first = expert * w_rows + pid_n * BN
+    acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.int32 if INT else tl.float32)
+    acc_up = acc
+    if GROUP != 0:
+        acc, acc_up = _large_int4_products(
+            a, w, u, w_scale, u_scale, row, first + gate_row, first + up_row, last, K, acc, acc_up,
+            TWO, GROUP, ASM, BN, BK,
+        )  # fmt: skip
+    else:
+        a_ptrs = a
+        if GATHER:
+            a_ptrs = a + source[:, None] * a_stride + tl.arange(0, BK)[None, :]
+        acc, acc_up = _large_products(
+            a, a_ptrs, w, u, row, first + gate_row, first + up_row, there, K, acc, acc_up,
+            WIDE, TWO, GATHER, SWAP, ASM, BK,
+        )  # fmt: skip
     if SWAP:
         acc = tl.trans(acc)
         acc_up = tl.trans(acc_up)
@@ -63,26 +135,37 @@ def _large_tile(
     else:
         acc = activated(acc, ACT)
     place = row + m if SORTED == "out" else slot
-    to = out + place.to(tl.int64)[:, None] * N + columns[None, :]
-    tl.store(to, acc.to(out.dtype.element_ty), mask=there[:, None] & (columns < N)[None, :])
+    to = out + place.to(tl.int64)[:, None] * N
+    result = acc.to(out.dtype.element_ty)
+    if PAIRS_APART:
+        even, odd = tl.split(tl.reshape(result, (BM, BN // 2, 2)))
+        c = pid_n * (BN // 2) + tl.arange(0, BN // 2)
+        stored = there[:, None] & (c < N // 2)[None, :]
+        tl.store(to + c[None, :], even, mask=stored)
+        tl.store(to + (N // 2 + c)[None, :], odd, mask=stored)
+    else:
+        tl.store(to + columns[None, :], result, mask=there[:, None] & (columns < N)[None, :])
 
 
 @jit(do_not_specialize=("S",))
 def large_gemm_kernel(
     a, a_half, w, u, out, a_scale, w_scale, u_scale, w_bias, u_bias, slot_weight,
     slots, tile_expert, tile_group, tile_count,
-    S, N, K, row_div, a_stride, w_rows, gate_row, up_row,
+    S, N, K, row_div, a_stride, w_rows, gate_row, up_row, last,
     ALPHA: tl.constexpr, LIMIT: tl.constexpr, FMT: tl.constexpr, TWO: tl.constexpr, ACT: tl.constexpr,
-    SLOT: tl.constexpr, BIAS: tl.constexpr, GATHER: tl.constexpr, SORTED: tl.constexpr, HALF: tl.constexpr,
-    PERSISTENT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
-    SWAP: tl.constexpr, INT: tl.constexpr,
+    SLOT: tl.constexpr, BIAS: tl.constexpr, GATHER: tl.constexpr, SORTED: tl.constexpr, WIDE: tl.constexpr,
+    GROUP: tl.constexpr, PAIRS_APART: tl.constexpr, HALF: tl.constexpr, PERSISTENT: tl.constexpr, ASM: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr, INT: tl.constexpr,
 ):  # fmt: skip
-    """As expert_gemm_kernel, for rows and weights of one dtype.
+    """As expert_gemm_kernel, for rows and weights of one dtype; or, if WIDE, for weights of one byte or (GROUP) int4.
 
     a: rows [*, K] of which slot s has row s // row_div (GATHER), or a descriptor of rows in the order of ``slots``, in
     blocks [BM, BK]; a_half: the same in blocks of half as many rows. SORTED: "out" if the result is in that order, "in"
     if a_scale is (otherwise it goes with the rows before they were sorted). w, u: descriptors of [E * w_rows, K] in
-    blocks [BN, BK]. PERSISTENT: as many programs as run at once, each taking many tiles; otherwise one for each.
+    blocks [BN, BK] (int4: of bytes). WIDE: these are widened in registers, SWAP being set. GROUP: how many inputs share
+    a scale of int4; rows have the even inputs first, then the odd ones, as the result has its columns if PAIRS_APART.
+    last: the last row of w or u. PERSISTENT: as many programs as run at once, each taking many tiles; otherwise one for
+    each.
     """
     pid = tl.program_id(0)
     num_n = tl.cdiv(N, BN)
@@ -92,8 +175,9 @@ def large_gemm_kernel(
             pid_m, pid_n = tile_place(tile, num_n, tile_group, GROUP_M)
             _large_tile(
                 a, w, u, out, a_scale, w_scale, u_scale, w_bias, u_bias, slot_weight, slots,
-                S, N, K, row_div, a_stride, w_rows, gate_row, up_row, pid_m * BM, pid_n, tl.load(tile_expert + pid_m),
-                ALPHA, LIMIT, FMT, TWO, ACT, SLOT, BIAS, GATHER, SORTED, BM, BN, BK, SWAP, INT,
+                S, N, K, row_div, a_stride, w_rows, gate_row, up_row, last, pid_m * BM, pid_n,
+                tl.load(tile_expert + pid_m), ALPHA, LIMIT, FMT, TWO, ACT, SLOT, BIAS, GATHER, SORTED, WIDE, GROUP,
+                PAIRS_APART, ASM, BM, BN, BK, SWAP, INT,
             )  # fmt: skip
     else:
         if pid >= total:
@@ -104,12 +188,14 @@ def large_gemm_kernel(
             if tl.load(slots + pid_m * BM + BM // 2) >= S:
                 _large_tile(
                     a_half, w, u, out, a_scale, w_scale, u_scale, w_bias, u_bias, slot_weight, slots,
-                    S, N, K, row_div, a_stride, w_rows, gate_row, up_row, pid_m * BM, pid_n, expert,
-                    ALPHA, LIMIT, FMT, TWO, ACT, SLOT, BIAS, GATHER, SORTED, BM // 2, BN, BK, SWAP, INT,
+                    S, N, K, row_div, a_stride, w_rows, gate_row, up_row, last, pid_m * BM, pid_n, expert,
+                    ALPHA, LIMIT, FMT, TWO, ACT, SLOT, BIAS, GATHER, SORTED, WIDE, GROUP, PAIRS_APART, ASM,
+                    BM // 2, BN, BK, SWAP, INT,
                 )  # fmt: skip
                 return
         _large_tile(
             a, w, u, out, a_scale, w_scale, u_scale, w_bias, u_bias, slot_weight, slots,
-            S, N, K, row_div, a_stride, w_rows, gate_row, up_row, pid_m * BM, pid_n, expert,
-            ALPHA, LIMIT, FMT, TWO, ACT, SLOT, BIAS, GATHER, SORTED, BM, BN, BK, SWAP, INT,
+            S, N, K, row_div, a_stride, w_rows, gate_row, up_row, last, pid_m * BM, pid_n, expert,
+            ALPHA, LIMIT, FMT, TWO, ACT, SLOT, BIAS, GATHER, SORTED, WIDE, GROUP, PAIRS_APART, ASM,
+            BM, BN, BK, SWAP, INT,
         )  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from moe_fx.kernels.triton_or_none import jit, tl
 
-__all__ = ["dot", "int8_to_float", "nibbles", "nibbles_as_bytes", "widened"]
+__all__ = ["dot", "int8_to_float", "nibbles", "nibbles_as_bytes", "pairs_to_float", "products_done", "widened"]
 
 
 @jit()
@@ -50,6 +50,76 @@ def int8_to_float(w, dtype: tl.constexpr, ASM: tl.constexpr):
             )  # fmt: skip
     else:
         return w.to(dtype)
+
+
+@jit()
+def products_done(ASM: tl.constexpr):
+    """Wait until this warp group's matrix instructions have read their operands: before weights are widened that are
+    the left operand of the next ones.
+
+    Triton 3.6 keeps such operands in registers and writes those of a loop's next turn while the last turn's are still
+    read, unless what is multiplied is used in between (triton-lang/triton issue 9433).
+    """
+    if ASM:
+        tl.inline_asm_elementwise(
+            "{ wgmma.wait_group.sync.aligned 0; mov.b32 $0, 0; }", "=r", [], tl.int32, is_pure=False, pack=1
+        )
+
+
+@jit()
+def pairs_to_float(w, dtype: tl.constexpr, PART: tl.constexpr, ASM: tl.constexpr):
+    """Bytes as dtype, two at a time, as a matrix instruction holds its left operand in registers.
+
+    PART: "whole", of int8; "low" or "high", what four bits of a byte mean.
+    """
+    if not ASM:
+        if PART == "whole":
+            return w.to(dtype)
+        else:
+            nibble = (w >> 4) if PART == "high" else w & 15
+            return (nibble.to(tl.float32) - 8.0).to(dtype)
+    elif PART == "whole":
+        if dtype == tl.bfloat16:
+            return tl.inline_asm_elementwise(
+                """
+                {
+                .reg .b32 t, a, b;
+                cvt.u32.u16 t, $1;
+                prmt.b32 t, t, 0, 0x4140;
+                lop3.b32 a, t, 0x007f007f, 0x43004300, 0xea;
+                lop3.b32 b, t, 0x00800080, 0x43004300, 0xea;
+                sub.bf16x2 $0, a, b;
+                }
+                """,
+                "=r,h", [w], dtype=tl.bfloat16, is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            return tl.inline_asm_elementwise(
+                """
+                {
+                .reg .b32 t, c;
+                cvt.u32.u16 t, $1;
+                xor.b32 t, t, 0x8080;
+                prmt.b32 t, t, 0x64646464, 0x4140;
+                mov.b32 c, 0x64806480;
+                sub.f16x2 $0, t, c;
+                }
+                """,
+                "=r,h", [w], dtype=tl.float16, is_pure=True, pack=2,
+            )  # fmt: skip
+    else:
+        SPREAD: tl.constexpr = "{ .reg .b32 t, c; cvt.u32.u16 t, $1; prmt.b32 t, t, 0, 0x4140; "
+        SHIFTED: tl.constexpr = SPREAD + ("shr.b32 t, t, 4; " if PART == "high" else "")
+        if dtype == tl.bfloat16:
+            return tl.inline_asm_elementwise(
+                SHIFTED + "lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea; mov.b32 c, 0x43084308; sub.bf16x2 $0, t, c; }",
+                "=r,h", [w], dtype=tl.bfloat16, is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            return tl.inline_asm_elementwise(
+                SHIFTED + "lop3.b32 t, t, 0x000f000f, 0x64006400, 0xea; mov.b32 c, 0x64086408; sub.f16x2 $0, t, c; }",
+                "=r,h", [w], dtype=tl.float16, is_pure=True, pack=2,
+            )  # fmt: skip
 
 
 @jit()

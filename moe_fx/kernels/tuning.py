@@ -24,7 +24,7 @@ import torch
 
 from moe_fx.errors import ConfigError
 from moe_fx.formats import Unquantized, WeightFormat
-from moe_fx.kernels.fused_large import large_gemm, takes_descriptors
+from moe_fx.kernels.fused_large import as_read, large_gemm, rows_for, takes_descriptors
 from moe_fx.kernels.fused_launch import expert_gemm, sum_block
 from moe_fx.kernels.fused_projection import Projection, Routing, operands, widened
 from moe_fx.kernels.fused_tiles import (
@@ -39,7 +39,7 @@ from moe_fx.kernels.fused_tiles import (
 )  # fmt: skip
 from moe_fx.kernels.fused_token import takes_token
 from moe_fx.kernels.triton_or_none import opaque, unavailable
-from moe_fx.kernels.triton_rows import quantize_rows, split_pairs
+from moe_fx.kernels.triton_rows import sort_rows, split_pairs
 
 __all__ = ["candidates", "large_candidates", "load", "save", "tune", "use"]
 
@@ -59,6 +59,10 @@ LARGE_TWO = [LargeTile(128, 4, 8), LargeTile(128, 4, 8, swap=True), LargeTile(12
 LARGE_ONE = [LargeTile(256, 4, 8), LargeTile(256, 4, 8, half=True), LargeTile(128, 3, 4, half=True),
              LargeTile(128, 3, 4, persistent=2), LargeTile(256, 4, 8, persistent=1)]  # fmt: skip
 
+#: of weights that are widened in registers, which are the left operand
+IN_REGISTERS_TWO = [LargeTile(64, stages, 4, swap=True, half=half) for stages in (3, 4) for half in (True, False)]
+IN_REGISTERS_ONE = [LargeTile(128, stages, 4, swap=True, half=half) for stages in (3, 4) for half in (True, False)]
+
 
 def candidates(product: Product) -> list[Tile]:
     """Tiles worth trying, the table's own first."""
@@ -76,6 +80,8 @@ def candidates(product: Product) -> list[Tile]:
 
 
 def large_candidates(product: Product) -> list[LargeTile]:
+    if product.kind in ("widened", "int4"):
+        return IN_REGISTERS_TWO if product.two else IN_REGISTERS_ONE
     return LARGE_TWO if product.two else LARGE_ONE
 
 
@@ -162,24 +168,14 @@ def _trials(
     large = takes_descriptors(rows[0], (up, down), slots, num_experts)
     kind = "plain" if widens_first(up.kind, slots, num_experts) else up.kind
     for place, stored in enumerate((up, down)):
+        activation = "silu" if place == 0 and stored.gated != "none" else "none"
+        row_div = top_k if place == 0 else 1
+        if large:
+            yield _large_trial(stored, rows[place], routings, row_div, activation)
+            continue
         projection = widened(stored, dtype) if widens_first(stored.kind, slots, num_experts) else stored
         given = operands(projection, ids[0])
         inputs = rows[place].shape[1]
-        activation = "silu" if place == 0 and projection.gated != "none" else "none"
-        row_div = top_k if place == 0 else 1
-        if large:
-            product = Product("dynamic" if kind == "dynamic" else "plain", given.two, 128, given.width, inputs)
-            left, scale = rows[place], ids[0]
-            if kind == "dynamic":
-                left, scale = quantize_rows(left, projection.tensors[0].dtype)
-
-            def large_call(i: int, tile: LargeTile, p: Any = projection, left: Any = left, scale: Any = scale,
-                           row_div: int = row_div, activation: str = activation) -> torch.Tensor:  # fmt: skip
-                return large_gemm(left, scale, p, routings[i], row_div, gather=True, sorted_rows="", dtype=dtype,
-                                  activation=activation, tile=tile)  # fmt: skip
-
-            yield large_product(product, slots / num_experts), large_candidates(product), large_call
-            continue
         product = Product(kind, projection.gated != "none", routings[0].block, given.width, inputs)
         sums, left = None, rows[place]
         if kind == "int4" and not routings[0].digits:
@@ -190,6 +186,31 @@ def _trials(
             return expert_gemm(left, p, routings[i], row_div, activation=activation, sums=sums, tile=tile)[0]
 
         yield product, candidates(product), call
+
+
+def _large_trial(
+    stored: Projection, rows: torch.Tensor, routings: Sequence[Routing], row_div: int, activation: str
+) -> tuple[Product, Sequence[LargeTile], Callable[[int, Any], Any]]:
+    """The same of a projection whose tiles are loaded by descriptors: rows are sorted, as all but small layers' are."""
+    ids, dtype = routings[0].ids, rows.dtype
+    projection = as_read(stored, dtype, routings[0])
+    left, scale = rows_for(projection, rows, ids)
+    given = operands(projection, ids)
+    wide = given.weight.element_size() < left.element_size()
+    kind = projection.kind if wide or projection.kind == "dynamic" else "plain"
+    product = large_product(
+        Product(kind, given.two, 128, given.width, rows.shape[1]), ids.numel() / routings[0].num_experts
+    )
+    in_order = []
+    for routing in routings:
+        assert routing.tiles is not None
+        in_order.append(sort_rows(left, routing.tiles[0], routing.tiles[3], row_div, ids.numel()))
+
+    def call(i: int, tile: LargeTile) -> torch.Tensor:
+        return large_gemm(in_order[i], scale, projection, routings[i], row_div, gather=False, sorted_rows="",
+                          dtype=dtype, activation=activation, tile=tile)  # fmt: skip
+
+    return product, large_candidates(product), call
 
 
 def save(tiles: Tiles, path: str | Path) -> None:

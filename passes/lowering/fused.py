@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from moe_fx.passes.lowering.grouped import lower_to_grouped_mm
-from moe_fx.passes.lowering.known_bodies import KnownBody, known_body
+from moe_fx.passes.lowering.known_bodies import KnownBody, Linear, known_body
 from moe_fx.passes.lowering.slots import flat, operands, sum_over_slots, zero_unless
 from moe_fx.passes.lowering.table import RoutedRows, expert_linear_call, unfit_reasons
 from torch.fx import Node
@@ -28,7 +28,7 @@ from torch.fx import Node
 from moe_fx.experts import expert_linear, per_row
 from moe_fx.formats import Unquantized, WeightFormat
 from moe_fx.kernels.fused_experts import fused_experts
-from moe_fx.kernels.fused_projection import KINDS
+from moe_fx.kernels.fused_projection import Projection, in_registers
 from moe_fx.kernels.fused_tiles import loads_by_descriptor
 from moe_fx.matcher import Miss
 from moe_fx.pipeline import Layer
@@ -101,7 +101,8 @@ def _whole(layer: Layer, body: KnownBody, emit: Emitter) -> Node:
     count = (shape_of(ids) or (None,))[0]
     up, down = body.up, body.down
     seen = isinstance(count, int) and not all(
-        loads_by_descriptor(KINDS[linear.form.name], count * layer.top_k, layer.num_experts) for linear in (*up, down)
+        _loads_by_descriptor(linear, given, tensor_of(tokens).dtype, count * layer.top_k, layer.num_experts)
+        for linear in (*up, down)
     )
     return emit(
         (ops.fused_experts if seen else ops.fused_experts_any).default,
@@ -112,6 +113,14 @@ def _whole(layer: Layer, body: KnownBody, emit: Emitter) -> Node:
         down.form.name, _transposed(down.form),
         body.gated, body.activation, float(body.alpha), float(body.limit), body.slot_before, _yielded(layer),
     )  # fmt: skip
+
+
+def _loads_by_descriptor(
+    linear: Linear, given: dict[Node, Node], dtype: torch.dtype, num_slots: int, num_experts: int
+) -> bool:
+    tensors = [tensor_of(given[tensor]) for tensor in linear.tensors]
+    projection = Projection(tensors, linear.form.name, _transposed(linear.form))
+    return loads_by_descriptor(projection.kind, num_slots, num_experts, in_registers(projection, dtype))
 
 
 def _yielded(layer: Layer) -> torch.dtype:
