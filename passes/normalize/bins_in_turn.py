@@ -37,23 +37,34 @@ def spell_bins_in_turn(graph: Graph, written: Collection[Node]) -> None:
     """Rewrite every such sum; ``written`` is memory that ops in place still write."""
     if len([node for node in graph.nodes if op_name(node) == "aten::cumsum"]) < 2:
         return
+    values: dict[Any, FakeValues] = {}
     for node in list(graph.nodes):
-        value: Any = tensor_of(node)
-        if not _is_sum(node) or value is None or value.dim() < 3 or not value.is_floating_point():
+        whole = _stacked_sum(node, written)
+        if whole is None:
             continue
-        if any(map(_is_sum, node.users)):
-            continue
-        terms = _terms(node)
-        for order in (terms, terms[::-1]):
-            whole = _Choices(value.dim() - 2).of(order) if len(order) > 1 else None
-            calls, read = within(whole)
-            counted = any(call.target is aten.cumsum.default for call in calls)
-            if counted and not any(memory_of(each) in written for each in read):
-                emit = Emitter(graph, node, FakeValues(value.fake_mode))
-                replace(node, write(emit, Call(aten.sum.dim_IntList, (whole, [0])), {}))
-                erase_dead(graph, [node])
-                spell(graph)  # a permutation that swaps two dimensions has a name of its own
-                break
+        mode = node.meta["val"].fake_mode
+        emit = Emitter(graph, node, values.setdefault(mode, FakeValues(mode)))
+        replace(node, write(emit, whole, {}))
+        erase_dead(graph, [node])
+    if values:
+        spell(graph)  # a permutation that swaps two dimensions has a name of its own
+
+
+def _stacked_sum(node: Node, written: Collection[Node]) -> Call | None:
+    """A sum of choices as one sum over them; None for any other value."""
+    value = tensor_of(node)
+    if not _is_sum(node) or value is None or value.dim() < 3 or not value.is_floating_point():
+        return None
+    terms = _terms(node)
+    if len(terms) < 2 or any(map(_is_sum, node.users)):
+        return None
+    for order in (terms, terms[::-1]):
+        whole = _Choices(value.dim() - 2).of(order)
+        calls, read = within(whole)
+        counted = any(call.target is aten.cumsum.default for call in calls)
+        if counted and not any(memory_of(each) in written for each in read):
+            return Call(aten.sum.dim_IntList, (whole, [0]))
+    return None
 
 
 def _is_sum(node: object) -> bool:
