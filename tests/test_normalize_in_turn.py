@@ -72,6 +72,31 @@ def three(first, second, weights):
     return weighted((weights[:, 0], weights[:, 1], weights[:, 0]), masks, ranks)
 
 
+def of_columns(first, second, weights):
+    ids = (first.unsqueeze(-1) + torch.arange(2)) % E
+    return two(ids[:, 0], ids[:, 1], weights)
+
+
+def of_columns_exchanged(first, second, weights):
+    ids = (first.unsqueeze(-1) + torch.arange(2)) % E
+    return two(ids[:, 1], ids[:, 0], weights)
+
+
+def of_columns_of_three(first, second, weights):
+    ids = (first.unsqueeze(-1) + torch.arange(3)) % E
+    return two(ids[:, 0], ids[:, 1], weights)
+
+
+def of_parts_of_a_batch(first, second, weights):
+    ids = (first.view(2, 2, 1) + torch.arange(2)) % E
+    return two(*(each.reshape(-1) for each in ids.chunk(2, dim=-1)), weights)
+
+
+def of_rows(first, second, weights):
+    ids = (first + torch.arange(2).unsqueeze(-1)) % E
+    return two(ids[0], ids[1], weights)
+
+
 def given(seed=0):
     generator = torch.Generator().manual_seed(seed)
     first, second = torch.randint(0, E, (2, 4), generator=generator)
@@ -115,7 +140,11 @@ return (sum_1,)
 
 
 @pytest.mark.parametrize("decomposed", [False, True])
-@pytest.mark.parametrize("function", [two, two_backwards, looked_up, largest, of_features, three])
+@pytest.mark.parametrize(
+    "function",
+    [two, two_backwards, looked_up, largest, of_features, three, of_columns, of_columns_exchanged, of_columns_of_three,
+     of_parts_of_a_batch, of_rows],
+)  # fmt: skip
 def test_bins_filled_choice_by_choice_hold_the_same_values(function, decomposed):
     program = exported(function, *given())
     module, written = normal(program.run_decompositions() if decomposed else program)

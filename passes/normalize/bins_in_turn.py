@@ -26,7 +26,7 @@ from torch.fx import Graph, Node
 
 from moe_fx.matcher import op_name
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
-from moe_fx.shapes import known_equal, shape_of, tensor_of
+from moe_fx.shapes import known_equal, same_shape, shape_of, tensor_of
 
 __all__ = ["spell_bins_in_turn"]
 
@@ -101,7 +101,7 @@ class _Choices(Alike):
 
     def _numbers(self, values: Sequence[Node], single: bool) -> Call:
         """Ids, or weights, as a router has them: the choices behind the tokens."""
-        last: Any = _columns(values)
+        last: Any = _columns(values, self.tokens)
         if last is None:
             last = Call(aten.stack.default, ([self._narrow(each) if single else each for each in values], -1))
         front = Call(aten.permute.default, (last, [self.tokens, *range(self.tokens)]))
@@ -194,7 +194,7 @@ def _permuted(call: Call, dims: list[int]) -> Call:
     return Call(aten.permute.default, (call, dims)) if dims != sorted(dims) else call
 
 
-def _columns(values: Sequence[Any]) -> Node | None:
+def _columns(values: Sequence[Any], tokens: int) -> Node | None:
     """What the values are all columns of, in order: cut by ``x[:, 0]`` or by ``chunk``."""
     source, count = None, len(values)
     for number, each in enumerate(values):
@@ -212,9 +212,9 @@ def _columns(values: Sequence[Any]) -> Node | None:
                 return None
         else:
             return None
-        shape = shape_of(whole) or (0,)
-        last = isinstance(dim, int) and dim % len(shape) == len(shape) - 1 and known_equal(shape[-1], count)
-        if not last or index != number or source not in (None, whole):
+        shape, mine = shape_of(whole) or (), (shape_of(each) or ())[:tokens]
+        fits = len(shape) == tokens + 1 and dim in (-1, tokens) and same_shape(shape, (*mine, count))
+        if not fits or index != number or source not in (None, whole):
             return None
         source = whole
     return source
