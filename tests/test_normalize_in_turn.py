@@ -4,9 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
+from lookalikes_bins_in_turn import HalfTheTokens
 from moe_fx.passes.normalize import spell_bins_in_turn
 from test_normalize import exported, normal
+from toys import Gathered
 
+import moe_fx
 from moe_fx.matcher import op_name
 from moe_fx.printer import format_graph
 from moe_fx.rewrite import same_graph
@@ -228,3 +231,24 @@ def test_what_is_written_before_the_sum_is_not_read_again():
     # What nobody writes is read wherever it is wanted.
     spell_bins_in_turn(module.graph, set())
     assert not same_graph(normal(program)[0].graph, module.graph)
+
+
+@torch.no_grad()
+def test_bins_that_drop_tokens_drop_the_same_ones_beside_a_layer_that_is_raised():
+    class Both(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = HalfTheTokens(), Gathered(hidden=16)
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    torch.manual_seed(0)
+    model = Both().eval()
+    after = moe_fx.transform(torch.export.export(model, (torch.randn(9, 16),)))
+    report = moe_fx.report(after)
+    assert len(report.layers) == 1
+    assert "tokens can be dropped" in str(report.misses[0])
+    for _ in range(5):
+        x = torch.randn(9, 16)
+        torch.testing.assert_close(after.module()(x), model(x))
