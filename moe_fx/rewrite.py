@@ -154,7 +154,15 @@ def is_pure(node: Node) -> bool:
 
 def only_asserted(node: Node) -> bool:
     """Whether a node is an assertion, or is computed for assertions only, or for nothing."""
-    return op_name(node) in ASSERTS or (is_pure(node) and all(only_asserted(user) for user in node.users))
+    waiting, seen = [node], set[Node]()
+    while waiting:
+        each = waiting.pop()
+        if each not in seen and op_name(each) not in ASSERTS:
+            if not is_pure(each):
+                return False
+            seen.add(each)
+            waiting += each.users
+    return True
 
 
 def asserting(node: Node) -> list[Node]:

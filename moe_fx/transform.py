@@ -17,6 +17,7 @@ from moe_fx.passes.normalize import (
     merge_equal_values,
     select_masks,
     spell,
+    spell_bins_in_turn,
     spell_choices_in_turn,
     spell_dropped_rows,
     spell_nonzero_lists,
@@ -52,6 +53,7 @@ def _normalize(work: Work) -> None:
     spell_nonzero_lists(work.program.graph, work.written)
     spell_dropped_rows(work.program.graph, work.written)
     spell_choices_in_turn(work.program.graph, work.written)
+    spell_bins_in_turn(work.program.graph, work.written)
 
 
 FIND = (

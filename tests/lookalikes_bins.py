@@ -88,6 +88,18 @@ class AllPairs(OneHotBins):
         return torch.einsum("tk,tke,tkc,ecm->tm", weights, expert, place, y)
 
 
+@lookalike("one_hot_bins_weights_that_cancel", "a row is not dispatched if a slot's two weights add up to zero")
+class Cancelling(OneHotBins):
+    def forward(self, x):
+        ids, weights = self.router(x)
+        (hot, place), pairs = self.hot(ids, self.rank(ids), x), torch.stack([weights, weights - 0.5], -1)
+        combine = pairs[:, :, None, None] * hot[:, :, :, None, None] * place[:, :, None, :, None]
+        combine = combine.sum(-1).sum(1)
+        return torch.einsum(
+            "tec,ecm->tm", combine, self.in_bins(torch.einsum("tec,tm->ecm", (combine != 0).to(x.dtype), x))
+        )
+
+
 @lookalike("one_hot_bins_softmax_over_places", "the rows of a bin compete")
 class OverPlaces(OneHotBins):
     def in_bins(self, rows):

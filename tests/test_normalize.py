@@ -20,7 +20,7 @@ from moe_fx.passes.normalize.spelling import leftover
 import moe_fx
 from moe_fx.matcher import op_name
 from moe_fx.printer import format_graph
-from moe_fx.rewrite import drop_dead_code
+from moe_fx.rewrite import drop_dead_code, erase_dead
 
 
 def exported(function, *args):
@@ -470,3 +470,13 @@ def test_a_table_of_wider_masks_than_weights_stays_a_sum():
     module, written = normal(exported(function, torch.tensor([0, 2]), torch.tensor([1, 3]), torch.rand(2, 2)))
     spell_choices_in_turn(module.graph, written)
     assert all(op_name(node) != "aten::stack" for node in module.graph.nodes)
+
+
+def test_what_a_deep_program_reads_is_not_dead():
+    graph = torch.fx.Graph()
+    first = last = graph.call_function(torch.ops.aten.neg.default, (graph.placeholder("x"),))
+    for _ in range(3000):
+        last = graph.call_function(torch.ops.aten.neg.default, (last,))
+    graph.output(last)
+    erase_dead(graph, [first])
+    assert len(graph.nodes) == 3003

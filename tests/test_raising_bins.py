@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
-from lookalikes_bins_of_groups import LOOKALIKES, GroupedBins
+from lookalikes_bins_in_turn import LOOKALIKES
+from lookalikes_bins_of_groups import GroupedBins
 from styles import STYLES
 from test_raising import raised
 from test_styles import exported
@@ -298,6 +299,10 @@ REFUSALS = {
     "one_hot_groups_exchanged": "an op along other dimensions than the rows",
     "one_hot_groups_softmax_over_them": "an op along other dimensions than the rows",
     "one_hot_groups_scaled": "a number for each token",
+    "one_hot_in_turn_half_the_tokens": "tokens can be dropped: capacity",
+    "one_hot_in_turn_second_may_be_first": "tokens can be dropped: capacity",
+    "one_hot_in_turn_places_exchanged": "ranks from 0 up among the rows of an expert",
+    "one_hot_in_turn_groups_exchanged": "an op along other dimensions than the rows",
     "binned_by_ranks_within_a_sequence": "ranks counted over all tokens",
     "binned_with_capacity": "tokens can be dropped: capacity 2 for up to",
     "gshard_with_capacity": "tokens can be dropped: capacity 2 for up to 6 rows",

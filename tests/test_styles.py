@@ -13,7 +13,6 @@ import moe_fx
 #: styles that are not raised yet: left as they are
 NOT_YET = {
     "modulelist_masked_copy_per_expert_nllb": "results written over the inputs",
-    "one_hot_sec_top2_deepspeed": "ids of two choices, each for itself",
     "stacked_index_assign_add_geglu": "ids from a table: not known to be distinct, and += keeps one row of a token",
 }
 
@@ -22,6 +21,7 @@ NOT_YET = {
 SOME_DECOMPOSED = {
     "modulelist_where_index_add": "one-hot by comparison, and columns of nonzero cut out",
     "modulelist_switch_bool_column": "a mask as numbers and as a mask again",
+    "one_hot_sec_top2_deepspeed_kept_and_normalised": "masks of each choice by comparison, their products by bmm",
     "stack_gather": "a stack by cat and view",
     "router_on_another_tensor": "a stack by unsqueeze and cat",
     "stack_einsum_gate": "batch and sequence merged for a bmm",
@@ -83,9 +83,13 @@ NOT_OF_ONE_TOKEN = (
     "one_hot_bsec_switch_mesh_capacity",
     "one_hot_gsec_choice_by_choice_gshard",
     "one_hot_gsec_groups_of_tokens",
+    "one_hot_gsec_mask_for_each_choice_gshard",
     "one_hot_gsec_ranks_of_a_token_mask",
     "one_hot_gsec_top1_by_comparison",
+    "one_hot_sec_three_choices_in_a_loop",
     "one_hot_sec_top1_deepspeed",
+    "one_hot_sec_top2_deepspeed_kept_and_normalised",
+    "one_hot_sec_top2_exclusive_counts_bfloat16",
     "one_hot_switch_mesh_capacity",
     "stack_take_along_dim",
 )

@@ -6,6 +6,7 @@ to = aten.to(view, f32)  # is f32        return reshape
 return to
 """
 
+from moe_fx.passes.normalize.bins_in_turn import spell_bins_in_turn
 from moe_fx.passes.normalize.choices_in_turn import spell_choices_in_turn
 from moe_fx.passes.normalize.cut_rows import spell_parts
 from moe_fx.passes.normalize.dropped import spell_dropped_rows
@@ -20,6 +21,6 @@ from moe_fx.passes.normalize.unmerge_products import unmerge_products
 
 __all__ = [
     "drop_no_ops", "flatten_masks", "functionalize", "inline_regions", "merge_equal_values", "select_masks", "spell",
-    "spell_choices_in_turn", "spell_dropped_rows", "spell_nonzero_lists", "spell_parts", "spell_places_in_turn",
-    "unmerge_products",
+    "spell_bins_in_turn", "spell_choices_in_turn", "spell_dropped_rows", "spell_nonzero_lists", "spell_parts",
+    "spell_places_in_turn", "unmerge_products",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 
 import torch
+from moe_fx.passes.raising.contraction import contraction
 from moe_fx.passes.raising.routing import MIXING, ancestors
 from moe_fx.passes.raising.where_chains import is_where_chain
 from torch.fx import Node
@@ -12,7 +13,7 @@ from torch.fx import Node
 from moe_fx.matcher import arguments, op_name
 from moe_fx.report import module_of
 from moe_fx.rewrite import GIVEN
-from moe_fx.shapes import depends_on_values, shape_of
+from moe_fx.shapes import depends_on_values, known_equal, shape_of
 
 __all__ = [
     "anchors_behind",
@@ -32,6 +33,10 @@ MATRIX_PRODUCTS = frozenset({"aten::bmm", "aten::baddbmm", "aten::matmul", "aten
 PRODUCTS = MATRIX_PRODUCTS | {"aten::mul"}
 #: what leaves one number of a token's scores
 NUMBERS = frozenset({"aten::sum", "aten::amax", "aten::argmax", "aten::max", "aten::gather", "aten::select"})
+#: casts and views, after which numbers are numbers
+MOVING = frozenset({
+    "aten::to", "aten::clone", "aten::unsqueeze", "aten::squeeze", "aten::reshape", "aten::permute", "aten::transpose",
+})  # fmt: skip
 #: views and casts through which a weight is read
 STEPS = frozenset({
     "aten::index", "aten::transpose", "aten::permute", "aten::to", "aten::reshape", "aten::unsqueeze", "aten::expand",
@@ -143,9 +148,20 @@ def _is_number(value: object, depth: int = 0) -> bool:
     made_by = value.args[0] if value.target is operator.getitem else value
     if op_name(made_by) in NUMBERS:
         return True
+    if _is_inner_product(made_by):
+        return True
     pointwise = isinstance(value.target, torch._ops.OpOverload) and torch.Tag.pointwise in value.target.tags
-    steps = pointwise or op_name(value) in ("aten::to", "aten::clone", "aten::unsqueeze", "aten::squeeze")
+    steps = pointwise or op_name(value) in MOVING
     return steps and all(_is_number(each, depth + 1) for each in value.all_input_nodes)
+
+
+def _is_inner_product(node: object) -> bool:
+    """Whether a value is the score of an expert that a one-hot row names, as ``se,se->s`` is, or a ``bmm`` of it."""
+    found = contraction(node) if isinstance(node, Node) and op_name(node) in ("aten::einsum", "aten::bmm") else None
+    if found is None or not found.summed or found.bias is not None:
+        return False
+    wide = [frozenset(each for each in letters if not known_equal(found.size(each), 1)) for letters in found.letters]
+    return len(set(wide)) == 1
 
 
 def _joins_parts(node: Node) -> bool:

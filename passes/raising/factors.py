@@ -91,6 +91,8 @@ def _factors(node: Node, letters: str, unused: Iterator[str], depth: int = 0) ->
     elif is_view(node):
         before = _moved(node, letters, unused)
         inner = _factors(_first(node), before, unused, depth + 1) if before is not None else []
+    elif name == "aten::sum":
+        inner = _summed(node, letters, unused, depth)
     elif name in STEPS and (name not in ("aten::ne", "aten::gt") or node.args[1] == 0):
         inner = _after(node, _factors(_first(node), letters, unused, depth + 1))
     return inner if any(one_hot_of(term) is not None for term in inner) else [whole]
@@ -146,6 +148,17 @@ def _moved(node: Node, letters: str, unused: Iterator[str]) -> str | None:
         return None
     named = iter(wide)
     return "".join(next(unused) if known_equal(size, 1) else next(named) for size in before)
+
+
+def _summed(node: Node, letters: str, unused: Iterator[str], depth: int) -> list[Term]:
+    """The factors of what is summed over one dimension, if one-hot rows have it: that of slots, say."""
+    given = arguments(node)
+    dims = given.get("dim")
+    if not isinstance(dims, list | tuple) or len(dims) != 1 or given["keepdim"] or given["dtype"] is not None:
+        return []
+    at, over = dims[0] % (len(letters) + 1), next(unused)
+    inner = _factors(_first(node), letters[:at] + over + letters[at:], unused, depth + 1)
+    return inner if any(over in term.letters and one_hot_of(term) is not None for term in inner) else []
 
 
 def _after(step: Node, inner: list[Term]) -> list[Term]:

@@ -216,27 +216,6 @@ class ChosenWeights(Stacked):
         return torch.einsum("tkhi,tki,tk->th", down, swiglu(gate, up), weights)
 
 
-@style("one_hot_sec_top2_deepspeed", dynamic=False)
-class DeepSpeedTop2(Simple):
-    """DeepSpeed, two experts per token: each choice has a mask and a combine of its own, second ones come behind."""
-
-    def forward(self, x):
-        gates = F.softmax(self.router.linear(x), dim=1)
-        capacity = 2 * gates.shape[0]
-        first = F.one_hot(gates.argmax(dim=1), self.E)
-        second = F.one_hot(gates.masked_fill(first.bool(), float("-inf")).argmax(dim=1), self.E)
-        locations1 = torch.cumsum(first, dim=0) - 1
-        locations2 = torch.cumsum(second, dim=0) - 1 + torch.sum(first, dim=0, keepdim=True)
-        combine = 0
-        for mask, locations in ((first, locations1), (second, locations2)):
-            gate = torch.einsum("se,se->s", gates, mask.float())
-            place = F.one_hot(torch.sum(locations * mask, dim=1), num_classes=capacity).float()
-            combine = combine + torch.einsum("se,sc->sec", torch.einsum("s,se->se", gate, mask.float()), place)
-        rows = torch.einsum("sec,sm->ecm", combine.bool().type_as(x), x)
-        y = torch.bmm(F.relu(torch.bmm(rows, self.up.mT)), self.down.mT)
-        return torch.einsum("sec,ecm->sm", combine, y)
-
-
 @style("binned_by_running_counts_of_a_token_mask")
 class TokenMask(Bins):
     """Ranks are looked up in the running counts of a mask [T, E]."""
