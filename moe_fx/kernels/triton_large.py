@@ -3,7 +3,8 @@
 One instruction copies a whole tile (Hopper's cp.async.bulk.tensor), so that what is left to the threads is to multiply.
 Tensor descriptors are made on the host, and only by ops that a compiler does not look into. Rows of the result are
 slots, or places of tiles, which the next product reads as they lie. An expert's last tile is multiplied by half, if no
-more of it is filled (HALF).
+more of it is filled (HALF). Weights of one byte, and int4, are widened in the registers from which a matrix instruction
+takes its left operand: see docs/design.md for what their order of calls is about.
 
 The definition is :func:`moe_fx.kernels.fused_experts.slot_linear_reference`.
 """
