@@ -230,11 +230,18 @@ class Program(ABC):
         """Remove those of the weights that nobody reads any longer."""
 
     def release(self, node: Node) -> None:
-        """Remove a weight that nobody reads any longer, because others were made of it."""
+        """Remove a weight that nobody reads any longer, because others were made of it; and what it was made of."""
         if isinstance(self.weights.get(node), StackedWeight):
-            self.unstack(node)
-        else:
-            self.drop_weights({node})
+            return self.unstack(node)
+        made_of = node.all_input_nodes
+        self.remove(node)
+        for source in made_of:
+            if source in self.weights and not source.users:
+                self.release(source)
+
+    def remove(self, node: Node) -> None:
+        """Remove one weight."""
+        self.drop_weights({node})
 
     def unstack(self, node: Node) -> None:
         """Remove a stack that nobody reads any longer, and those of its parts that nobody else reads."""
@@ -328,9 +335,7 @@ class ExportedWork(Program):
                 self.constants.pop(fqn, None)
         self.inputs = kept
 
-    def release(self, node: Node) -> None:
-        if isinstance(self.weights[node], StackedWeight):
-            return self.unstack(node)
+    def remove(self, node: Node) -> None:
         tensor = self.weights[node].tensor
         self.drop_weights({node})
         held = [*self.state_dict.values(), *self.constants.values()]

@@ -195,8 +195,24 @@ def test_write_to_an_input_stays():
     assert not in_place(function, torch.randn(3))
 
 
-def test_write_that_keeps_a_narrower_dtype_stays():
-    assert not in_place(lambda x, y: (x + 1).mul_(y), torch.randn(3).bfloat16(), torch.randn(3))
+def test_write_that_keeps_a_narrower_dtype_is_computed_in_the_wider_one():
+    assert in_place(lambda x, y: (x + 1).mul_(y).add_(y), torch.randn(64).bfloat16(), torch.randn(64))
+    module, _ = normal(exported(lambda x, y: (x + 1).mul_(y), torch.randn(3).bfloat16(), torch.randn(3)))
+    assert_expected_inline(
+        format_graph(module.graph),
+        """\
+args_0: bf16[3]
+args_1: f32[3]
+add: bf16[3] = aten.add(args_0, 1)
+mul: f32[3] = aten.mul(add, args_1)
+to: bf16[3] = aten.to(mul, bf16)
+return (to,)
+""",
+    )
+
+
+def test_write_that_keeps_a_whole_number_stays():
+    assert not in_place(lambda x, y: (x * 2).add_(y), torch.randn(3), torch.arange(3))
 
 
 def test_casts_that_change_something_are_kept():
@@ -218,6 +234,10 @@ def test_what_is_computed_of_a_weight_twice_is_computed_once():
         return x * (1.0 + weight).double() + (1.0 + weight).double()
 
     assert merged(function, torch.randn(3), torch.randn(3)) == 4
+
+
+def test_equal_casts_are_one():
+    assert merged(lambda x, weight: x.double() * weight + x.double(), torch.randn(3), torch.randn(3)) == 3
 
 
 def test_what_is_computed_of_an_input_twice_stays():

@@ -1,11 +1,15 @@
 """The zoo of styles: which are raised, and that what looks like one and is none stays as it is."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from lookalikes_asking import LOOKALIKES
 from lookalikes_choices import REASONS
 from styles import STYLES
 from styles.base import Style
+from torch import nn
 from torch.export import Dim
 
 import moe_fx
@@ -59,10 +63,11 @@ def nodes(program):
     return [(node.op, node.name, node.target) for node in program.graph.nodes]
 
 
-def check_raised(name, model, program):
+def check_raised(item, model, program):
+    item = STYLES.get(item, item)
     after = moe_fx.transform(program, moe_fx.Config(require="all"))
-    assert len(moe_fx.report(after).layers) == STYLES[name].layers
-    for x in inputs(STYLES[name], model):
+    assert len(moe_fx.report(after).layers) == item.layers
+    for x in inputs(item, model):
         # bfloat16: the order of a sum and the places of its roundings may change
         tolerance = 2e-2 if x.dtype is torch.bfloat16 else 1e-5
         expected = model(x).float()
@@ -175,6 +180,68 @@ def test_layers_that_share_their_experts_share_what_these_are_quantized_to():
 def test_a_style_is_raised_from_core_aten(name):
     model, program = exported(STYLES[name])
     check_raised(name, model, program.run_decompositions())
+
+
+class Block(nn.Module):
+    """As decoders have a layer: the tokens of a batch of sequences, flattened, and what they came from added."""
+
+    def __init__(self, inner, autocast=False):
+        super().__init__()
+        self.inner, self.autocast = inner, autocast
+
+    def forward(self, x):
+        tokens = F.layer_norm(x, x.shape[-1:]).view(-1, x.shape[-1])
+        if not self.autocast:
+            return x + self.inner(tokens).view(x.shape)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return x + self.inner(tokens).view(x.shape)
+
+
+#: seen through the flattening, a product has two dimensions where others have one
+SOME_IN_A_BLOCK = ("one_hot_dispatch_combine_tec_gshard", "one_hot_sec_top2_deepspeed", "stack_einsum_gate")
+
+
+@pytest.mark.parametrize("name", [
+    name if name in SOME_IN_A_BLOCK else pytest.param(name, marks=pytest.mark.exhaustive)
+    for name, item in STYLES.items() if len(item.shape) == 2 and name not in NOT_YET
+])  # fmt: skip
+@torch.no_grad()
+def test_a_style_in_a_block_is_raised_from_core_aten(name):
+    item = replace(STYLES[name], shape=(2, 3, STYLES[name].shape[1]), build=lambda: Block(STYLES[name].build()))
+    model, program = exported(item)
+    check_raised(item, model, program.run_decompositions())
+
+
+#: casts of rows that are used twice, of a bias, of what is written in place, and of parts that are written
+SOME_UNDER_AUTOCAST = (
+    "slot_loop_gathered_bmm", "gathered_top1_baddbmm", "gathered_einsum_bias_gpt_oss",
+    "stacked_sequential_gemm_index_copy_aria",
+)  # fmt: skip
+
+
+#: not raised there: a vmap, whose region is traced anew without its dtypes; weighted rows that are written in place
+NOT_UNDER_AUTOCAST = (*NOT_YET, "vmap_over_experts", "modulelist_weighted_rows_written_top1")
+
+
+@pytest.mark.parametrize("name", [
+    name if name in SOME_UNDER_AUTOCAST else pytest.param(name, marks=pytest.mark.exhaustive)
+    for name, item in STYLES.items() if len(item.shape) == 2 and name not in NOT_UNDER_AUTOCAST
+])  # fmt: skip
+@torch.no_grad()
+def test_a_style_under_autocast_is_raised(name):
+    item = replace(STYLES[name], shape=(2, 3, STYLES[name].shape[1]), build=lambda: Block(STYLES[name].build(), True))
+    torch.manual_seed(0)
+    model = item.build().eval()
+    try:
+        model(given(item.shape, 1, model))
+    except RuntimeError as error:
+        pytest.skip(f"the model itself does not run under autocast: {str(error)[:80]}")
+    model, program = exported(item)
+    after = moe_fx.transform(program, moe_fx.Config(require="all"))
+    assert len(moe_fx.report(after).layers) == item.layers
+    for x in inputs(item, model):
+        expected = model(x)
+        assert (after.module()(x) - expected).abs().max() <= 2e-2 * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", NOT_YET)

@@ -276,7 +276,7 @@ class ExpertsLast(Gathered):
 
     def forward(self, x):
         ids, weights = self.route(x)
-        table = torch.zeros(x.shape[0], self.E).scatter(1, ids, weights)
+        table = torch.zeros(x.shape[0], self.E, dtype=x.dtype).scatter(1, ids, weights)
         h = torch.einsum("th,hie->tei", x, self.up).relu()
         return torch.einsum("te,tei,ihe->th", table, h, self.down)
 
@@ -288,3 +288,24 @@ def test_weights_whose_experts_stand_last_can_be_read_by_linears(quantize):
     expected = program.module()(x)
     error = (after.module()(x) - expected).abs().max() / expected.abs().max()
     assert error < (1e-5 if quantize is None else 0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_whose_experts_stand_last_are_stored_as_matrices(dtype):
+    program, x = export(ExpertsLast().to(dtype)), torch.randn(6, 8, dtype=dtype)
+    after = moe_fx.transform(program, moe_fx.Config(experts="grouped_mm", require=1))
+    stored = {name: (tensor.shape, tensor.is_contiguous()) for name, tensor in after.state_dict.items()}
+    assert stored["up_experts_first"] == ((4, 8, 16), True)
+    assert stored["down_experts_first"] == ((4, 16, 8), True)
+    assert not {"up", "down"} & stored.keys()
+    expected = program.module()(x)
+    assert (after.module()(x) - expected).abs().max() <= (
+        1e-5 if dtype is torch.float32 else 2e-2
+    ) * expected.abs().max()
+
+
+def test_what_quantized_weights_were_views_of_is_given_up():
+    after = moe_fx.transform(export(ExpertsLast()), moe_fx.Config(quantize=INT8, require=1))
+    assert {name for name in after.state_dict if not name.startswith("router")} == {
+        "up_qdata", "up_scale", "down_qdata", "down_scale"
+    }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Views and comparisons that are written twice, of the same value with the same arguments, become one.
+"""Views, casts and comparisons that are written twice, of the same value with the same arguments, become one.
 
 a = aten.select(ids, 1, 0)       =>     a = aten.select(ids, 1, 0)
 b = aten.select(ids, 1, 0)
@@ -25,9 +25,9 @@ __all__ = ["merge_equal_values"]
 
 #: ops that compute nothing, or next to nothing
 CHEAP = frozenset({
-    "aten::select", "aten::slice", "aten::unsqueeze", "aten::squeeze", "aten::reshape", "aten::transpose",
-    "aten::permute", "aten::expand", "aten::eq", "aten::ne", "aten::lt", "aten::ge", "aten::floor_divide",
-    "aten::repeat_interleave", "aten::repeat",
+    "aten::to", "aten::select", "aten::slice", "aten::unsqueeze", "aten::squeeze", "aten::reshape",
+    "aten::transpose", "aten::permute", "aten::expand", "aten::eq", "aten::ne", "aten::lt", "aten::ge",
+    "aten::floor_divide", "aten::repeat_interleave", "aten::repeat",
 })  # fmt: skip
 
 

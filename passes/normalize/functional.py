@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from moe_fx.matcher import op_name
-from moe_fx.rewrite import respell
+from moe_fx.rewrite import Emitter, FakeValues, respell
 from moe_fx.shapes import same_shape, tensor_of
 
 __all__ = ["functionalize", "memory_of"]
@@ -40,19 +40,29 @@ def functionalize(graph: Graph) -> set[Node]:
         if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
             continue
         if (written_part := _written_part(node, order)) is not None:
-            base, call, args = written_part
-            respell(node, call, args, {})
+            base, call, (_, values, *where) = written_part
+            if tensor_of(values).dtype != tensor_of(base).dtype:
+                emit = Emitter(graph, node, FakeValues(node.meta["val"].fake_mode))
+                values = emit(torch.ops.aten.to.dtype, values, tensor_of(base).dtype)
+                order[values] = order[node]
+            respell(node, call, (base, values, *where), {})
             node.meta["val"] = base.meta["val"]
             for user in list(base.users):
                 if order[user] > order[node]:
                     user.replace_input_with(base, node)
             continue
         functional = _functional_form(node)
+        promoted = _promoted_form(node) if functional is None else None
         target = node.args[0] if node.args and isinstance(node.args[0], Node) else None
-        if functional is None or target is None or not _harmless(node, target, order):
+        if (functional or promoted) is None or target is None or not _harmless(node, target, order):
             written.update(map(memory_of, _written_to(node)))
             continue
-        respell(node, functional, node.args, dict(node.kwargs))
+        if functional is not None:
+            respell(node, functional, node.args, dict(node.kwargs))
+        else:
+            wide = Emitter(graph, node, FakeValues(node.meta["val"].fake_mode))(promoted, *node.args, **node.kwargs)
+            order[wide] = order[node]
+            respell(node, torch.ops.aten.to.dtype, (wide, tensor_of(node).dtype), {})
         for user in list(target.users):
             if order[user] > order[node]:
                 user.replace_input_with(target, node)
@@ -82,7 +92,10 @@ def _written_part(node: Node, order: dict[Node, int]) -> tuple[Node, torch._ops.
     written = tensor_of(values) if isinstance(values, Node) else None
     if not isinstance(base, Node) or written is None or mine is None or memory_of(base) is not base:
         return None
-    if written.dtype != mine.dtype or not same_shape(written.shape, mine.shape) or not _harmless(node, base, order):
+    rounded = written.is_floating_point() and mine.is_floating_point()
+    if (written.dtype != mine.dtype and not rounded) or not same_shape(written.shape, mine.shape):
+        return None
+    if not _harmless(node, base, order):
         return None
     return base, PARTS[op_name(part) or ""], (base, values, *part.args[1:])
 
@@ -98,17 +111,32 @@ def _all_of(value: Any) -> Any:
     return value
 
 
+def _promoted_form(node: Node) -> torch._ops.OpOverload | None:
+    """``aten.add.Tensor`` for ``aten.add_.Tensor`` of several float dtypes: computed in the widest, then rounded."""
+    functional = _out_of_place(node)
+    tensors = [tensor_of(node), *map(tensor_of, node.all_input_nodes)]
+    elementwise = functional is not None and torch.Tag.pointwise in functional.tags
+    return (
+        functional if elementwise and all(each is not None and each.is_floating_point() for each in tensors) else None
+    )
+
+
 def _functional_form(node: Node) -> torch._ops.OpOverload | None:
     """``aten.add.Tensor`` for ``aten.add_.Tensor``, if it yields the same dtype."""
+    functional = _out_of_place(node)
+    mine, others = tensor_of(node), [tensor_of(arg) for arg in node.all_input_nodes]
+    # x.add_(y) keeps the dtype of x; x + y has the promoted one. The same if all are of one dtype.
+    if mine is None or any(o is None or (o.dtype != mine.dtype and o.dtype != torch.bool) for o in others):
+        return functional if functional is not None and functional.overloadpacket in INDEXED else None
+    return functional
+
+
+def _out_of_place(node: Node) -> torch._ops.OpOverload | None:
     namespace, name = node.target._schema.name.split("::")
     packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
     overload = node.target._overloadname
     if not name.endswith("_") or packet is None or overload not in packet.overloads():
         return None
-    mine, others = tensor_of(node), [tensor_of(arg) for arg in node.all_input_nodes]
-    # x.add_(y) keeps the dtype of x; x + y has the promoted one. The same if all are of one dtype.
-    if mine is None or any(o is None or (o.dtype != mine.dtype and o.dtype != torch.bool) for o in others):
-        return getattr(packet, overload) if packet in INDEXED else None
     return getattr(packet, overload)
 
 

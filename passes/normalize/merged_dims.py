@@ -5,7 +5,7 @@ reshape(permute(w, [2, 0, 1]), [H, E*I]), w [E, I, H]       =>      w, ((H,), (E
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -13,7 +13,7 @@ from torch.fx import Node
 from moe_fx.matcher import arguments, op_name
 from moe_fx.shapes import Dim, known_equal, shape_of
 
-__all__ = ["MERGED", "VIEWS", "Group", "Seen", "is_end", "regrouped", "seen_through", "step_of"]
+__all__ = ["MERGED", "VIEWS", "Group", "Seen", "is_end", "regrouped", "seen_through", "sights", "step_of"]
 
 #: in the meta of an einsum: the calls that it stands for
 MERGED = "moe_fx_merged_product"
@@ -39,11 +39,23 @@ class Seen:
         return [size for _, size in self.groups[dim]]
 
 
-def seen_through(value: Node) -> Seen:
-    """A value seen through as many views as only order, merge, or add dimensions of size 1."""
+def sights(value: Node) -> Iterator[Seen]:
+    """A value seen through its views, as :func:`seen_through` does, and then through so few that less is merged."""
+    seen = seen_through(value)
+    yield seen
+    least = sum(map(len, seen.groups))
+    while seen.views:
+        seen = seen_through(value, len(seen.views) - 1)
+        if sum(map(len, seen.groups)) < least:
+            least = sum(map(len, seen.groups))
+            yield seen
+
+
+def seen_through(value: Node, most: int | None = None) -> Seen:
+    """A value seen through as many views (at most ``most``) as only order, merge, or add dimensions of size 1."""
     views: list[Node] = []
     source, steps = value, list[Callable[[tuple[Group, ...]], tuple[Group, ...] | None]]()
-    while (step := step_of(source)) is not None and not is_end(source):
+    while len(views) != most and (step := step_of(source)) is not None and not is_end(source):
         steps.append(step)
         views.append(source)
         source = source.args[0]  # type: ignore[assignment]

@@ -13,13 +13,14 @@ nothing is gained there.
 from __future__ import annotations
 
 import string
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product as product_of
 from typing import Any
 
 import torch
 from moe_fx.passes.normalize.functional import memory_of
-from moe_fx.passes.normalize.merged_dims import MERGED, Group, Seen, is_end, regrouped, seen_through, step_of
+from moe_fx.passes.normalize.merged_dims import MERGED, Group, Seen, is_end, regrouped, sights, step_of
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
@@ -60,46 +61,49 @@ class Merged:
 def unmerge_products(graph: Graph, written: Collection[Node]) -> None:
     """Rewrite every such product; ``written`` is memory that ops in place still write."""
     for node in list(graph.nodes):
-        operands = _operands(node)
-        if operands is None:
-            continue
-        left, right = operands
-        merges = any(len(group) > 1 for seen in operands for group in seen.groups)
-        if not merges and not any(map(_moves_ones, (*left.views, *right.views))):
-            continue
-        if not same_shape(left.sizes(0), right.sizes(0)) or not same_shape(left.sizes(2), right.sizes(1)):
-            continue
-        if node.target is not aten.bmm.default and len(left.groups[2]) < 2:
-            continue  # of a linear, rows are merged all the time
-        sizes = [*left.sizes(0), *left.sizes(1), *right.sizes(2)]
-        outcome = _outcome(node, sizes) if len(sizes) + len(left.sizes(2)) <= len(string.ascii_letters) else None
-        if outcome is None:
-            continue
-        ones = len(shape_of(outcome[0][-1]) or ()) != len(sizes)
-        if ones and (not merges or any(map(_has_ones, operands))):
-            continue  # of what is a single one, such as a single token, the dimension stays
-        # A copy on the way is one, of what is written later.
-        read = (left.source, right.source, *left.views, *right.views, *outcome[0])
-        if not any(memory_of(each) in written for each in read):
-            _rewrite(node, left, right, *outcome)
+        # What is one dimension of the other operand, or of the result, must not be seen as several that are merged.
+        for left, right in _operands(node):
+            outcome = _rewritable(node, left, right)
+            # A copy on the way is one, of what is written later.
+            read = (left.source, right.source, *left.views, *right.views, *outcome[0]) if outcome else ()
+            if outcome is not None and not any(memory_of(each) in written for each in read):
+                _rewrite(node, left, right, *outcome)
+                break
 
 
-def _operands(product: Node) -> tuple[Seen, Seen] | None:
+def _rewritable(node: Node, left: Seen, right: Seen) -> tuple[list[Node], list[int]] | None:
+    """The outcome of a product of operands seen so, if an einsum of their dimensions says more."""
+    merges = any(len(group) > 1 for seen in (left, right) for group in seen.groups)
+    if not merges and not any(map(_moves_ones, (*left.views, *right.views))):
+        return None
+    if not same_shape(left.sizes(0), right.sizes(0)) or not same_shape(left.sizes(2), right.sizes(1)):
+        return None
+    if node.target is not aten.bmm.default and len(left.groups[2]) < 2:
+        return None  # of a linear, rows are merged all the time
+    sizes = [*left.sizes(0), *left.sizes(1), *right.sizes(2)]
+    outcome = _outcome(node, sizes) if len(sizes) + len(left.sizes(2)) <= len(string.ascii_letters) else None
+    if outcome is None:
+        return None
+    ones = len(shape_of(outcome[0][-1]) or ()) != len(sizes)
+    # Of what is a single one, such as a single token, the dimension stays.
+    return None if ones and (not merges or any(map(_has_ones, (left, right)))) else outcome
+
+
+def _operands(product: Node) -> Iterator[tuple[Seen, Seen]]:
     """Both operands of a product of matrices: dimensions of batch, rows and sum, and of batch, sum and columns."""
     # Other overloads have a result of another dtype.
     if product.target not in (aten.bmm.default, aten.mm.default, aten.matmul.default, aten.linear.default):
-        return None
+        return
     one, other, *bias = product.args
     if not isinstance(one, Node) or not isinstance(other, Node) or any(each is not None for each in bias):
-        return None
-    left, right = seen_through(one), seen_through(other)
-    if product.target is aten.bmm.default:
-        return left, right
-    if len(right.groups) != 2 or len(left.groups) < 2:
-        return None
-    rows = tuple(each for group in left.groups[:-1] for each in group)
-    summed, columns = right.groups[:: -1 if product.target is aten.linear.default else 1]
-    return replace(left, groups=((), rows, left.groups[-1])), replace(right, groups=((), summed, columns))
+        return
+    for left, right in product_of(sights(one), sights(other)):
+        if product.target is aten.bmm.default:
+            yield left, right
+        elif len(right.groups) == 2 and len(left.groups) > 1:
+            rows = tuple(each for group in left.groups[:-1] for each in group)
+            summed, columns = right.groups[:: -1 if product.target is aten.linear.default else 1]
+            yield replace(left, groups=((), rows, left.groups[-1])), replace(right, groups=((), summed, columns))
 
 
 def _has_ones(seen: Seen) -> bool:

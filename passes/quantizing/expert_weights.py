@@ -18,6 +18,7 @@ from moe_fx.experts import expert_linear
 from moe_fx.formats import Torchao, WeightFormat, stored_form
 from moe_fx.pipeline import Layer, Work
 from moe_fx.program import DerivedWeight, Program, StackedWeight, Weight
+from moe_fx.shapes import tensor_of
 
 __all__ = ["quantize_experts"]
 
@@ -55,23 +56,34 @@ def quantize_experts(work: Work) -> None:
 
 
 def _stack(layer: Layer, program: Program, whole: dict[Node, Node]) -> None:
-    """What is still one weight per expert becomes one tensor; ``whole`` are those of other layers."""
+    """What is still one weight per expert becomes one tensor, and so does what holds the experts side by side in
+    memory, ``[H, I, E]``; ``whole`` are those of other layers.
+    """
     for source in dict.fromkeys(layer.node.args[3]):
         weight = program.weights.get(source)
-        if not isinstance(weight, StackedWeight) and not (isinstance(weight, DerivedWeight) and weight.is_stacked):
+        stacked = isinstance(weight, StackedWeight) or (isinstance(weight, DerivedWeight) and weight.is_stacked)
+        if weight is None or not (stacked or (isinstance(weight, DerivedWeight) and _scattered(source, program))):
             continue
+        name = weight.fqn if stacked else f"{weight.fqn}_experts_first"  # the program has one of its own name
 
         def make(weight: Weight = weight) -> tuple[torch.Tensor, ...]:
-            return (weight.values(),) if weight.has_values else (weight.tensor,)
+            return (weight.values().contiguous(),) if weight.has_values else (weight.tensor,)
 
         if source not in whole:
             (tensor,) = program.remembered(weight, "stack", make)
-            whole[source] = program.add_weight(weight.fqn, tensor, weight.device)
+            whole[source] = program.add_weight(name, tensor, weight.device)
         node = whole[source]
-        layer.names[weight.fqn] = (weight.fqn,)
+        layer.names[weight.fqn] = (name,)
         layer.node.replace_input_with(source, node)
         if not source.users:
             program.release(source)
+
+
+def _scattered(source: Node, program: Program) -> bool:
+    """Whether neither the rows nor the columns of an expert's matrix lie together, as every multiplication wants it."""
+    value = tensor_of(source)
+    matrices = value is not None and value.dim() == 3 and min(value.shape) > 1
+    return matrices and 1 not in value.stride()[-2:] and not program.trains
 
 
 def _plan(layer: Layer, program: Program, rules: FormatRules) -> list[Planned]:

@@ -76,6 +76,8 @@ class Outside(Routes):
         if not self.single or "ids" not in self.bindings:
             return False
         node, place = self.unviewed(node, place)
+        while op_name(node) == "aten::to":
+            node, place = self.unviewed(node.args[0], place)
         if op_name(node) != "aten::index":
             return False
         (index, *others) = arguments(node)["indices"]
@@ -142,6 +144,8 @@ class Outside(Routes):
 
     def expert_value(self, node: Node, place: Place) -> Value | Miss:
         """A parameter of the experts ``[E, ...]``."""
+        if place[0] != (EXPERT,) and op_name(node) == "aten::to":
+            return self.inside(node, place)
         if place[0] != (EXPERT,) or is_view(node):
             step = through(node, place, self.sizes) if is_view(node) else "a parameter with its experts first"
             if isinstance(step, str):
