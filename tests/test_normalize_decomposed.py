@@ -160,8 +160,8 @@ def test_places_written_in_turn_are_stacked_whoever_asks_where_they_hold_somethi
     assert stacks(function, X, Y) == (1, 1)
 
 
-def test_places_that_are_cast_are_stacked_where_the_cast_is_written():
-    assert stacks(written_along(0, (0, 1, 2), dtype=torch.float64), X, Y, Z) == (0, 1)
+def test_places_that_are_cast_are_stacked():
+    assert stacks(written_along(0, (0, 1, 2), dtype=torch.float64), X, Y, Z) == (1, 1)
 
 
 def test_places_that_are_written_to_again_in_between_are_not_stacked():

@@ -245,11 +245,16 @@ def test_results_written_over_parts_are_those_of_sorted_rows(dynamic):
         dict(over=lambda out, e, start, end, rows: slice(out.shape[0] - end, out.shape[0] - start)),
         dict(made=lambda rows: rows.sum(0, keepdim=True)),
         dict(made=lambda rows: rows.flip(0)),
-        dict(dtype=torch.float64),
+        dict(dtype=torch.int64),
     ],
 )
-def test_refuses_results_written_over_other_parts_or_rows_or_in_another_dtype(change):
+def test_refuses_results_written_over_other_parts_or_rows_or_as_whole_numbers(change):
     assert layers(PartAfterPart(**change), torch.randn(6, 8)) == (0, 0)
+
+
+@writes_parts
+def test_results_written_in_a_wider_dtype_are_cast():
+    assert layers(PartAfterPart(dtype=torch.float64), torch.randn(6, 8))[0] == 1
 
 
 class ResultsWritten(torch.nn.Module):
