@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from moe_fx.errors import ProgramError
-from moe_fx.formats import format_from_record
+from moe_fx.formats import Unquantized, format_from_record
 from moe_fx.report import LayerReport, short_name, table
 from moe_fx.transform import report
 
@@ -199,7 +200,7 @@ def _weight_sqnr(
     transformed: ExportedProgram,
     parts: Sequence[str] | None = None,
 ) -> float | None:
-    form = format_from_record(record)
+    form = Unquantized() if record["format"] == Unquantized.__name__ else format_from_record(record)
     held = {**original.state_dict, **original.constants}
     if form is None or any(part not in held for part in parts or (name,)):
         return None
@@ -209,7 +210,9 @@ def _weight_sqnr(
         each = len(tensors) // len(form.tensor_names)
         tensors = [torch.stack(tensors[start : start + each]) for start in range(0, len(tensors), each)]
     stored = form.dequantize(*tensors)
-    return sqnr(stored if stored.shape == weight.shape else stored.transpose(-2, -1), weight)
+    # A parameter's dimensions may stand in any order, and several orders may fit: it is the one that it was stored in.
+    orders = (stored.permute(order) for order in permutations(range(stored.dim())))
+    return max((sqnr(each, weight) for each in orders if each.shape == weight.shape), default=None)
 
 
 def _db(value: float | None) -> str:

@@ -4,6 +4,7 @@ import io
 
 import pytest
 import torch
+from test_weights import ExpertsLast
 from toys import Gathered, export
 
 import moe_fx
@@ -102,3 +103,13 @@ def test_what_cannot_be_compared_is_an_error(program):
         moe_fx.compare(TwoLayers(), program, (x(6),))
     with pytest.raises(moe_fx.ProgramError, match="nothing of `transformed` was written by moe_fx"):
         moe_fx.compare(program, program, (x(6),))
+
+
+@pytest.mark.parametrize("quantize", [None, moe_fx.Int8WeightOnly()])
+def test_weights_are_compared_whatever_the_order_of_their_dimensions(quantize):
+    program = export(ExpertsLast())
+    after = moe_fx.transform(program, moe_fx.Config(quantize=quantize, require=1))
+    (layer,) = moe_fx.compare(program, after, [(x(6),)]).layers
+    assert set(layer.weight_sqnr) == {"up", "down"}
+    for quality in layer.weight_sqnr.values():
+        assert quality == float("inf") if quantize is None else 35 < quality < 60
