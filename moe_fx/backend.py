@@ -49,6 +49,8 @@ Made = dict[Any, tuple[list[tuple[weakref.ref[torch.Tensor], int]], tuple[torch.
 class CapturedWork(Program):
     """A Dynamo graph, traced to ATen. Its inputs stay as they are: the compiled code is called with all of them."""
 
+    gives_up = False
+
     def __init__(self, graph_module: GraphModule, weights: dict[Node, Weight], made: Made, trains: bool) -> None:
         self.graph_module = graph_module
         self.weights = weights

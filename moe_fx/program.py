@@ -162,6 +162,8 @@ class Program(ABC):
     held: Mapping[Node, Weight] = MappingProxyType({})
     #: whether gradients may be asked for: an exported program runs as a forward pass
     trains: bool = False
+    #: whether the memory of weights that nobody reads any longer is given up
+    gives_up: bool = True
     _apart: dict[Node, list[Node]] | None = None
 
     @property

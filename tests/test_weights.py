@@ -309,3 +309,15 @@ def test_what_quantized_weights_were_views_of_is_given_up():
     assert {name for name in after.state_dict if not name.startswith("router")} == {
         "up_qdata", "up_scale", "down_qdata", "down_scale"
     }  # fmt: skip
+
+
+@torch.no_grad()
+def test_compiled_weights_whose_experts_stand_last_stay_the_models_own():
+    model, given = ExpertsLast().bfloat16().eval(), rows().bfloat16()
+    backend = moe_fx.backend(moe_fx.Config(experts="grouped_mm"))
+    compiled = torch.compile(model, backend=backend)
+    for _ in range(2):
+        expected = model(given)
+        assert (compiled(given) - expected).abs().max() <= 2e-2 * expected.abs().max()
+        model.up.mul_(2)
+    assert [len(report.layers) for report in backend.reports] == [1]

@@ -120,6 +120,9 @@ def _native_unfit(rows: Node, tensors: Sequence[Node], form: WeightFormat) -> st
         return "on this CPU moe_fx::grouped_mm multiplies in AMX tiles, from weights as they are stored"
     if any(size % 8 for size in _sizes(tensors, form)):
         return f"aten._grouped_mm needs strides of 16 bytes, weights are {_shape(tensors, form)}: moe_fx::grouped_mm"
+    strides = tensor_of(tensors[0]).stride()
+    if 1 not in strides[-2:]:
+        return f"aten._grouped_mm needs rows or columns that lie together, strides are {strides}: moe_fx::grouped_mm"
     return None
 
 

@@ -83,7 +83,7 @@ def _scattered(source: Node, program: Program) -> bool:
     """Whether neither the rows nor the columns of an expert's matrix lie together, as every multiplication wants it."""
     value = tensor_of(source)
     matrices = value is not None and value.dim() == 3 and min(value.shape) > 1
-    return matrices and 1 not in value.stride()[-2:] and not program.trains
+    return matrices and 1 not in value.stride()[-2:] and program.gives_up
 
 
 def _plan(layer: Layer, program: Program, rules: FormatRules) -> list[Planned]:
