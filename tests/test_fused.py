@@ -254,6 +254,8 @@ def test_rows_in_the_order_of_tiles():
     rows = torch.arange(8.0).reshape(4, 2)
     slots = torch.tensor([[3, 8], [7, 0]])
     assert sort_rows_reference(rows, slots, 2, 8).tolist() == [[2, 3], [0, 0], [6, 7], [0, 1]]
+    wide = torch.arange(16).view(4, 4)
+    assert sort_rows_reference(wide, slots, 2, 8, pairs_apart=True)[2:].tolist() == [[12, 14, 13, 15], [0, 2, 1, 3]]
 
 
 @pytest.mark.parametrize("form", [moe_fx.Int8WeightOnly(), moe_fx.Float8WeightOnly()], ids=repr)
@@ -294,6 +296,9 @@ def test_there_is_a_tile_for_every_product():
                             large = fused_tiles.large_tile_of(product, slots / experts)
                             # What is widened in registers is the left operand.
                             assert large.swap or kind not in ("widened", "int4")
+                    if kind in ("widened", "int4") and fused_tiles.loads_by_descriptor(kind, slots, experts, True):
+                        block = fused_tiles.block_of_rows(kind, slots, experts, True)
+                        assert (kind, two, block) in fused_tiles.IN_REGISTERS or block == 128
 
 
 def test_weights_are_read_for_each_slot_where_few_are_read_twice():

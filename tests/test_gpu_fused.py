@@ -191,7 +191,7 @@ def test_many_rows_per_expert(form, sort, gated, half, monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["none", "int8", "float8", "float8 dynamic", "int4", "int4 of 32", "int4 asymmetric"])
-@pytest.mark.parametrize("tokens", [9, 25, 75, 160, 600, 1200])
+@pytest.mark.parametrize("tokens", [9, 25, 45, 75, 160, 600, 1200])
 def test_the_tiles_of_all_numbers_of_rows(tokens, form):
     layer = Layer(FORMATS[form], torch.bfloat16, tokens=tokens, experts=5, hidden=2048, inner=1920)
     layer.check()
@@ -211,18 +211,20 @@ def test_weights_widened_in_registers(gated, dtype, form, monkeypatch):
     class Spy:
         def __getitem__(self, grid):
             def launch(*operands, **constants):
-                taken.append(constants["WIDE"])
+                taken.append((constants["BITS"], constants["BM"]))
                 return whole[grid](*operands, **constants)
 
             return launch
 
     monkeypatch.setattr(fused_large, "large_gemm_kernel", Spy())
-    for tokens, experts in ((130, 6), (900, 6), (1000, 2)):
+    bits, blocks = (8, (32, 64, 128)) if form == "int8" else (4, (16, 32, 64, 128))
+    for tokens, experts in ((19, 4), (55, 6), (130, 6), (900, 6), (1000, 2)):
         layer = Layer(FORMATS[form], dtype, gated, tokens, experts=experts, hidden=1024, inner=640)
         layer.check("relu" if gated == "none" else "silu")
         layer.check("relu" if gated == "none" else "silu", before=True)
     # Interleaved weights are not loaded by descriptors.
-    assert taken == [True] * (0 if gated == "interleaved" else 12)
+    assert {each[0] for each in taken} == (set() if gated == "interleaved" else {bits})
+    assert gated == "interleaved" or {each[1] for each in taken} == set(blocks)
 
 
 def test_weights_may_lie_anywhere():
@@ -337,14 +339,15 @@ def test_pairs_apart(block):
         torch.testing.assert_close(sums, exact, rtol=1e-5, atol=1e-4)
 
 
-def test_rows_in_the_order_of_tiles():
+@pytest.mark.parametrize("pairs_apart", [False, True])
+def test_rows_in_the_order_of_tiles(pairs_apart):
     rows = torch.randn(400, 5000, device="cuda").bfloat16()
     slots, _, _, count = route(torch.randint(0, 5, (400, 2), device="cuda"), 5, 128)
     poison()
-    actual = triton_rows.sort_rows(rows, slots, count, 2, 800)
+    actual = triton_rows.sort_rows(rows, slots, count, 2, 800, pairs_apart)
     slots[int(count) :] = 800
     there = (slots < 800).flatten()
-    expected = triton_rows.sort_rows_reference(rows, slots, 2, 800)
+    expected = triton_rows.sort_rows_reference(rows, slots, 2, 800, pairs_apart)
     assert torch.equal(actual[there], expected[there])
 
 

@@ -1,4 +1,4 @@
-"""Launches for many rows per expert: tensor descriptors, rows sorted into tiles or gathered, tiles of 128 rows."""
+"""Launches for many rows per expert: tensor descriptors, and rows sorted into tiles or gathered."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import torch
 from moe_fx.kernels.fused_projection import Projection, Routing, in_registers, operands, output_width, widened
 from moe_fx.kernels.fused_tiles import SORT_ABOVE, LargeTile, Product, large_tile_of, loads_by_descriptor, widens_first
 from moe_fx.kernels.triton_large import large_gemm_kernel
-from moe_fx.kernels.triton_or_none import INTERPRETED, is_opaque, wrapped
-from moe_fx.kernels.triton_rows import quantize_rows, sort_rows, split_pairs, sum_slots
+from moe_fx.kernels.triton_or_none import INTERPRETED, is_opaque, overlapped, overlaps
+from moe_fx.kernels.triton_rows import quantize_rows, sort_rows, sum_slots
 
-__all__ = ["as_read", "large_gemm", "rows_for", "run_large", "run_linear_large", "takes_descriptors"]
+__all__ = [
+    "as_read", "in_pairs", "large_gemm", "product_of", "rows_for", "run_large", "run_linear_large", "takes_descriptors",
+]  # fmt: skip
 
 
 def takes_descriptors(
@@ -48,22 +50,24 @@ def large_gemm(
     """For each slot, its row times its expert's weights: see :func:`moe_fx.kernels.triton_large.large_gemm_kernel`.
 
     Args:
-        rows: ``[*, K]``, gathered by the kernel, or ``[B * BM, K]`` in the order of the tiles.
+        rows: ``[*, K]``, gathered by the kernel, or ``[B * BM, K]`` in the order of the tiles; with the even
+            columns first where weights are widened in registers.
         row_scale: float32, of the rows before they were sorted; in their order if ``sorted_rows`` is "in".
         sorted_rows: "out": the result is ``[B * BM, N]`` in the order of the tiles; otherwise ``[S, N]``.
-        pairs_apart: the result has its even columns first, as rows have that are multiplied by int4 weights.
+        pairs_apart: the result has its even columns first.
     """
     assert routing.tiles is not None
     slots, tile_expert, tile_group, tile_count = routing.tiles
     given = operands(projection, routing.ids)
-    two, block_m, block_k = given.two, routing.block, 128 // rows.element_size()
-    wide = _stored(projection, rows)
-    kind = projection.kind if wide or projection.kind == "dynamic" else "plain"
+    bits, pairs = bits_of(projection, rows.dtype), in_pairs(projection, rows.dtype, routing.block)
     if tile is None:
-        product = Product(kind, two, block_m, given.width, rows.shape[1])
-        tile = large_tile_of(product, routing.ids.numel() / routing.num_experts)
-    weight = _descriptor(given.weight, tile.block_n, block_k)
-    other = weight if given.other is given.weight else _descriptor(given.other, tile.block_n, block_k)
+        tile = large_tile_of(product_of(projection, rows, routing), routing.ids.numel() / routing.num_experts)
+    block_m, block_k = routing.block, _step(projection, rows, pairs)
+    stored, other_stored = given.weight, given.other
+    if bits == 8 and pairs:
+        stored, other_stored = stored.view(torch.int16), other_stored.view(torch.int16)
+    weight = _descriptor(stored, tile.block_n, block_k)
+    other = weight if given.other is given.weight else _descriptor(other_stored, tile.block_n, block_k)
     left = rows if gather else _descriptor(rows, block_m, block_k)
     half = rows if gather else _descriptor(rows, block_m // 2, block_k)
     num_slots = routing.ids.numel()
@@ -71,20 +75,48 @@ def large_gemm(
     grid = slots.shape[0] * -(-given.width // tile.block_n)
     if tile.persistent:
         grid = min(grid, tile.persistent * multiprocessors(rows.device))
-    wrapped(large_gemm_kernel)[(grid,)](
+    overlapped(large_gemm_kernel)[(grid,)](
         left, half, weight, other, out, row_scale, given.scale, given.other_scale, given.bias, given.other_bias,
         routing.ids if slot is None else slot, slots, tile_expert, tile_group, tile_count,
         num_slots, given.width, rows.shape[1], row_div, rows.stride(0), given.weight_rows, given.gate_row, given.up_row,
         given.weight.shape[0] * given.weight_rows - 1,
-        ALPHA=alpha, LIMIT=limit, FMT="plain" if projection.form == "none" else projection.kind, TWO=two,
+        ALPHA=alpha, LIMIT=limit, FMT="plain" if projection.form == "none" else projection.kind, TWO=given.two,
         ACT=activation, SLOT=0 if slot is None else 1 if slot_before else 2, BIAS=bool(projection.bias),
-        GATHER=gather, SORTED=sorted_rows, WIDE=wide, PAIRS_APART=pairs_apart,
-        GROUP=rows.shape[1] // given.scale.shape[-1] if kind == "int4" else 0,
-        HALF=tile.half, PERSISTENT=bool(tile.persistent), ASM=not INTERPRETED,
+        GATHER=gather, SORTED=sorted_rows, BITS=bits, PAIRS=pairs, PAIRS_APART=pairs_apart,
+        GROUP=rows.shape[1] // given.scale.shape[-1] if bits == 4 else 0,
+        HALF=tile.half, PERSISTENT=bool(tile.persistent), ASM=not INTERPRETED, OVERLAP=overlaps(),
         BM=block_m, BN=tile.block_n, BK=block_k, GROUP_M=tile.group_m, SWAP=tile.swap,
         INT=rows.dtype is torch.int8, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
+
+
+def product_of(projection: Projection, rows: torch.Tensor, routing: Routing) -> Product:
+    """What tiles are tuned for; widened beforehand, weights are "plain"."""
+    given = operands(projection, routing.ids)
+    stored = projection.kind == "dynamic" or bits_of(projection, rows.dtype) > 0
+    return Product(projection.kind if stored else "plain", given.two, routing.block, given.width, rows.shape[1])
+
+
+def bits_of(projection: Projection, dtype: torch.dtype) -> int:
+    """Of weights that tiles widen in registers, for rows of ``dtype``, the bits of one; else 0."""
+    if projection.kind == "dynamic" or projection.tensors[0].element_size() == dtype.itemsize:
+        return 0
+    return 4 if projection.kind == "int4" else 8
+
+
+def in_pairs(projection: Projection, dtype: torch.dtype, block: int) -> bool:
+    """Whether weights are read as words of two of them: int4; and int8, in tiles of few rows, as 16 bits are widened
+    by fewer instructions, but rows of many tiles are then read in two parts.
+    """
+    bits = bits_of(projection, dtype)
+    return bits == 4 or (bits == 8 and block < 128)
+
+
+def _step(projection: Projection, rows: torch.Tensor, pairs: bool) -> int:
+    """How many inputs, or words of two weights, are a step of the loop: 128 bytes of rows, or half of that."""
+    most = 128 // rows.element_size()
+    return most if projection.kind == "int4" or not pairs or rows.shape[1] % (2 * most) == 0 else most // 2
 
 
 def run_large(
@@ -98,11 +130,11 @@ def run_large(
     read = as_read(up, dtype, routing)
     rows, scale = rows_for(read, tokens, ids)
     if not (gather := _gathers(read, rows)):
-        rows = sort_rows(rows, slots, tile_count, ids.shape[1], num_slots)
+        rows = sort_rows(rows, slots, tile_count, ids.shape[1], num_slots, in_pairs(read, dtype, routing.block))
     inner = large_gemm(
         rows, scale, read, routing, ids.shape[1], gather=gather, sorted_rows="out", dtype=dtype,
         activation=activation, alpha=alpha, limit=limit, slot=slot if slot_before else None, slot_before=True,
-        pairs_apart=down.kind == "int4" and not _widens(down, dtype, routing),
+        pairs_apart=in_pairs(down, dtype, routing.block) and not _widens(down, dtype, routing),
     )  # fmt: skip
     del read  # what was widened is freed
     scale = ids
@@ -121,8 +153,9 @@ def run_linear_large(rows: torch.Tensor, projection: Projection, routing: Routin
     dtype, (slots, _, _, tile_count) = rows.dtype, routing.tiles
     read = as_read(projection, dtype, routing)
     rows, scale = rows_for(read, rows, routing.ids)
-    if not (gather := not _stored(read, rows)):
-        rows = sort_rows(rows, slots, tile_count, row_div, routing.ids.numel())
+    if not (gather := bits_of(read, rows.dtype) == 0):
+        pairs = in_pairs(read, dtype, routing.block)
+        rows = sort_rows(rows, slots, tile_count, row_div, routing.ids.numel(), pairs)
     return large_gemm(rows, scale, read, routing, row_div, gather=gather, sorted_rows="", dtype=dtype)
 
 
@@ -141,15 +174,10 @@ def rows_for(projection: Projection, rows: torch.Tensor, ids: torch.Tensor) -> t
     """Rows as a projection multiplies them, and their scale; ids where there is none."""
     if projection.kind == "dynamic":
         return quantize_rows(rows, projection.tensors[0].dtype)
-    return split_pairs(rows, 0)[0] if projection.kind == "int4" else rows, ids
-
-
-def _stored(projection: Projection, rows: torch.Tensor) -> bool:
-    """Whether weights are left to be widened in registers, by tiles that load their rows by descriptors as well."""
-    return projection.tensors[0].element_size() < rows.element_size()
+    return rows, ids
 
 
 def _gathers(projection: Projection, rows: torch.Tensor) -> bool:
     """Whether the kernel gathers rows; a copy of them in their order pays if each is read by many tiles."""
     few = output_width(projection) // (2 if projection.gated in ("gate_up", "up_gate") else 1) < SORT_ABOVE
-    return not _stored(projection, rows) and (few or rows.stride(0) * rows.element_size() % 16 != 0)
+    return bits_of(projection, rows.dtype) == 0 and (few or rows.stride(0) * rows.element_size() % 16 != 0)

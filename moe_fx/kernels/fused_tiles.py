@@ -41,7 +41,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class LargeTile:
-    """A tile of 128 rows, 128 bytes of inputs at a time, loaded by descriptors; otherwise as :class:`Tile`.
+    """A tile that is loaded by descriptors, 128 bytes of inputs at a time; otherwise as :class:`Tile`.
 
     Attributes:
         half: an expert's last tile is computed by half where it holds no more.
@@ -156,6 +156,21 @@ LARGE: dict[tuple[str, bool], tuple[tuple[float, LargeTile], ...]] = {
     ("int4", False): ((640, LargeTile(128, 3, 4, swap=True, half=True)), (inf, LargeTile(128, 3, 4, swap=True))),
     ("int4", True): ((640, LargeTile(64, 3, 4, swap=True, half=True)), (inf, LargeTile(64, 3, 4, swap=True))),
 }  # fmt: skip
+#: the same of fewer rows, of weights that are widened in registers
+IN_REGISTERS: dict[tuple[str, bool, int], LargeTile] = {
+    ("widened", False, 32): LargeTile(128, 3, 4, swap=True),
+    ("widened", False, 64): LargeTile(128, 3, 4, swap=True),
+    ("widened", True, 32): LargeTile(128, 3, 4, swap=True),
+    ("widened", True, 64): LargeTile(128, 3, 4, swap=True),
+    ("int4", False, 16): LargeTile(128, 3, 4, swap=True),
+    ("int4", False, 32): LargeTile(128, 3, 4, swap=True),
+    ("int4", False, 64): LargeTile(128, 3, 4, swap=True),
+    ("int4", True, 16): LargeTile(64, 3, 4, swap=True),
+    ("int4", True, 32): LargeTile(128, 3, 4, swap=True),
+    ("int4", True, 64): LargeTile(64, 3, 4, swap=True),
+}
+#: the fewest rows per tile for which weights are
+REGISTERS_FROM = {"widened": 32, "int4": 16}
 #: for a single product of few steps along K, of which the beginning and the end overlap with other tiles' steps
 SHORT = LargeTile(128, 3, 4, persistent=2)
 SHORT_STEPS = 16
@@ -174,8 +189,10 @@ BLOCKS = {
     "widened": ((8, 5), (16, 12), (32, 32), (64, 80)),
     "int4": ((8, 5), (16, 12), (32, 32), (64, 80)),
 }
-#: the same where weights can be widened in registers, by tiles of 128 rows that are loaded by descriptors
-BLOCKS_IN_REGISTERS = {"widened": ((8, 5), (16, 12), (32, 24)), "int4": ((8, 5), (16, 12), (32, 20))}
+#: the same where weights can be widened in registers, by tiles that are loaded by descriptors
+BLOCKS_IN_REGISTERS = {
+    "widened": ((8, 5), (16, 12), (32, 24), (64, 48)), "int4": ((8, 5), (16, 10), (32, 24), (64, 48)),
+}  # fmt: skip
 #: up to how many rows of an expert that is hit they are multiplied in digits
 DIGITS_BELOW = 2.5
 
@@ -229,8 +246,10 @@ def block_of_rows(kind: str, num_slots: int, num_experts: int, in_registers: boo
 
 def loads_by_descriptor(kind: str, num_slots: int, num_experts: int, in_registers: bool = False) -> bool:
     """Whether there are rows enough for tiles that are loaded by descriptors, which only opaque ops can make."""
-    many = num_slots > FEW_SLOTS and block_of_rows(kind, num_slots, num_experts, in_registers) == 128
-    return many and (kind in ("plain", "dynamic") or in_registers or widens_first(kind, num_slots, num_experts))
+    block = block_of_rows(kind, num_slots, num_experts, in_registers)
+    if num_slots <= FEW_SLOTS or block < (REGISTERS_FROM[kind] if in_registers else 128):
+        return False
+    return kind in ("plain", "dynamic") or in_registers or widens_first(kind, num_slots, num_experts)
 
 
 def widens_first(kind: str, num_slots: int, num_experts: int, in_registers: bool = False) -> bool:
@@ -280,6 +299,8 @@ def large_tile_of(product: Product, rows: float) -> LargeTile:
     known = TUNED_LARGE.get(large_product(product, rows))
     if known is not None:
         return known
+    if (product.kind, product.two, product.rows) in IN_REGISTERS:
+        return IN_REGISTERS[product.kind, product.two, product.rows]
     sizes = {"plain": 2, "dynamic": 1}
     if not product.two and product.inputs * sizes.get(product.kind, inf) <= SHORT_STEPS * 128:
         return SHORT

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from moe_fx.kernels.triton_epilogue import activated, gated, of_columns, rescaled
 from moe_fx.kernels.triton_gemm import tile_place
-from moe_fx.kernels.triton_or_none import jit, tl
-from moe_fx.kernels.triton_unpack import dot, pairs_to_float, products_done
+from moe_fx.kernels.triton_or_none import after_previous, before_next, jit, tl
+from moe_fx.kernels.triton_rows import store_columns
+from moe_fx.kernels.triton_unpack import dot, products_done, word_to_float
 
 __all__ = ["large_gemm_kernel"]
 
@@ -22,7 +23,7 @@ __all__ = ["large_gemm_kernel"]
 @jit()
 def _large_products(
     a, a_ptrs, w, u, row, first, first_up, there, K, acc, acc_up,
-    WIDE: tl.constexpr, TWO: tl.constexpr, GATHER: tl.constexpr, SWAP: tl.constexpr, ASM: tl.constexpr,
+    BITS: tl.constexpr, TWO: tl.constexpr, GATHER: tl.constexpr, SWAP: tl.constexpr, ASM: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
     """acc and acc_up, and what the rows from ``row`` on (or at a_ptrs, if GATHER) make with those of w and u."""
@@ -33,16 +34,16 @@ def _large_products(
             rows = tl.load(a_ptrs + k0, mask=there[:, None], other=0.0)
         else:
             rows = a.load([row, k0])
-        if WIDE:
+        if BITS != 0:
             products_done(ASM)
         # Both weights are widened ahead of both products, which follow one another without a pause.
         weights = w.load([first, k0])
-        if WIDE:
-            weights = pairs_to_float(weights, rows.dtype, "whole", ASM)
+        if BITS != 0:
+            weights = word_to_float(weights, rows.dtype, BITS, 0, ASM)
         if TWO:
             weights_up = u.load([first_up, k0])
-            if WIDE:
-                weights_up = pairs_to_float(weights_up, rows.dtype, "whole", ASM)
+            if BITS != 0:
+                weights_up = word_to_float(weights_up, rows.dtype, BITS, 0, ASM)
         acc = dot(rows, weights, acc, SWAP, False)
         if TWO:
             acc_up = dot(rows, weights_up, acc_up, SWAP, False)
@@ -50,41 +51,60 @@ def _large_products(
 
 
 @jit()
-def _int4_weights(w, first, k0, scale, dtype: tl.constexpr, ASM: tl.constexpr):
-    """The even and the odd inputs' weights of BK bytes, as :func:`moe_fx.kernels.triton_widen.widen_int4` has them."""
-    packed = w.load([first, k0])
-    low = pairs_to_float(packed, dtype, "low", ASM) * scale[:, None]
-    high = pairs_to_float(packed, dtype, "high", ASM) * scale[:, None]
-    return low, high
+def _pair(w, dtype: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+    return word_to_float(w, dtype, BITS, 0, ASM), word_to_float(w, dtype, BITS, 1, ASM)
 
 
 @jit()
-def _large_int4_products(
+def _pair_products(
     a, w, u, w_scale, u_scale, row, first, first_up, last, K, acc, acc_up,
-    TWO: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    TWO: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALE_ACC: tl.constexpr, ASM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """The same for int4: rows have their even inputs first, then the odd ones, and a step is within a group."""
+    """The same for words of two weights, which are widened: rows have their even inputs first, then the odd ones.
+
+    GROUP (int4): a step is within so many inputs, whose scale multiplies the products of few rows (SCALE_ACC), or the
+    weights of many.
+    """
     half = K // 2
-    groups = K // GROUP
     tl.assume(half > 0)
-    n = tl.arange(0, BN)
-    # Rows beyond the last weight's are of no use, and have no scale.
-    scales = w_scale + tl.minimum(first + n, last).to(tl.int64) * groups
-    scales_up = u_scale + tl.minimum(first_up + n, last).to(tl.int64) * groups
+    if GROUP != 0:
+        groups = K // GROUP
+        n = tl.arange(0, BN)
+        # Rows beyond the last weight's are of no use, and have no scale.
+        scales = w_scale + tl.minimum(first + n, last).to(tl.int64) * groups
+        scales_up = u_scale + tl.minimum(first_up + n, last).to(tl.int64) * groups
     for k0 in range(0, half, BK):
         even = a.load([row, k0])
         odd = a.load([row, k0 + half])
         products_done(ASM)
-        group = k0 * 2 // GROUP
-        low, high = _int4_weights(w, first, k0, tl.load(scales + group), even.dtype, ASM)
+        low, high = _pair(w.load([first, k0]), even.dtype, BITS, ASM)
         if TWO:
-            low_up, high_up = _int4_weights(u, first_up, k0, tl.load(scales_up + group), even.dtype, ASM)
-        acc = dot(even, low, acc, True, False)
-        if TWO:
-            acc_up = dot(even, low_up, acc_up, True, False)
-        acc = dot(odd, high, acc, True, False)
-        if TWO:
-            acc_up = dot(odd, high_up, acc_up, True, False)
+            low_up, high_up = _pair(u.load([first_up, k0]), even.dtype, BITS, ASM)
+        if GROUP != 0:
+            scale = tl.load(scales + k0 * 2 // GROUP)
+            if TWO:
+                scale_up = tl.load(scales_up + k0 * 2 // GROUP)
+        if SCALE_ACC:
+            part = dot(odd, high, dot(even, low, tl.zeros(acc.shape, tl.float32), True, False), True, False)
+            if TWO:
+                part_up = tl.zeros(acc.shape, tl.float32)
+                part_up = dot(odd, high_up, dot(even, low_up, part_up, True, False), True, False)
+                acc_up += part_up * scale_up.to(tl.float32)[:, None]
+            acc += part * scale.to(tl.float32)[:, None]
+        else:
+            if GROUP != 0:
+                low *= scale[:, None]
+                high *= scale[:, None]
+                if TWO:
+                    low_up *= scale_up[:, None]
+                    high_up *= scale_up[:, None]
+            acc = dot(even, low, acc, True, False)
+            if TWO:
+                acc_up = dot(even, low_up, acc_up, True, False)
+            acc = dot(odd, high, acc, True, False)
+            if TWO:
+                acc_up = dot(odd, high_up, acc_up, True, False)
     return acc, acc_up
 
 
@@ -93,8 +113,8 @@ def _large_tile(
     a, w, u, out, a_scale, w_scale, u_scale, w_bias, u_bias, slot_weight, slots,
     S, N, K, row_div, a_stride, w_rows, gate_row, up_row, last, row, pid_n, expert,
     ALPHA: tl.constexpr, LIMIT: tl.constexpr, FMT: tl.constexpr, TWO: tl.constexpr, ACT: tl.constexpr,
-    SLOT: tl.constexpr, BIAS: tl.constexpr, GATHER: tl.constexpr, SORTED: tl.constexpr, WIDE: tl.constexpr,
-    GROUP: tl.constexpr, PAIRS_APART: tl.constexpr, ASM: tl.constexpr,
+    SLOT: tl.constexpr, BIAS: tl.constexpr, GATHER: tl.constexpr, SORTED: tl.constexpr, BITS: tl.constexpr,
+    PAIRS: tl.constexpr, GROUP: tl.constexpr, PAIRS_APART: tl.constexpr, ASM: tl.constexpr, OVERLAP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr, INT: tl.constexpr,
 ):  # fmt: skip
     """The BM places from ``row`` on, times the columns of ``pid_n``."""
@@ -105,10 +125,10 @@ def _large_tile(
     first = expert * w_rows + pid_n * BN
     acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.int32 if INT else tl.float32)
     acc_up = acc
-    if GROUP != 0:
-        acc, acc_up = _large_int4_products(
+    if PAIRS:
+        acc, acc_up = _pair_products(
             a, w, u, w_scale, u_scale, row, first + gate_row, first + up_row, last, K, acc, acc_up,
-            TWO, GROUP, ASM, BN, BK,
+            TWO, BITS, GROUP, GROUP != 0 and BM <= 32, ASM, BN, BK,
         )  # fmt: skip
     else:
         a_ptrs = a
@@ -116,13 +136,14 @@ def _large_tile(
             a_ptrs = a + source[:, None] * a_stride + tl.arange(0, BK)[None, :]
         acc, acc_up = _large_products(
             a, a_ptrs, w, u, row, first + gate_row, first + up_row, there, K, acc, acc_up,
-            WIDE, TWO, GATHER, SWAP, ASM, BK,
+            BITS, TWO, GATHER, SWAP, ASM, BK,
         )  # fmt: skip
+    # Not before: programs of the next kernel that were set up while some of this one's had ended would crowd there.
+    before_next(OVERLAP)
     if SWAP:
         acc = tl.trans(acc)
         acc_up = tl.trans(acc_up)
-    columns = pid_n * BN + tl.arange(0, BN)
-    column = tl.minimum(columns, N - 1)
+    column = tl.minimum(pid_n * BN + tl.arange(0, BN), N - 1)
     scale_at = row + m if SORTED == "in" else source
     row_scale = tl.load(a_scale + scale_at, mask=there, other=0.0) if FMT == "dynamic" else 1.0
     weight = tl.load(slot_weight + slot, mask=there, other=0.0).to(tl.float32) if SLOT != 0 else 1.0
@@ -136,16 +157,8 @@ def _large_tile(
     else:
         acc = activated(acc, ACT)
     place = row + m if SORTED == "out" else slot
-    to = out + place.to(tl.int64)[:, None] * N
     result = acc.to(out.dtype.element_ty)
-    if PAIRS_APART:
-        even, odd = tl.split(tl.reshape(result, (BM, BN // 2, 2)))
-        c = pid_n * (BN // 2) + tl.arange(0, BN // 2)
-        stored = there[:, None] & (c < N // 2)[None, :]
-        tl.store(to + c[None, :], even, mask=stored)
-        tl.store(to + (N // 2 + c)[None, :], odd, mask=stored)
-    else:
-        tl.store(to + columns[None, :], result, mask=there[:, None] & (columns < N)[None, :])
+    store_columns(out + place.to(tl.int64) * N, pid_n * BN, result, there, N, PAIRS_APART)
 
 
 @jit(do_not_specialize=("S",))
@@ -154,20 +167,21 @@ def large_gemm_kernel(
     slots, tile_expert, tile_group, tile_count,
     S, N, K, row_div, a_stride, w_rows, gate_row, up_row, last,
     ALPHA: tl.constexpr, LIMIT: tl.constexpr, FMT: tl.constexpr, TWO: tl.constexpr, ACT: tl.constexpr,
-    SLOT: tl.constexpr, BIAS: tl.constexpr, GATHER: tl.constexpr, SORTED: tl.constexpr, WIDE: tl.constexpr,
-    GROUP: tl.constexpr, PAIRS_APART: tl.constexpr, HALF: tl.constexpr, PERSISTENT: tl.constexpr, ASM: tl.constexpr,
+    SLOT: tl.constexpr, BIAS: tl.constexpr, GATHER: tl.constexpr, SORTED: tl.constexpr, BITS: tl.constexpr,
+    PAIRS: tl.constexpr, GROUP: tl.constexpr, PAIRS_APART: tl.constexpr, HALF: tl.constexpr, PERSISTENT: tl.constexpr,
+    ASM: tl.constexpr, OVERLAP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr, INT: tl.constexpr,
 ):  # fmt: skip
-    """As expert_gemm_kernel, for rows and weights of one dtype; or, if WIDE, for weights of one byte or (GROUP) int4.
+    """As expert_gemm_kernel, for rows and weights of one dtype; or for weights of BITS, which are widened in registers.
 
     a: rows [*, K] of which slot s has row s // row_div (GATHER), or a descriptor of rows in the order of ``slots``, in
     blocks [BM, BK]; a_half: the same in blocks of half as many rows. SORTED: "out" if the result is in that order, "in"
     if a_scale is (otherwise it goes with the rows before they were sorted). w, u: descriptors of [E * w_rows, K] in
-    blocks [BN, BK] (int4: of bytes). WIDE: these are widened in registers, SWAP being set. GROUP: how many inputs share
-    a scale of int4; rows have the even inputs first, then the odd ones, as the result has its columns if PAIRS_APART.
-    last: the last row of w or u. PERSISTENT: as many programs as run at once, each taking many tiles; otherwise one for
-    each.
+    blocks [BN, BK], of weights or (PAIRS) of words of two; rows then have their even inputs first, as the result has
+    its even columns if PAIRS_APART. GROUP: how many inputs share a scale of int4. last: the last row of w or u.
+    PERSISTENT: as many programs as run at once, each taking many tiles; otherwise one for each.
     """
+    after_previous(OVERLAP)
     pid = tl.program_id(0)
     num_n = tl.cdiv(N, BN)
     total = tl.load(tile_count) * num_n
@@ -177,8 +191,8 @@ def large_gemm_kernel(
             _large_tile(
                 a, w, u, out, a_scale, w_scale, u_scale, w_bias, u_bias, slot_weight, slots,
                 S, N, K, row_div, a_stride, w_rows, gate_row, up_row, last, pid_m * BM, pid_n,
-                tl.load(tile_expert + pid_m), ALPHA, LIMIT, FMT, TWO, ACT, SLOT, BIAS, GATHER, SORTED, WIDE, GROUP,
-                PAIRS_APART, ASM, BM, BN, BK, SWAP, INT,
+                tl.load(tile_expert + pid_m), ALPHA, LIMIT, FMT, TWO, ACT, SLOT, BIAS, GATHER, SORTED, BITS, PAIRS,
+                GROUP, PAIRS_APART, ASM, False, BM, BN, BK, SWAP, INT,
             )  # fmt: skip
     else:
         if pid >= total:
@@ -190,13 +204,13 @@ def large_gemm_kernel(
                 _large_tile(
                     a_half, w, u, out, a_scale, w_scale, u_scale, w_bias, u_bias, slot_weight, slots,
                     S, N, K, row_div, a_stride, w_rows, gate_row, up_row, last, pid_m * BM, pid_n, expert,
-                    ALPHA, LIMIT, FMT, TWO, ACT, SLOT, BIAS, GATHER, SORTED, WIDE, GROUP, PAIRS_APART, ASM,
-                    BM // 2, BN, BK, SWAP, INT,
+                    ALPHA, LIMIT, FMT, TWO, ACT, SLOT, BIAS, GATHER, SORTED, BITS, PAIRS, GROUP, PAIRS_APART, ASM,
+                    OVERLAP, BM // 2, BN, BK, SWAP, INT,
                 )  # fmt: skip
                 return
         _large_tile(
             a, w, u, out, a_scale, w_scale, u_scale, w_bias, u_bias, slot_weight, slots,
             S, N, K, row_div, a_stride, w_rows, gate_row, up_row, last, pid_m * BM, pid_n, expert,
-            ALPHA, LIMIT, FMT, TWO, ACT, SLOT, BIAS, GATHER, SORTED, WIDE, GROUP, PAIRS_APART, ASM,
+            ALPHA, LIMIT, FMT, TWO, ACT, SLOT, BIAS, GATHER, SORTED, BITS, PAIRS, GROUP, PAIRS_APART, ASM, OVERLAP,
             BM, BN, BK, SWAP, INT,
         )  # fmt: skip

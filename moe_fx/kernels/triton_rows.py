@@ -5,20 +5,11 @@ from __future__ import annotations
 import torch
 
 from moe_fx.formats.per_channel import LARGEST_ACTIVATION, SMALLEST_SCALE, quantize_activations
-from moe_fx.kernels.triton_or_none import (
-    INTERPRETED,
-    after_previous,
-    before_next,
-    jit,
-    overlapped,
-    overlaps,
-    tl,
-    wrapped,
-)
+from moe_fx.kernels.triton_or_none import INTERPRETED, after_previous, before_next, jit, overlapped, overlaps, tl
 
 __all__ = [
     "apart", "quantize_rows", "quantize_rows_reference", "scale_of_largest", "sort_rows", "sort_rows_reference",
-    "split_pairs", "split_pairs_reference", "sum_slots", "sum_slots_reference",
+    "split_pairs", "split_pairs_reference", "store_columns", "sum_slots", "sum_slots_reference",
 ]  # fmt: skip
 
 
@@ -148,37 +139,64 @@ def split_pairs(rows: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Ten
     return out, sums
 
 
-def sort_rows_reference(rows: torch.Tensor, slots: torch.Tensor, row_div: int, num_slots: int) -> torch.Tensor:
-    """``[B * BM, N]``: the row ``slot // row_div`` of each slot of ``slots [B, BM]``; elsewhere, here, zero."""
+@jit()
+def store_columns(to, first, values, there, N, PAIRS_APART: tl.constexpr):
+    """The columns [R, C] from ``first`` on of rows [R] (there) of N columns that begin at ``to`` [R]."""
+    C: tl.constexpr = values.shape[1]
+    if PAIRS_APART:
+        even, odd = tl.split(tl.reshape(values, (values.shape[0], C // 2, 2)))
+        column = first // 2 + tl.arange(0, C // 2)[None, :]
+        mask = there[:, None] & (column < N // 2)
+        tl.store(to[:, None] + column, even, mask=mask)
+        tl.store(to[:, None] + (column + N // 2), odd, mask=mask)
+    else:
+        column = first + tl.arange(0, C)[None, :]
+        tl.store(to[:, None] + column, values, mask=there[:, None] & (column < N))
+
+
+def sort_rows_reference(
+    rows: torch.Tensor, slots: torch.Tensor, row_div: int, num_slots: int, pairs_apart: bool = False
+) -> torch.Tensor:
+    """``[B * BM, N]``: the row ``slot // row_div`` of each slot of ``slots [B, BM]``; elsewhere, here, zero.
+
+    pairs_apart: with the even columns first, then the odd ones.
+    """
     flat = slots.reshape(-1).long()
     there = flat < num_slots
+    rows = apart(rows) if pairs_apart else rows
     return torch.where(there.unsqueeze(-1), rows[torch.where(there, flat, 0) // row_div], 0)
 
 
 @jit(do_not_specialize=("S",))
-def sort_rows_kernel(rows, slots, tile_count, out, S, N, row_div, stride, BM: tl.constexpr, BLOCK: tl.constexpr):
+def sort_rows_kernel(rows, slots, tile_count, out, S, N, row_div, stride, PAIRS_APART: tl.constexpr,
+                     BM: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """BLOCK columns of one place of a tile per program."""
+    after_previous(OVERLAP)
+    before_next(OVERLAP)
     r = tl.program_id(0)
     if r // BM >= tl.load(tile_count):
         return
     slot = tl.load(slots + r)
     if slot >= S:
         return
-    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(1) * BLOCK
+    n = first + tl.arange(0, BLOCK)
     row = tl.load(rows + (slot // row_div).to(tl.int64) * stride + n, mask=n < N)
-    tl.store(out + r.to(tl.int64) * N + n, row, mask=n < N)
+    one = tl.arange(0, 1)
+    store_columns(out + (one + r).to(tl.int64) * N, first, row[None, :], one == 0, N, PAIRS_APART)
 
 
 def sort_rows(
-    rows: torch.Tensor, slots: torch.Tensor, tile_count: torch.Tensor, row_div: int, num_slots: int
-) -> torch.Tensor:
+    rows: torch.Tensor, slots: torch.Tensor, tile_count: torch.Tensor, row_div: int, num_slots: int,
+    pairs_apart: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """As :func:`sort_rows_reference`, in one kernel; what is no slot's, or in no tile, is left unwritten."""
     width = rows.shape[1]
     out = rows.new_empty((slots.numel(), width))
     block = min(1 << (width - 1).bit_length(), 4096)
-    wrapped(sort_rows_kernel)[(slots.numel(), -(-width // block))](
+    overlapped(sort_rows_kernel)[(slots.numel(), -(-width // block))](
         rows, slots, tile_count, out, num_slots, width, row_div, rows.stride(0),
-        BM=slots.shape[1], BLOCK=block, num_warps=4,
+        PAIRS_APART=pairs_apart, BM=slots.shape[1], BLOCK=block, OVERLAP=overlaps(), num_warps=4,
     )  # fmt: skip
     return out
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from moe_fx.kernels.triton_or_none import jit, tl
 
-__all__ = ["dot", "int8_to_float", "nibbles", "nibbles_as_bytes", "pairs_to_float", "products_done", "widened"]
+__all__ = ["dot", "int8_to_float", "nibbles", "nibbles_as_bytes", "products_done", "widened", "word_to_float"]
 
 
 @jit()
@@ -67,59 +67,42 @@ def products_done(ASM: tl.constexpr):
 
 
 @jit()
-def pairs_to_float(w, dtype: tl.constexpr, PART: tl.constexpr, ASM: tl.constexpr):
-    """Bytes as dtype, two at a time, as a matrix instruction holds its left operand in registers.
+def word_to_float(w, dtype: tl.constexpr, BITS: tl.constexpr, PART: tl.constexpr, ASM: tl.constexpr):
+    """Of words of 8 or 16 bits that hold integers of BITS: those at place PART, as dtype.
 
-    PART: "whole", of int8; "low" or "high", what four bits of a byte mean.
+    Two words side by side, in a register, become two results in one, as a matrix instruction takes its left operand.
+    Words of 16 bits lie there as their results do, and need only be shifted.
     """
+    SHIFT: tl.constexpr = BITS * PART
     if not ASM:
-        if PART == "whole":
-            return w.to(dtype)
+        if BITS == 8:
+            return ((((w.to(tl.int32) >> SHIFT) & 255) ^ 128) - 128).to(tl.float32).to(dtype)
         else:
-            nibble = (w >> 4) if PART == "high" else w & 15
-            return (nibble.to(tl.float32) - 8.0).to(dtype)
-    elif PART == "whole":
-        if dtype == tl.bfloat16:
-            return tl.inline_asm_elementwise(
-                """
-                {
-                .reg .b32 t, a, b;
-                cvt.u32.u16 t, $1;
-                prmt.b32 t, t, 0, 0x4140;
-                lop3.b32 a, t, 0x007f007f, 0x43004300, 0xea;
-                lop3.b32 b, t, 0x00800080, 0x43004300, 0xea;
-                sub.bf16x2 $0, a, b;
-                }
-                """,
-                "=r,h", [w], dtype=tl.bfloat16, is_pure=True, pack=2,
-            )  # fmt: skip
-        else:
-            return tl.inline_asm_elementwise(
-                """
-                {
-                .reg .b32 t, c;
-                cvt.u32.u16 t, $1;
-                xor.b32 t, t, 0x8080;
-                prmt.b32 t, t, 0x64646464, 0x4140;
-                mov.b32 c, 0x64806480;
-                sub.f16x2 $0, t, c;
-                }
-                """,
-                "=r,h", [w], dtype=tl.float16, is_pure=True, pack=2,
-            )  # fmt: skip
+            return (((w.to(tl.int32) >> SHIFT) & 15) - 8).to(tl.float32).to(dtype)
     else:
-        SPREAD: tl.constexpr = "{ .reg .b32 t, c; cvt.u32.u16 t, $1; prmt.b32 t, t, 0, 0x4140; "
-        SHIFTED: tl.constexpr = SPREAD + ("shr.b32 t, t, 4; " if PART == "high" else "")
+        WIDE: tl.constexpr = w.dtype.primitive_bitwidth == 16
+        SPREAD: tl.constexpr = "mov.b32 t, $1; " if WIDE else "cvt.u32.u16 t, $1; prmt.b32 t, t, 0, 0x4140; "
+        MOVED: tl.constexpr = "{ .reg .b32 t, a, b; " + SPREAD + f"shr.b32 t, t, {SHIFT}; "
+        KINDS: tl.constexpr = "=r,r" if WIDE else "=r,h"
         if dtype == tl.bfloat16:
+            # int8: 128 and the low seven bits, less 128 or (of a negative number) 256.
+            BF16: tl.constexpr = (
+                "lop3.b32 a, t, 0x007f007f, 0x43004300, 0xea; lop3.b32 b, t, 0x00800080, 0x43004300, 0xea; "
+                if BITS == 8
+                else "lop3.b32 a, t, 0x000f000f, 0x43004300, 0xea; mov.b32 b, 0x43084308; "
+            )
             return tl.inline_asm_elementwise(
-                SHIFTED + "lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea; mov.b32 c, 0x43084308; sub.bf16x2 $0, t, c; }",
-                "=r,h", [w], dtype=tl.bfloat16, is_pure=True, pack=2,
-            )  # fmt: skip
+                MOVED + BF16 + "sub.bf16x2 $0, a, b; }", KINDS, [w], dtype=tl.bfloat16, is_pure=True, pack=2
+            )
         else:
+            F16: tl.constexpr = (
+                "lop3.b32 a, t, 0x00ff00ff, 0x64806480, 0x6a; mov.b32 b, 0x64806480; "
+                if BITS == 8
+                else "lop3.b32 a, t, 0x000f000f, 0x64006400, 0xea; mov.b32 b, 0x64086408; "
+            )
             return tl.inline_asm_elementwise(
-                SHIFTED + "lop3.b32 t, t, 0x000f000f, 0x64006400, 0xea; mov.b32 c, 0x64086408; sub.f16x2 $0, t, c; }",
-                "=r,h", [w], dtype=tl.float16, is_pure=True, pack=2,
-            )  # fmt: skip
+                MOVED + F16 + "sub.f16x2 $0, a, b; }", KINDS, [w], dtype=tl.float16, is_pure=True, pack=2
+            )
 
 
 @jit()

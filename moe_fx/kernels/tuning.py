@@ -24,7 +24,7 @@ import torch
 
 from moe_fx.errors import ConfigError
 from moe_fx.formats import Unquantized, WeightFormat
-from moe_fx.kernels.fused_large import as_read, large_gemm, rows_for, takes_descriptors
+from moe_fx.kernels.fused_large import as_read, in_pairs, large_gemm, product_of, rows_for, takes_descriptors
 from moe_fx.kernels.fused_launch import expert_gemm, sum_block
 from moe_fx.kernels.fused_projection import Projection, Routing, operands, widened
 from moe_fx.kernels.fused_tiles import (
@@ -61,6 +61,7 @@ LARGE_ONE = [LargeTile(256, 4, 8), LargeTile(256, 4, 8, half=True), LargeTile(12
 
 #: of weights that are widened in registers, which are the left operand
 IN_REGISTERS_TWO = [LargeTile(64, stages, 4, swap=True, half=half) for stages in (3, 4) for half in (True, False)]
+IN_REGISTERS_TWO += [LargeTile(128, 3, 4, swap=True)]
 IN_REGISTERS_ONE = [LargeTile(128, stages, 4, swap=True, half=half) for stages in (3, 4) for half in (True, False)]
 
 
@@ -195,16 +196,11 @@ def _large_trial(
     ids, dtype = routings[0].ids, rows.dtype
     projection = as_read(stored, dtype, routings[0])
     left, scale = rows_for(projection, rows, ids)
-    given = operands(projection, ids)
-    wide = given.weight.element_size() < left.element_size()
-    kind = projection.kind if wide or projection.kind == "dynamic" else "plain"
-    product = large_product(
-        Product(kind, given.two, 128, given.width, rows.shape[1]), ids.numel() / routings[0].num_experts
-    )
-    in_order = []
+    product = large_product(product_of(projection, left, routings[0]), ids.numel() / routings[0].num_experts)
+    in_order, pairs = [], in_pairs(projection, dtype, routings[0].block)
     for routing in routings:
         assert routing.tiles is not None
-        in_order.append(sort_rows(left, routing.tiles[0], routing.tiles[3], row_div, ids.numel()))
+        in_order.append(sort_rows(left, routing.tiles[0], routing.tiles[3], row_div, ids.numel(), pairs))
 
     def call(i: int, tile: LargeTile) -> torch.Tensor:
         return large_gemm(in_order[i], scale, projection, routings[i], row_div, gather=False, sorted_rows="",
