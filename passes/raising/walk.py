@@ -111,7 +111,7 @@ class Walk(Outside):
             if place[: len(layout)] != layout and not alone:
                 continue
             found = match(piece.pattern, node, self.known_of(piece, place))
-            if isinstance(found, Match) and not self.one_slot_fits(found):
+            if isinstance(found, Match) and not (self.one_slot_fits(found) and self.has_slots(piece, found)):
                 continue
             if isinstance(found, Match):
                 return True, self.take(piece, node, place, found)
@@ -140,6 +140,16 @@ class Walk(Outside):
         wide = "one_wide" not in found.bindings or (len(shape) == tokens + 1 and known_equal(shape[-1], 1))
         return without and wide
 
+    def has_slots(self, piece: kinds.Piece, found: Match) -> bool:
+        """Whether what a piece takes for a value of each slot is one: the rows of a batch of sequences are none."""
+        if not isinstance(piece, kinds.Slot) or (piece.layout == kinds.SORTED and _is_repeated(found["slot"])):
+            return True
+        rows = self.slots_of(found)
+        return same_shape((shape_of(found["slot"]) or ())[: len(rows)], rows)
+
+    def slots_of(self, found: Match) -> tuple[Any, ...]:
+        return shape_of(found.get("ids")) or self.slot_shape
+
     def take(self, piece: kinds.Piece, node: Node, place: Place, found: Match) -> Value | Miss:
         shape = features(place)
         layout = self.layouts[piece.layout]
@@ -166,11 +176,8 @@ class Walk(Outside):
                     return self.value(
                         arguments(node)["self"], (*self.layouts[kinds.TOKEN_MAJOR], *place[len(layout) :])
                     )
-                rows = shape_of(found.get("ids")) or self.slot_shape
-                if not same_shape((shape_of(slot) or ())[: len(rows)], rows):
-                    return self.miss("a value for every token and slot", slot)
                 self.bind(found)
-                row = self.row("s", slot, self.numbers(slot, len(rows)))
+                row = self.row("s", slot, self.numbers(slot, len(self.slots_of(found))))
                 if piece.layout == kinds.TOKENS:
                     self.zeros.append(row.node)  # added up over the slots of this expert: of other tokens, nothing
                 return self.body.reshaped(row, shape)
