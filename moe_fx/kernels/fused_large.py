@@ -106,8 +106,9 @@ def bits_of(projection: Projection, dtype: torch.dtype) -> int:
 
 
 def in_pairs(projection: Projection, dtype: torch.dtype, block: int) -> bool:
-    """Whether weights are read as words of two of them: int4; and int8, in tiles of few rows, as 16 bits are widened
-    by fewer instructions, but rows of many tiles are then read in two parts.
+    """Whether weights are read as words of two: int4; and int8, but in tiles of 128 rows.
+
+    Words of 16 bits take fewer instructions to widen than those of 8; but rows are then read in two parts.
     """
     bits = bits_of(projection, dtype)
     return bits == 4 or (bits == 8 and block < 128)
