@@ -20,9 +20,11 @@ from moe_fx.passes.normalize import (
     spell_bins_in_turn,
     spell_choices_in_turn,
     spell_dropped_rows,
+    spell_masked_copies,
     spell_nonzero_lists,
     spell_parts,
     spell_places_in_turn,
+    spell_rows_put,
     unmerge_products,
 )
 from moe_fx.passes.normalize.spelling import leftover as not_normal
@@ -49,6 +51,8 @@ def _normalize(work: Work) -> None:
     spell(work.program.graph)  # what a no-op stood between
     spell_places_in_turn(work.program.graph, work.written)
     unmerge_products(work.program.graph, work.written)
+    spell_masked_copies(work.program.graph, work.written)
+    spell_rows_put(work.program.graph, work.written)
     spell_parts(work.program.graph)
     spell_nonzero_lists(work.program.graph, work.written)
     spell_dropped_rows(work.program.graph, work.written)

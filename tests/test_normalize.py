@@ -168,10 +168,63 @@ def test_later_readers_see_the_written_value():
     assert in_place(function, torch.randn(3))
 
 
-def test_write_through_a_view_whose_base_is_read_later_stays():
+def test_write_to_a_part_is_seen_by_later_readers_of_the_whole():
     def function(x):
         y = x + 1
         y[0].add_(1)
+        y[:, 1:].clamp_(max=0.5)
+        y[1].index_put_([torch.zeros(1, dtype=torch.long)], x[0, :1])
+        return y * 2
+
+    assert in_place(function, torch.randn(3, 2))
+
+
+def test_write_to_a_part_of_a_part_stays():
+    def function(x):
+        y = x + 1
+        y[0][1:].add_(1)
+        return y * 2
+
+    assert not in_place(function, torch.randn(3, 2))
+
+
+def test_write_to_a_part_that_is_read_later_stays():
+    def function(x):
+        y = x + 1
+        row = y[0]
+        row.add_(1)
+        return y * 2, row
+
+    module, written = normal(exported(function, torch.randn(3, 2)))
+    assert written
+    x = torch.randn(3, 2)
+    torch.testing.assert_close(module(x), function(x), rtol=0, atol=0)
+
+
+def test_write_to_a_part_by_what_it_returns_stays():
+    def function(x):
+        y = x + 1
+        row = y[0].add_(1)
+        y[0].mul_(3)
+        return row * y
+
+    assert not in_place(function, torch.randn(3, 2))
+
+
+def test_write_to_a_part_whose_whole_is_viewed_later_stays():
+    def function(x):
+        y = x + 1
+        turned = y.t()
+        y[0].add_(1)
+        return turned * 2
+
+    assert not in_place(function, torch.randn(3, 2))
+
+
+def test_write_through_a_view_whose_base_is_read_later_stays():
+    def function(x):
+        y = x + 1
+        y.t().add_(1)
         return y * 2
 
     assert not in_place(function, torch.randn(3, 2))

@@ -12,15 +12,18 @@ from moe_fx.passes.normalize.cut_rows import spell_parts
 from moe_fx.passes.normalize.dropped import spell_dropped_rows
 from moe_fx.passes.normalize.equal_values import merge_equal_values
 from moe_fx.passes.normalize.functional import functionalize
+from moe_fx.passes.normalize.masked_copies import spell_masked_copies
 from moe_fx.passes.normalize.masks import flatten_masks, select_masks
+from moe_fx.passes.normalize.no_ops import drop_no_ops
 from moe_fx.passes.normalize.nonzero_lists import spell_nonzero_lists
 from moe_fx.passes.normalize.places_in_turn import spell_places_in_turn
 from moe_fx.passes.normalize.regions import inline_regions
-from moe_fx.passes.normalize.spelling import drop_no_ops, spell
+from moe_fx.passes.normalize.rows_put import spell_rows_put
+from moe_fx.passes.normalize.spelling import spell
 from moe_fx.passes.normalize.unmerge_products import unmerge_products
 
 __all__ = [
     "drop_no_ops", "flatten_masks", "functionalize", "inline_regions", "merge_equal_values", "select_masks", "spell",
-    "spell_bins_in_turn", "spell_choices_in_turn", "spell_dropped_rows", "spell_nonzero_lists", "spell_parts",
-    "spell_places_in_turn", "unmerge_products",
+    "spell_bins_in_turn", "spell_choices_in_turn", "spell_dropped_rows", "spell_masked_copies", "spell_nonzero_lists",
+    "spell_parts", "spell_places_in_turn", "spell_rows_put", "unmerge_products",
 ]  # fmt: skip

@@ -40,11 +40,8 @@ def functionalize(graph: Graph) -> set[Node]:
         if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
             continue
         if (written_part := _written_part(node, order)) is not None:
-            base, call, (_, values, *where) = written_part
-            if tensor_of(values).dtype != tensor_of(base).dtype:
-                emit = Emitter(graph, node, FakeValues(node.meta["val"].fake_mode))
-                values = emit(torch.ops.aten.to.dtype, values, tensor_of(base).dtype)
-                order[values] = order[node]
+            base, call, where = written_part
+            values = _part_then(node, order)
             respell(node, call, (base, values, *where), {})
             node.meta["val"] = base.meta["val"]
             for user in list(base.users):
@@ -84,20 +81,36 @@ PARTS = {"aten::slice": torch.ops.aten.slice_scatter.default, "aten::select": to
 
 
 def _written_part(node: Node, order: dict[Node, int]) -> tuple[Node, torch._ops.OpOverload, tuple[Any, ...]] | None:
-    """``whole[a:b] = part``: the tensor that is written to, and the call that yields it as it is then."""
+    """``whole[a:b] = part``, or an op in place on ``whole[a:b]``: the whole that is written to, the call that yields it
+    as it is then, and the arguments that say which part it is."""
     part, values = (*node.args, None, None)[:2]
-    if op_name(node) != "aten::copy_" or not isinstance(part, Node) or op_name(part) not in PARTS or node.users:
+    if not isinstance(part, Node) or op_name(part) not in PARTS or node.users:
         return None
     base, mine = _all_of(part.args[0]), tensor_of(part)
-    written = tensor_of(values) if isinstance(values, Node) else None
-    if not isinstance(base, Node) or written is None or mine is None or memory_of(base) is not base:
+    if not isinstance(base, Node) or mine is None or memory_of(base) is not base:
         return None
-    rounded = written.is_floating_point() and mine.is_floating_point()
-    if (written.dtype != mine.dtype and not rounded) or not same_shape(written.shape, mine.shape):
+    if op_name(node) == "aten::copy_":
+        written = tensor_of(values) if isinstance(values, Node) else None
+        if written is None or not same_shape(written.shape, mine.shape):
+            return None
+        rounded = written.is_floating_point() and mine.is_floating_point()
+        if written.dtype != mine.dtype and not rounded:
+            return None
+    elif _functional_form(node) is None:
         return None
-    if not _harmless(node, base, order):
-        return None
-    return base, PARTS[op_name(part) or ""], (base, values, *part.args[1:])
+    return (base, PARTS[op_name(part) or ""], tuple(part.args[1:])) if _harmless(node, base, order) else None
+
+
+def _part_then(node: Node, order: dict[Node, int]) -> Any:
+    """What stands in a part after it was written."""
+    part, values = node.args[:2]
+    emit = Emitter(node.graph, node, FakeValues(node.meta["val"].fake_mode))
+    if op_name(node) != "aten::copy_":
+        values = emit(_functional_form(node), *node.args, **node.kwargs)
+    elif tensor_of(values).dtype != tensor_of(part).dtype:
+        values = emit(torch.ops.aten.to.dtype, values, tensor_of(part).dtype)
+    order.setdefault(values, order[node])
+    return values
 
 
 def _all_of(value: Any) -> Any:

@@ -3,6 +3,8 @@
 out = select_scatter(base, y, 1, 0)      # out[:, 0] = y
 out = select_scatter(out, z, 1, 1)       # out[:, 1] = z        =>     out = stack([y, z], 1)
 
+What is read of such a place in between is what was written there, or what was there before.
+
 Core ATen asks for each place whether it is the one: `where(arange(2).view(1, 2, 1) == 1, z.unsqueeze(1), out)`.
 """
 
@@ -47,6 +49,9 @@ class Write(NamedTuple):
 def spell_places_in_turn(graph: Graph, written: Collection[Node]) -> None:
     """Rewrite every tensor of which nothing is left as it was; ``written`` is memory that ops in place still write."""
     for node in list(graph.nodes):
+        if (earlier := _read_earlier(node)) is not None and not {memory_of(node), memory_of(earlier[0])} & {*written}:
+            _read_there(node, *earlier)
+            continue
         last = op_name(node) in WRITES and not any(_goes_on(user, node) for user in node.users)
         writes = _writes(node) if last else None
         # What was written is read later than it was, and nothing else may write in between.
@@ -57,6 +62,31 @@ def spell_places_in_turn(graph: Graph, written: Collection[Node]) -> None:
         emit = Emitter(graph, node, FakeValues(node.meta["val"].fake_mode))
         replace(node, emit(_aten.stack.default, [sources[place] for place in sorted(sources)], writes[0].dim))
         erase_dead(graph, [node])
+
+
+def _read_earlier(node: Node) -> tuple[Node, bool] | None:
+    """What a place is read from that others were written beside: what was written there, or (True) all there was before
+    the writes; None for what is read of any other value."""
+    given = arguments(node) if op_name(node) == "aten::select" else None
+    if given is None or any(user.op == "output" for user in node.users):
+        return None
+    whole, rank = given["self"], len(shape_of(given["self"]) or ())
+    while (write := _write(whole)) is not None and write.dim == given["dim"] % rank:
+        size = (shape_of(whole) or ())[write.dim]
+        if not isinstance(given["index"], int) or not isinstance(size, int):
+            break
+        if write.place == given["index"] % size:
+            return write.source, False
+        whole = write.before
+    return (whole, True) if whole is not given["self"] else None
+
+
+def _read_there(node: Node, value: Node, whole: bool) -> None:
+    if whole:
+        node.update_arg(0, value)
+        return
+    replace(node, value)
+    erase_dead(node.graph, [node])
 
 
 def _goes_on(user: Node, node: Node) -> bool:

@@ -141,7 +141,11 @@ def by_table(expert: Pattern) -> tuple[Loop, ...]:
         aten.ne(column, 0),
         aten.to(column, torch.bool),
         As("positive", aten.gt(column, 0)),
-        aten.select(either(aten.ne(routed, 0), As("positive", aten.gt(routed, 0))), Last(-1), expert),
+        aten.select(
+            either(aten.ne(routed, 0), aten.to(routed, torch.bool), As("positive", aten.gt(routed, 0))),
+            Last(-1),
+            expert,
+        ),
     ]
     for token in (either(*tests, As("flag", column)), *all_places(either(*tests, column))):
         pieces = (*columns(expert, token, None), *dispatch(token))
@@ -183,6 +187,7 @@ def columns(expert: Pattern, token: Pattern, slots: Pattern | None) -> tuple[Pie
     if slots is not None:
         pieces += [of_token(token, sums(slots)), of_token(token, sums(slots, keepdim=True))]
         pieces.append(of_token(token, aten.reshape(sums(slots), [-1])))
+        pieces.append(of_token(token, aten.reshape(sums(slots, keepdim=True), [-1, 1])))
     return tuple(pieces)
 
 

@@ -16,6 +16,7 @@ from styles import (
     modules,
     one_after_another,
     one_hot,
+    rows_put,
     stacked,
 )
 from styles.base import STYLES, Style
@@ -38,5 +39,6 @@ __all__ = [
     "modules",
     "one_after_another",
     "one_hot",
+    "rows_put",
     "stacked",
 ]
