@@ -49,6 +49,8 @@ class Interpreter:
         whole = bool(args) and isinstance(args[0], torch.Tensor) and not args[0].is_floating_point()
         args = tuple(self.literal(name, place, arg, whole) for place, arg in enumerate(args))
         kwargs = {key: _widened(arg) for key, arg in kwargs.items() if key != "device"}
+        if name == "aten::empty":
+            kwargs["dtype"] = _widened(value.dtype)  # also where it is torch's default
         if name in _GROUPED:
             return _grouped_mm(*args[:3])
         if name == "aten::histc" and not args[0].is_floating_point():

@@ -30,6 +30,9 @@ def reads_shapes(node: Node) -> bool:
 
 def filled_with(node: Node) -> float | None:
     """The one value of a tensor, or None if it is not known to have one."""
+    if op_name(node) == "aten::to" and isinstance(node.args[0], Node):
+        before = filled_with(node.args[0])
+        return before if before in (0, 1) else None  # which are themselves in every dtype
     value = _FILLS.get(op_name(node) or "")
     if isinstance(value, str):
         value = arguments(node)[value]

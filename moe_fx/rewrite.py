@@ -17,8 +17,8 @@ from moe_fx.experts import experts
 from moe_fx.matcher import op_name
 
 __all__ = [
-    "EXPERTS_FIRST", "GIVEN", "Emitter", "FakeValues", "Outline", "drop_dead_code", "erase_dead", "only_asserted",
-    "outline", "replace", "respell", "same_graph",
+    "EXPERTS_FIRST", "GIVEN", "Emitter", "FakeValues", "Outline", "after", "drop_dead_code", "erase_dead",
+    "only_asserted", "outline", "replace", "respell", "same_graph",
 ]  # fmt: skip
 
 #: marks what an expert without parameters adds to a layer's result, with its number
@@ -119,6 +119,14 @@ class Emitter:
                 write = calls.get(node.target, functools.partial(self, node.target))
                 written[node] = write(*args, **kwargs)
         raise AssertionError("a body has an output")
+
+
+def after(node: Node) -> Node:
+    """Before which node a call on a value can stand: behind the value, and all inputs."""
+    following = node.next
+    while following.op == "placeholder":
+        following = following.next
+    return following
 
 
 def respell(node: Node, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

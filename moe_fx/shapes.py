@@ -9,8 +9,8 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
 __all__ = [
-    "Dim", "depends_on_values", "is_number", "known_at_least", "known_equal", "same_shape", "shape_of", "tensor_of",
-    "upper_bound",
+    "Dim", "depends_on_values", "is_number", "known_at_least", "known_equal", "same_expression", "same_shape",
+    "shape_of", "tensor_of", "upper_bound",
 ]  # fmt: skip
 
 Dim = int | torch.SymInt
@@ -48,6 +48,13 @@ def known_equal(left: Dim, right: Dim) -> bool:
     if isinstance(left, int) and isinstance(right, int):
         return left == right
     return bool(statically_known_true(left == right))
+
+
+def same_expression(left: Dim, right: Dim) -> bool:
+    """Whether two sizes are written alike: a question that costs nothing, where there are many to ask."""
+    if isinstance(left, int) or isinstance(right, int):
+        return isinstance(left, int) and isinstance(right, int) and left == right
+    return bool(left.node.expr == right.node.expr)
 
 
 def known_at_least(size: Dim, least: Dim) -> bool:

@@ -12,6 +12,7 @@ from moe_fx.passes.lowering import lower_layers
 from moe_fx.passes.normalize import (
     drop_no_ops,
     flatten_masks,
+    flatten_places,
     functionalize,
     inline_regions,
     merge_equal_values,
@@ -19,13 +20,18 @@ from moe_fx.passes.normalize import (
     spell,
     spell_bins_in_turn,
     spell_choices_in_turn,
+    spell_column_lists,
+    spell_contraries,
     spell_dropped_rows,
+    spell_mask_rows,
     spell_masked_copies,
     spell_nonzero_lists,
     spell_parts,
     spell_places_in_turn,
     spell_rows_put,
+    spell_selections,
     unmerge_products,
+    write_out,
 )
 from moe_fx.passes.normalize.spelling import leftover as not_normal
 from moe_fx.passes.packing import name_linears, plan_layers
@@ -42,19 +48,25 @@ __all__ = ["FIND", "WRITE", "check_requirement", "explain", "register", "report"
 
 def _normalize(work: Work) -> None:
     inline_regions(work.program.graph_module)
+    write_out(work.program.graph)
     work.written = functionalize(work.program.graph)
     spell(work.program.graph)
+    spell_contraries(work.program.graph)
     select_masks(work.program.graph)
     flatten_masks(work.program.graph)
     drop_no_ops(work.program.graph, work.written)
     merge_equal_values(work.program.graph, work.written, work.program.weights)
+    flatten_places(work.program.graph, work.written)
     spell(work.program.graph)  # what a no-op stood between
+    spell_mask_rows(work.program.graph, work.written)
     spell_places_in_turn(work.program.graph, work.written)
     unmerge_products(work.program.graph, work.written)
     spell_masked_copies(work.program.graph, work.written)
     spell_rows_put(work.program.graph, work.written)
     spell_parts(work.program.graph)
     spell_nonzero_lists(work.program.graph, work.written)
+    spell_selections(work.program.graph, work.written)
+    spell_column_lists(work.program.graph, work.written)
     spell_dropped_rows(work.program.graph, work.written)
     spell_choices_in_turn(work.program.graph, work.written)
     spell_bins_in_turn(work.program.graph, work.written)

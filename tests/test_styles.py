@@ -99,6 +99,7 @@ NOT_OF_ONE_TOKEN = (
     "one_hot_sec_top2_deepspeed_kept_and_normalised",
     "one_hot_sec_top2_exclusive_counts_bfloat16",
     "one_hot_switch_mesh_capacity",
+    "sorted_split_by_differences_of_ends",
     "stack_take_along_dim",
 )
 

@@ -18,7 +18,7 @@ from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Node
 
 from moe_fx.matcher import arguments, op_name
-from moe_fx.shapes import Dim, known_equal, shape_of, tensor_of
+from moe_fx.shapes import Dim, known_equal, same_expression, shape_of, tensor_of
 
 __all__ = ["copied"]
 
@@ -49,15 +49,15 @@ def copied(node: Node, written: Collection[Node]) -> Node | None:
 
 def _is_length(size: Dim, part: Node, dim: int) -> bool:
     """Whether a size is that of a cut of another tensor, from where to where ``part`` is cut."""
-    if op_name(part) != "aten::slice":
+    if op_name(part) != "aten::slice" or not isinstance(size, torch.SymInt):
         return False
     cut = _cut(part)
     for other in part.graph.find_nodes(op="call_function", target=part.target, sort=False):
         shape = shape_of(other) or ()
-        if cut[0] != dim or not any(_same_name(size, each) for each in shape):
+        if cut[0] != dim or not any(same_expression(size, each) for each in shape):
             continue
         found = _cut(other)
-        if _same_name(size, shape[found[0]]) and all(map(_same_bound, cut[1:], found[1:])):
+        if same_expression(size, shape[found[0]]) and all(map(_same_bound, cut[1:], found[1:])):
             return True
     return False
 
@@ -71,11 +71,6 @@ def _cut(part: Node) -> tuple[int, Any, Any, Any, Dim]:
     start, end, step = (bound.meta.get("val", bound) if isinstance(bound, Node) else bound for bound in bounds)
     everything = isinstance(end, int) and end >= sys.maxsize  # as None is
     return dim, 0 if start is None else start, None if everything else end, step, shape[dim]
-
-
-def _same_name(one: Dim, other: Dim) -> bool:
-    """Whether two sizes are the same symbol: a question that costs nothing, as there are many cuts."""
-    return isinstance(one, torch.SymInt) and isinstance(other, torch.SymInt) and one.node.expr == other.node.expr
 
 
 def _same_bound(one: Dim | None, other: Dim | None) -> bool:

@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 
 from moe_fx.matcher import op_name
 from moe_fx.rewrite import replace
-from moe_fx.shapes import depends_on_values, shape_of
+from moe_fx.shapes import same_shape, shape_of
 
 __all__ = ["merge_equal_values"]
 
@@ -46,12 +46,11 @@ def merge_equal_values(graph: Graph, written: set[Node], weights: Collection[Nod
             own.add(node)
         elif not cheap:
             continue
-        if any(depends_on_values(size) for size in shape_of(node) or ()):
-            continue  # of rows chosen by data, two calls count their own
         if any(user.op == "output" for user in node.users):
             continue  # two outputs stay two
         first = known.setdefault((node.target, _key(node.args)), node)
-        if first is not node:
+        # Of rows chosen by data, two calls may count their own.
+        if first is not node and same_shape(shape_of(first) or (), shape_of(node) or ()):
             replace(node, first)
             graph.erase_node(node)
 

@@ -3,25 +3,32 @@
 x[mask]          x [B, S, H], mask [B, S]        =>     x.reshape(-1, H)[mask.reshape(-1)]
 x[mask] = y                                      =>     the same, in the shape of x again
 
+b, s, k = where(mask)   mask [B, S, K]           =>     t, k = where(mask.reshape(-1, K))
+x[b, s] = w[b, s, k] * y                         =>     the same of x.reshape(-1, H)[t] and w.reshape(-1, K)[t, k]
+
 Masks, and columns, that a loop takes one after the other are those that it would select:
 
 mask.unbind(0)[e]         mask [E, T, K]         =>     mask.select(0, e)
 ids.t().unbind(0)[k]      ids [T, K]             =>     ids.select(1, k)
+mask.max(d)[0]                                   =>     mask.any(d)
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from typing import Any
 
 import torch
+from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Graph, Node
 
+from moe_fx.constants import reads_shapes
 from moe_fx.matcher import arguments, op_name
-from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
-from moe_fx.shapes import shape_of, tensor_of
+from moe_fx.rewrite import Emitter, FakeValues, after, erase_dead, only_asserted, replace, respell
+from moe_fx.shapes import same_shape, shape_of, tensor_of
 
-__all__ = ["flatten_masks", "select_masks"]
+__all__ = ["columns_of", "flatten_masks", "flatten_places", "select_masks"]
 
 aten = torch.ops.aten
 
@@ -37,10 +44,118 @@ def flatten_masks(graph: Graph) -> None:
         _flatten(node, mask, Emitter(graph, node, values))
 
 
+def flatten_places(graph: Graph, written: Collection[Node]) -> None:
+    """Rewrite the places of masks over batch and sequence that are used as such only.
+
+    ``written`` is memory that ops in place still write.
+    """
+    rows: dict[Node, Any] = {}
+    for node in list(graph.nodes):
+        columns = columns_of(node)
+        if 0 not in columns or 1 not in columns:
+            continue
+        mask: Any = node.args[0]
+        used = {*columns[0].users, *columns[1].users}
+        read = {mask, *mask.all_input_nodes, *used, *(each for user in used for each in user.all_input_nodes)}
+        if any(memory_of(each) in written for each in read):
+            continue
+        if used and all(_at_both(user, columns, mask) for user in used):
+            _flatten_places(node, columns, used, rows)
+
+
+def columns_of(places: Node) -> dict[Any, Node]:
+    """Where a mask is true, along each dimension; nothing if more is read of the list, and for any other call."""
+    found: dict[Any, Node] = {}
+    if op_name(places) != "aten::nonzero" and (op_name(places) != "aten::where" or len(places.args) != 1):
+        return found
+    for user in places.users:
+        given = arguments(user) if op_name(user) == "aten::select" else {}
+        if user.target is operator.getitem:
+            column: Any = user.args[1]
+        elif given and given["dim"] in (1, -1):
+            column = given["index"] % (shape_of(places) or ())[1]
+        elif reads_shapes(user) or only_asserted(user):
+            continue
+        else:
+            return {}
+        if column in found:
+            return {}
+        found[column] = user
+    return found
+
+
+def _at_both(user: Node, columns: dict[Any, Node], mask: Any) -> bool:
+    """Whether places are read, or written, of a tensor with the mask's batch and sequence; or only asserted about."""
+    if reads_shapes(user) or only_asserted(user):
+        return True
+    given = arguments(user) if op_name(user) in ("aten::index", "aten::index_put") else {"indices": ()}
+    both, rest = given["indices"][:2], given["indices"][2:]
+    if both != [columns[0], columns[1]] or columns[0] in rest or columns[1] in rest or None in rest:
+        return False
+    shape, by = shape_of(given["self"]) or (), shape_of(mask) or ()
+    return same_shape(shape[:2], by[:2]) and all(isinstance(size, int) for size in shape[2:])
+
+
+def _flatten_places(node: Node, columns: dict[Any, Node], used: Collection[Node], flat_rows: dict[Node, Any]) -> None:
+    graph, mask, place = node.graph, node.args[0], columns[0]
+    values = FakeValues(place.meta["val"].fake_mode)
+    emit = Emitter(graph, node, values)
+    by: tuple[Any, ...] = shape_of(mask) or ()
+
+    def in_rows(value: Node) -> Any:
+        if value not in flat_rows:  # read and written, and by each expert, they are the same rows
+            flat_rows[value] = _in_rows(value, Emitter(graph, after(value), values))
+        return flat_rows[value]
+
+    by_number = op_name(mask) == "aten::eq" and not isinstance(mask.args[1], Node)
+    flat = emit(mask.target, in_rows(mask.args[0]), mask.args[1]) if by_number else in_rows(mask)
+    with graph.inserting_before(node):
+        where = graph.call_function(aten.where.default, (flat,))
+        made = [graph.call_function(operator.getitem, (where, at)) for at in range(len(by) - 1)]
+    for each in made:
+        each.meta["val"] = place.meta["val"]
+    where.meta["val"] = [place.meta["val"] for _ in made]
+    for at, column in columns.items():
+        if at > 1:
+            replace(column, made[at - 1])
+    dead = [*columns.values()]
+    for user in used:
+        if op_name(user) not in ("aten::index", "aten::index_put"):
+            continue
+        source: Node = arguments(user)["self"]
+        shape: tuple[Any, ...] = shape_of(source) or ()
+        rows = in_rows(source)
+        dead.append(source)
+        given = arguments(user)
+        user.args = (rows, [made[0], *given["indices"][2:]], *user.args[2:])
+        if op_name(user) == "aten::index_put":
+            user.meta["val"] = rows.meta["val"]
+            emit = Emitter(graph, user.next, values)
+            sizes = [
+                size if isinstance(size, int) else emit(aten.sym_size.int, mask, at) for at, size in enumerate(shape)
+            ]
+            user.replace_all_uses_with(back := emit(aten.reshape.default, user, sizes), lambda each: each is not back)
+    erase_dead(graph, dead)
+
+
+def _in_rows(value: Any, emit: Emitter) -> Any:
+    """A value whose batch and sequence are one dimension."""
+    shape: tuple[Any, ...] = shape_of(value) or ()
+    before = shape_of(value.args[0]) or () if op_name(value) == "aten::reshape" else ()
+    if len(before) == len(shape) - 1 and same_shape(before[1:], shape[2:]):
+        return value.args[0]
+    if op_name(value) == "aten::unsqueeze" and arguments(value)["dim"] in (-1, len(shape) - 1) and len(shape) > 3:
+        return emit(aten.unsqueeze.default, _in_rows(value.args[0], emit), -1)
+    return emit(aten.reshape.default, value, [-1, *shape[2:]])
+
+
 def select_masks(graph: Graph) -> None:
     """Rewrite every mask of a list of masks, and every column of a matrix that was turned around."""
     for node in list(graph.nodes):
         source = node.args[0] if node.target is operator.getitem else None
+        if op_name(source) == "aten::max" and node.args[1] == 0 and tensor_of(node).dtype is torch.bool:
+            given = arguments(source)
+            respell(node, aten.any.dim, (given["self"], given["dim"], given["keepdim"]), {})
         if op_name(source) != "aten::unbind" or not isinstance(source, Node):
             continue
         given = arguments(source)

@@ -7,10 +7,13 @@
 | `masked_scatter(out, mask[:, None], rows)`, as many rows as the mask says | `index_put(out, [mask], rows)` |
 | `scatter_reduce(x, d, places, rows, "sum")` | `scatter_add(x, d, places, rows)` |
 | `index_put(out, [places], rows.reshape([]))` of one place and one row | `index_put(out, [places], rows)` |
+| `sum(mask, d) > 0`, `sum(mask, d) != 0`, `sum(mask, d)` as a mask; `amax(mask, d)` | `any(mask, d)` |
+| `div(places, k, rounding_mode="trunc")`, as none is negative | `floor_divide(places, k)` |
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +25,7 @@ from torch.fx import Node
 from moe_fx.constants import reads_shapes
 from moe_fx.matcher import arguments, op_name
 from moe_fx.rewrite import only_asserted
-from moe_fx.shapes import known_equal, same_shape, shape_of
+from moe_fx.shapes import known_equal, same_shape, shape_of, tensor_of
 
 __all__ = ["RULES"]
 
@@ -99,10 +102,58 @@ def _one_put(node: Node, given: dict[str, Any]) -> Spelling | None:
     return aten.index_put.default, (given["self"], places, rows, given["accumulate"])
 
 
+def _some(node: Node, given: dict[str, Any]) -> Spelling | None:
+    """Whether a mask is true anywhere along a dimension, asked of how often it is."""
+    if op_name(node) == "aten::to":
+        if tensor_of(node) is None or tensor_of(node).dtype is not torch.bool:
+            return None
+    elif given["other"] != 0 or isinstance(given["other"], Node):
+        return None
+    total = given["self"]
+    return _any_of(total, arguments(total)) if op_name(total) == "aten::sum" else None
+
+
+def _any_of(node: Node, given: dict[str, Any]) -> Spelling | None:
+    """What is true along one dimension of a mask, which a sum or a maximum tells."""
+    mask, dims = given["self"], given.get("dim")
+    while op_name(mask) == "aten::to" and isinstance(mask.args[0], Node):
+        mask = mask.args[0]
+    value = tensor_of(mask)
+    dims = dims if isinstance(dims, list | tuple) else [dims]
+    if value is None or value.dtype is not torch.bool or len(dims) != 1 or not isinstance(dims[0], int):
+        return None
+    return aten.any.dim, (mask, dims[0], bool(given["keepdim"]))
+
+
+def _largest(node: Node, given: dict[str, Any]) -> Spelling | None:
+    value = tensor_of(node)
+    return _any_of(node, given) if value is not None and value.dtype is torch.bool else None
+
+
+def _tokens(node: Node, given: dict[str, Any]) -> Spelling | None:
+    places, many = given["self"], given["other"]
+    if given.get("rounding_mode") != "trunc" or not isinstance(many, int) or many < 1 or not _are_places(places):
+        return None
+    return aten.floor_divide.default, (places, many)
+
+
+def _are_places(node: Node) -> bool:
+    """Whether numbers are those of rows, of which none is negative."""
+    source: Any = node.args[0] if node.target is operator.getitem or op_name(node) == "aten::select" else None
+    listed = op_name(source) == "aten::nonzero" or (op_name(source) == "aten::where" and len(source.args) == 1)
+    sorts = op_name(source) == "aten::sort" and bool(node.args[1] == 1)
+    return listed or sorts or op_name(node) == "aten::argsort"
+
+
 RULES: dict[str, Callable[[Node, dict[str, Any]], Spelling | None]] = {
     "aten::unbind": _columns,
     "aten::select": _column,
     "aten::masked_scatter": _rows_put,
     "aten::scatter_reduce": _scatter_add,
     "aten::index_put": _one_put,
+    "aten::to": _some,
+    "aten::ne": _some,
+    "aten::gt": _some,
+    "aten::amax": _largest,
+    "aten::div": _tokens,
 }

@@ -8,12 +8,13 @@
 | `swapaxes`, `swapdims`, `adjoint` of real numbers, `movedim` of neighbours | `transpose.int` |
 | `view_as`, `reshape_as`, `ravel` | `reshape` |
 | `expand_as`; `tile` of all dimensions; `narrow` | `expand`; `repeat`; `slice` |
-| `inner` with a matrix | `linear` |
+| `inner` with a matrix; `tensordot` | `linear`; `einsum` |
 | `argwhere`; `masked_select` by a mask of the same shape | `nonzero`; `index` |
 """
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable
 from typing import Any
 
@@ -116,6 +117,18 @@ def _inner(node: Node, given: dict[str, Any]) -> Spelling | None:
     return (aten.linear.default, (given["self"], given["other"])) if matrix else None
 
 
+def _tensordot(node: Node, given: dict[str, Any]) -> Spelling | None:
+    """The dimensions that are summed have one letter, the others of each operand follow in their order."""
+    ranks = [len(shape_of(given[name]) or ()) for name in ("self", "other")]
+    if sum(ranks) > len(string.ascii_letters):
+        return None
+    left, right = list(string.ascii_letters[: ranks[0]]), list(string.ascii_letters[ranks[0] : sum(ranks)])
+    for one, other in zip(given["dims_self"], given["dims_other"], strict=True):
+        right[other % ranks[1]] = left[one % ranks[0]]
+    out = [letter for letter in left if letter not in right] + [letter for letter in right if letter not in left]
+    return aten.einsum.default, (f"{''.join(left)},{''.join(right)}->{''.join(out)}", [given["self"], given["other"]])
+
+
 def _masked_select(node: Node, given: dict[str, Any]) -> Spelling | None:
     shape, mask = shape_of(given["self"]), shape_of(given["mask"])
     same = shape is not None and mask is not None and same_shape(shape, mask)
@@ -151,5 +164,6 @@ RULES: dict[str, Rule] = {
     "aten::tile": _tile,
     "aten::narrow": _narrow,
     "aten::inner": _inner,
+    "aten::tensordot": _tensordot,
     "aten::masked_select": _masked_select,
 }  # fmt: skip

@@ -175,14 +175,14 @@ def dispatch(token: Pattern) -> tuple[Piece, ...]:
 
 def columns(expert: Pattern, token: Pattern, slots: Pattern | None) -> tuple[Piece, ...]:
     """The routing weight as what an expert's column of a table holds for a token, or what its slots add up to."""
-    table = aten.select(Var("table"), Last(1), expert)
-    wide = aten.unsqueeze(Var("table"), Last(2))
+    whole = Var("table", rank=2)
+    table, wide = aten.select(whole, Last(1), expert), aten.unsqueeze(whole, Last(2))
     pieces: list[Piece] = [
         Column(HITS, aten.index(table, [token])),
         Column(HITS, aten.index(aten.unsqueeze(table, Last(1)), [token])),
-        Column(HITS, aten.index(aten.slice(Var("table"), Last(1), expert, ANY), [token])),
+        Column(HITS, aten.index(aten.slice(whole, Last(1), expert, ANY), [token])),
         Column(HITS, aten.index(aten.select(wide, 1, expert), [token])),
-        Column(HITS, aten.select(aten.index(Var("table"), [token]), Last(1), expert)),
+        Column(HITS, aten.select(aten.index(whole, [token]), Last(1), expert)),
     ]
     if slots is not None:
         pieces += [of_token(token, sums(slots)), of_token(token, sums(slots, keepdim=True))]

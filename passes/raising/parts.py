@@ -87,7 +87,7 @@ def join(walk: Walk, node: Node, place: Place, parts: Sequence[Joined], chain: s
         return walk.note(dataclasses.replace(merged, bindings=counts.bindings, depth=FAR))
     walk.bindings = dict(counts.bindings)
     # Rows of no expert would be in no part.
-    walk.bindings["counts_beyond"] = node
+    walk.bindings.setdefault("counts_beyond", node)
     walk.visits.append(tuple(visits))
     # Experts that are not there are held by others' parameters: such a layer is compared, and never run.
     places = [visits.index(expert) if expert in visits else 0 for expert in range(counts.num_experts)]

@@ -16,7 +16,9 @@ from styles import (
     modules,
     one_after_another,
     one_hot,
+    routing_map,
     rows_put,
+    spelled_otherwise,
     stacked,
 )
 from styles.base import STYLES, Style
@@ -39,6 +41,8 @@ __all__ = [
     "modules",
     "one_after_another",
     "one_hot",
+    "routing_map",
     "rows_put",
+    "spelled_otherwise",
     "stacked",
 ]

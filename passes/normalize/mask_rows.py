@@ -1,0 +1,110 @@
+"""Rows that a mask chooses, read and written in one way.
+
+masked_select(x, mask[:, None]).view(-1, H)           =>     x[mask]
+masked_scatter(out, mask[:, None], rows of these)     =>     index_put(out, [mask], rows)
+
+at = where(mask)[0];  rows = f(x[mask])
+out[at] = rows                                        =>     out[mask] = rows
+
+at = where(ids.view(-1) == e)[0]                      at is a slot's number, written to
+x[at // K]                                            =>     x.repeat_interleave(K, 0)[at]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from moe_fx.passes.normalize.functional import memory_of
+from moe_fx.passes.normalize.masks import columns_of
+from torch.fx import Graph, Node
+
+from moe_fx.matcher import arguments, op_name
+from moe_fx.rewrite import Emitter, FakeValues, after, erase_dead, replace
+from moe_fx.shapes import depends_on_values, known_equal, same_shape, shape_of, tensor_of
+
+__all__ = ["spell_mask_rows"]
+
+_aten = torch.ops.aten
+
+
+def spell_mask_rows(graph: Graph, written: Collection[Node]) -> None:
+    """Rewrite every such read and write; ``written`` is memory that ops in place still write."""
+    narrow: dict[Node, tuple[Node, Any]] = {}
+    repeated: dict[tuple[Node, int], Node] = {}
+    for node in list(graph.nodes):
+        if any(memory_of(each) in written for each in (node, *node.all_input_nodes)):
+            continue
+        if op_name(node) == "aten::reshape":
+            _select_rows(node, narrow)
+        elif op_name(node) == "aten::masked_scatter":
+            _put_rows(node, narrow)
+        elif 0 in (columns := columns_of(node)) and len(shape_of(node.args[0]) or ()) == 1:
+            _write_by(node.args[0], columns[0])
+            _repeat_rows(columns[0], repeated)
+
+
+def _select_rows(node: Node, narrow: dict[Node, tuple[Node, Any]]) -> None:
+    """Elements selected by a mask that holds one for each row, in rows again."""
+    selected: Any = node.args[0]
+    if op_name(selected) != "aten::masked_select":
+        return
+    rows, mask = selected.args
+    shape, wide, made = shape_of(rows) or (), shape_of(mask) or (), shape_of(node) or ()
+    if len(shape) != 2 or not same_shape(wide, (shape[0], 1)) or len(made) != 2 or not known_equal(made[1], shape[1]):
+        return
+    if mask not in narrow:
+        narrow[mask] = _narrow(mask, Emitter(node.graph, selected, FakeValues(tensor_of(node).fake_mode))), made[0]
+    with node.graph.inserting_before(node):
+        read = node.graph.call_function(_aten.index.Tensor, (rows, [narrow[mask][0]]))
+    read.meta.update(node.meta)
+    replace(node, read)
+    erase_dead(node.graph, [node])
+
+
+def _narrow(mask: Node, emit: Emitter) -> Any:
+    """A mask of one column as one of a single dimension."""
+    if op_name(mask) == "aten::any" and arguments(mask).get("keepdim"):
+        return emit(_aten.any.dim, mask.args[0], mask.args[1])
+    wide = op_name(mask) == "aten::unsqueeze"
+    return mask.args[0] if wide else emit(_aten.reshape.default, mask, [-1])
+
+
+def _put_rows(node: Node, narrow: dict[Node, tuple[Node, Any]]) -> None:
+    """As many rows as the mask selects, put where it is true."""
+    given = arguments(node)
+    out, mask, rows = given["self"], given["mask"], given["source"]
+    shape, values = shape_of(out) or (), shape_of(rows) or ()
+    if mask not in narrow or len(shape) != 2 or len(values) != 2 or not known_equal(shape[1], values[1]):
+        return
+    chosen, count = narrow[mask]
+    if known_equal(count, values[0]) and known_equal(shape[0], (shape_of(mask) or ())[0]):
+        node.target, node.args = _aten.index_put.default, (out, [chosen], rows)
+
+
+def _write_by(mask: Node, places: Node) -> None:
+    """Rows that were read by a mask are written by it, and not at its places: of these there may be as many."""
+    read = [user for user in mask.users if op_name(user) == "aten::index" and user.args[1] == [mask]]
+    for user in list(places.users):
+        if op_name(user) == "aten::index_put" and arguments(user)["indices"] == [places]:
+            count = (shape_of(arguments(user)["values"]) or (0,))[0]
+            if depends_on_values(count) and any(known_equal((shape_of(each) or (0,))[0], count) for each in read):
+                user.update_arg(1, [mask])
+
+
+def _repeat_rows(places: Node, repeated: dict[tuple[Node, int], Node]) -> None:
+    """Rows of the tokens of slots that are written to are read of rows that are repeated for each slot."""
+    if not any(op_name(user) == "aten::index_put" and arguments(user)["indices"] == [places] for user in places.users):
+        return
+    mask: Any = places.args[0].args[0]
+    for tokens in [user for user in places.users if op_name(user) == "aten::floor_divide"]:
+        many, slots = tokens.args[1], (shape_of(mask) or (0,))[0]
+        for read in [user for user in tokens.users if op_name(user) == "aten::index" and user.args[1] == [tokens]]:
+            rows: Any = read.args[0]
+            if not isinstance(many, int) or not known_equal((shape_of(rows) or (0,))[0] * many, slots):
+                continue
+            if (rows, many) not in repeated:
+                emit = Emitter(read.graph, after(rows), FakeValues(tensor_of(read).fake_mode))
+                repeated[rows, many] = emit(_aten.repeat_interleave.self_int, rows, many, 0)
+            read.args = (repeated[rows, many], [places])

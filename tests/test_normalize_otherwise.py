@@ -1,0 +1,128 @@
+"""EXPORTED -> NORMAL: what is written in two ways becomes one graph."""
+
+import pytest
+import torch
+from moe_fx.passes.normalize import (
+    drop_no_ops,
+    flatten_masks,
+    functionalize,
+    merge_equal_values,
+    select_masks,
+    spell,
+    spell_contraries,
+    spell_mask_rows,
+    write_out,
+)
+from test_normalize import exported
+
+from moe_fx.matcher import op_name
+from moe_fx.rewrite import drop_dead_code, only_asserted
+
+
+def rewritten(function, *args):
+    module = exported(function, *args).graph_module
+    graph = module.graph
+    write_out(graph)
+    written = functionalize(graph)
+    spell(graph)
+    spell_contraries(graph)
+    select_masks(graph)
+    flatten_masks(graph)
+    drop_no_ops(graph, written)
+    merge_equal_values(graph, written, ())
+    spell(graph)
+    spell_mask_rows(graph, written)
+    graph.lint()
+    module.recompile()
+    torch.testing.assert_close(module(*args)[0], function(*args), rtol=1e-6, atol=1e-6)
+    drop_dead_code(graph)
+    return sorted(name for node in graph.nodes if (name := op_name(node)) and not _about_counts(node))
+
+
+def _about_counts(node):
+    """Assertions, sizes, and places of which only the number is asked."""
+    return "assert" in op_name(node) or "sym_" in op_name(node) or (all(map(only_asserted, node.users)) and node.users)
+
+
+def given():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(5, 3, generator=generator), torch.randint(0, 3, (5, 2), generator=generator)
+
+
+def added_in_place(x):
+    y = x + 1
+    y.addcmul_(x.sin(), x.cos(), value=2)
+    return y
+
+
+SAME = {
+    "addcmul": (
+        lambda x, ids: torch.addcmul(x, x.sin(), x.cos()),
+        lambda x, ids: x + x.sin() * x.cos(),
+    ),
+    "addcmul in place, scaled": (
+        lambda x, ids: added_in_place(x),
+        lambda x, ids: (x + 1) + x.sin() * x.cos() * 2,
+    ),
+    "tensordot": (
+        lambda x, ids: torch.tensordot(x.view(5, 3, 1), x.view(3, 5, 1), dims=([1, 2], [0, 2])),
+        lambda x, ids: torch.einsum("abc,bdc->ad", x.view(5, 3, 1), x.view(3, 5, 1)),
+    ),
+    "differences": (
+        lambda x, ids: torch.diff(x, prepend=x[:, :1]),
+        lambda x, ids: (y := torch.cat([x[:, :1], x], -1))[:, 1:] - y[:, :-1],
+    ),
+    "sum above zero": (lambda x, ids: (ids == 1).sum(-1) > 0, lambda x, ids: (ids == 1).any(-1)),
+    "sum of numbers not zero": (lambda x, ids: (ids == 1).float().sum(1) != 0, lambda x, ids: (ids == 1).any(1)),
+    "sum as a mask": (lambda x, ids: (ids == 1).sum(-1).bool(), lambda x, ids: (ids == 1).any(-1)),
+    "largest": (lambda x, ids: (ids == 1).max(dim=-1).values, lambda x, ids: (ids == 1).any(-1)),
+    "largest of all": (lambda x, ids: (ids == 1).amax(-1, keepdim=True), lambda x, ids: (ids == 1).any(-1, True)),
+    "filled where not": (
+        lambda x, ids: x[:, :2].masked_fill(ids != 1, 0),
+        lambda x, ids: torch.where(ids == 1, x[:, :2], 0),
+    ),
+    "zero where not": (
+        lambda x, ids: torch.where(ids != 1, 0.0, x[:, :2]),
+        lambda x, ids: torch.where(ids == 1, x[:, :2], 0),
+    ),
+    "selected rows": (
+        lambda x, ids: x.masked_select((ids == 1).any(-1, keepdim=True)).view(-1, 3),
+        lambda x, ids: x[(ids == 1).any(-1)],
+    ),
+    "truncated division of places": (
+        lambda x, ids: torch.div(torch.where(ids.view(-1) == 1)[0], 2, rounding_mode="trunc"),
+        lambda x, ids: torch.where(ids.view(-1) == 1)[0] // 2,
+    ),
+    "rows written by places": (
+        lambda x, ids: torch.zeros_like(x).index_put((torch.where(ids[:, 0] == 1)[0],), x[ids[:, 0] == 1].sin()),
+        lambda x, ids: torch.zeros_like(x).index_put((ids[:, 0] == 1,), x[ids[:, 0] == 1].sin()),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_two_ways_to_write_it_are_one_graph(name):
+    one, other = SAME[name]
+    assert rewritten(one, *given()) == rewritten(other, *given())
+
+
+@pytest.mark.parametrize(
+    ("function", "kept"),
+    [
+        (lambda x, ids: ids.sum(-1) > 0, "aten::sum"),
+        (lambda x, ids: (ids == 1).sum(-1) > 1, "aten::sum"),
+        (lambda x, ids: (ids == 1).sum() > 0, "aten::sum"),
+        (lambda x, ids: x.max(dim=-1).values, "aten::max"),
+        (lambda x, ids: x[:, :2].masked_fill(ids != 1, 1), "aten::masked_fill"),
+        (lambda x, ids: x[:, :1].masked_fill(ids != 1, 0), "aten::masked_fill"),
+        (lambda x, ids: torch.div(ids - 2, 2, rounding_mode="trunc"), "aten::div"),
+        (lambda x, ids: torch.diff(x > 0), "aten::diff"),
+        (lambda x, ids: x.masked_select((ids == 1).any(-1, keepdim=True)).view(3, -1), "aten::masked_select"),
+    ],
+    ids=["numbers", "above one", "of all dimensions", "of numbers", "not with zero", "made wider", "may be negative",
+         "of truth values", "columns"],
+)  # fmt: skip
+def test_what_says_something_else_stays(function, kept):
+    x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[0, 1], [2, 1], [1, 0], [0, 2], [0, 0], [2, 0]])
+    assert kept in rewritten(function, x, ids)
