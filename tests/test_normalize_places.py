@@ -10,10 +10,9 @@ from moe_fx.passes.normalize import (
     spell_column_lists,
     spell_selections,
 )
-from test_normalize import exported, normal
+from test_normalize import exported, normal, without_assertions
 
 from moe_fx.matcher import op_name
-from moe_fx.printer import format_graph
 
 
 def rewritten(function, *args):
@@ -30,13 +29,6 @@ def rewritten(function, *args):
 
 def count(module, name):
     return sum(op_name(node) == name for node in module.graph.nodes)
-
-
-def without_assertions(module):
-    """The graph, without what torch.export asserts about counts."""
-    asserted = ("ge(", "le(", "eq(", "add(", "sub(", "aten.sym_", "aten._assert")
-    lines = format_graph(module).splitlines(True)
-    return "".join(line for line in lines if not any(f"= {call}" in line for call in asserted))
 
 
 def given(rows=5):
