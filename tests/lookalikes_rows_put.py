@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from lookalikes_bins_in_turn import LOOKALIKES, lookalike
-from styles.base import Listed, Sequence
+from styles.base import H, Listed, Sequence, SwiGLU
 from styles.rows_put import KeptChoices
 
 __all__ = ["LOOKALIKES", "lookalike"]
@@ -162,3 +162,40 @@ class SecondTwice(KeptChoices):
         first = F.one_hot(probs.argmax(dim=-1), self.E)
         second = F.one_hot((probs * (1 - first)).argmax(dim=-1), self.E)
         return probs, first, second
+
+
+class HalfWide(SwiGLU):
+    def __init__(self):
+        super().__init__(H // 2)
+
+
+@lookalike("rows_of_which_the_half_is_read", "an expert reads the half of a row, which is no token")
+class HalfRows(Listed):
+    """Each expert reads, or writes, the first half of its rows by the number of each element."""
+
+    kind = HalfWide
+
+    def read(self, x, at):
+        return x.gather(0, at.unsqueeze(-1).expand(-1, H // 2))
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        out = x.new_zeros(x.shape[0], H // 2)
+        for e, expert in enumerate(self.experts):
+            mine = ids == e
+            at = torch.nonzero(mine.any(dim=-1)).squeeze(-1)
+            out = out.index_add(0, at, expert(self.read(x, at)) * (weights * mine).sum(dim=-1)[at, None])
+        return out
+
+
+@lookalike("rows_of_which_the_half_is_written", "an expert's results are written over the first half only")
+class HalfWritten(Put):
+    def forward(self, x):
+        ids, weights = self.router(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            mine = ids == e
+            at = torch.nonzero(mine.any(dim=-1)).squeeze(-1)
+            rows = expert(x[at]) * (weights * mine).sum(dim=-1)[at, None]
+            out = out + torch.zeros_like(x).scatter(0, at.unsqueeze(-1).expand(-1, H // 2), rows)
+        return out

@@ -3,6 +3,7 @@
 | written | becomes |
 |---|---|
 | `squeeze(slice(x, d, i, i + 1), d)` | `select(x, d, i)` |
+| `select(ids, -1, 0)` of ids with one slot | `squeeze(ids, -1)` |
 | `cat([a.unsqueeze(d), b.unsqueeze(d)], d)` | `stack([a, b], d)` |
 | `reshape(cat([a, b], d), [..., 2, n, ...])` | `stack([a, b], d)` |
 """
@@ -36,6 +37,20 @@ def _select(node: Node, given: dict[str, Any]) -> Spelling | None:
         return None
     # Counted from the end, a place before the first one is the first to slice, and none to select.
     return (aten.select.int, (part["self"], dim, start)) if isinstance(start, int) and start >= 0 else None
+
+
+def _only_slot(node: Node, given: dict[str, Any]) -> Spelling | None:
+    """The only column of whole numbers."""
+    value, dim = tensor_of(given["self"]), given["dim"]
+    if (
+        value is None
+        or value.dim() != 2
+        or value.dtype not in (torch.int64, torch.int32)
+        or given["index"] not in (0, -1)
+    ):
+        return None
+    only = dim in (1, -1) and isinstance(value.shape[1], int) and value.shape[1] == 1
+    return (aten.squeeze.dim, (given["self"], -1)) if only else None
 
 
 def _stack_of_wide(node: Node, given: dict[str, Any]) -> Spelling | None:
@@ -76,6 +91,7 @@ def _alike(tensors: list[Any]) -> bool:
 
 RULES: dict[str, Callable[[Node, dict[str, Any]], Spelling | None]] = {
     "aten::squeeze": _select,
+    "aten::select": _only_slot,
     "aten::cat": _stack_of_wide,
     "aten::reshape": _stack_of_joined,
 }

@@ -7,6 +7,7 @@ left is an op that takes each row by itself and belongs to the body (`through.py
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -167,7 +168,10 @@ class Walk(Outside):
                 if known and found["tokens"] not in known:
                     return self.miss("one tensor of token rows", node)
                 tokens = found["tokens"]
-                return self.body.reshaped(self.row("x", tokens, self.numbers(tokens, 1)), shape)
+                whole = self.numbers(tokens, 1)
+                if math.prod(whole) != math.prod(shape):
+                    return self.miss("whole rows of tokens", node, f"{node.name}, of shape {[*shape]} each")
+                return self.body.reshaped(self.row("x", tokens, whole), shape)
             case kinds.Slot():
                 slot = found["slot"]
                 if piece.layout == kinds.SORTED and _is_repeated(slot):

@@ -131,6 +131,37 @@ class PutScattered(Stacked):
         return out.to(x.dtype)
 
 
+@style("rows_scattered_element_by_element")
+class ScatteredElements(Listed):
+    """Each element of a row by its token's number: gather, and scatter into zeros."""
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            mine = ids == e
+            place = torch.nonzero(mine.any(dim=-1)).squeeze(-1)
+            at = place.unsqueeze(-1).expand(-1, H)
+            rows = expert(x.gather(0, at)) * (weights * mine).sum(dim=-1)[place].unsqueeze(-1)
+            out = out + torch.zeros_like(x).scatter(0, at, rows)
+        return out
+
+
+@style("rows_written_by_the_only_column_of_ids")
+class OnlyColumn(Listed):
+    """Top 1: the only column of the ids; every row is written once, and weighted at the end."""
+
+    K = 1
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        out = torch.empty_like(x)
+        for e, expert in enumerate(self.experts):
+            chosen = ids[..., 0] == e
+            out[chosen] = expert(x[chosen])
+        return out * weights
+
+
 @style("rows_added_into_zeros_then_summed_in_turn")
 class AddedIntoZeros(Listed):
     """index_add into zeros of its own, for every expert."""
