@@ -17,7 +17,7 @@ from moe_fx.matcher import op_name
 
 def rewritten(function, *args):
     module, written = normal(exported(function, *args))
-    flatten_masks(module.graph)
+    flatten_masks(module.graph, written)
     merge_equal_values(module.graph, written, ())
     for step in (flatten_places, spell_selections, spell_column_lists):
         step(module.graph, written)

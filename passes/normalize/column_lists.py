@@ -80,6 +80,8 @@ def spell_column_lists(graph: Graph, written: Collection[Node]) -> None:
         if found is None or not _all_cut(found):
             continue
         read = [found.mask, *(value.args[0] for _, value, _ in found.parts), *found.ending.nodes, *found.results]
+        weights = _weights_read(found) if found.weights is not None else None
+        read += weights.all_input_nodes if weights is not None else []
         if not any(isinstance(each, Node) and memory_of(each) in written for each in read):
             _rewrite(found, node)
 

@@ -34,15 +34,22 @@ def spell_mask_rows(graph: Graph, written: Collection[Node]) -> None:
     narrow: dict[Node, tuple[Node, Any]] = {}
     repeated: dict[tuple[Node, int], Node] = {}
     for node in list(graph.nodes):
-        if any(memory_of(each) in written for each in (node, *node.all_input_nodes)):
+        columns = columns_of(node)
+        if 0 not in columns and op_name(node) not in ("aten::reshape", "aten::masked_scatter"):
+            continue
+        # What is read later than it was.
+        read = {node}
+        for _ in range(3):  # the elements selected, their mask, and what it was made of
+            read |= {each for source in read for each in source.all_input_nodes}
+        if any(memory_of(each) in written for each in read):
             continue
         if op_name(node) == "aten::reshape":
             _select_rows(node, narrow)
         elif op_name(node) == "aten::masked_scatter":
             _put_rows(node, narrow)
-        elif 0 in (columns := columns_of(node)) and len(shape_of(node.args[0]) or ()) == 1:
+        elif len(shape_of(node.args[0]) or ()) == 1:
             _write_by(node.args[0], columns[0])
-            _repeat_rows(columns[0], repeated)
+            _repeat_rows(columns[0], repeated, written)
 
 
 def _select_rows(node: Node, narrow: dict[Node, tuple[Node, Any]]) -> None:
@@ -93,7 +100,7 @@ def _write_by(mask: Node, places: Node) -> None:
                 user.update_arg(1, [mask])
 
 
-def _repeat_rows(places: Node, repeated: dict[tuple[Node, int], Node]) -> None:
+def _repeat_rows(places: Node, repeated: dict[tuple[Node, int], Node], written: Collection[Node]) -> None:
     """Rows of the tokens of slots that are written to are read of rows that are repeated for each slot."""
     if not any(op_name(user) == "aten::index_put" and arguments(user)["indices"] == [places] for user in places.users):
         return
@@ -102,7 +109,8 @@ def _repeat_rows(places: Node, repeated: dict[tuple[Node, int], Node]) -> None:
         many, slots = tokens.args[1], (shape_of(mask) or (0,))[0]
         for read in [user for user in tokens.users if op_name(user) == "aten::index" and user.args[1] == [tokens]]:
             rows: Any = read.args[0]
-            if not isinstance(many, int) or not known_equal((shape_of(rows) or (0,))[0] * many, slots):
+            whole = isinstance(many, int) and known_equal((shape_of(rows) or (0,))[0] * many, slots)
+            if not whole or memory_of(rows) in written:
                 continue
             if (rows, many) not in repeated:
                 emit = Emitter(read.graph, after(rows), FakeValues(tensor_of(read).fake_mode))

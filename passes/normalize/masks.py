@@ -33,15 +33,21 @@ __all__ = ["columns_of", "flatten_masks", "flatten_places", "select_masks"]
 aten = torch.ops.aten
 
 
-def flatten_masks(graph: Graph) -> None:
-    """Rewrite every selection, and every write, by a single mask of more than one dimension."""
+def flatten_masks(graph: Graph, written: Collection[Node]) -> None:
+    """Rewrite every selection, and every write, by a single mask of more than one dimension.
+
+    ``written`` is memory that ops in place still write.
+    """
     values: FakeValues | None = None
     for node in list(graph.nodes):
         mask = _mask(node)
         if mask is None:
             continue
         values = values or FakeValues(tensor_of(mask).fake_mode)
-        _flatten(node, mask, Emitter(graph, node, values))
+        # Numbers are compared where the mask is read.
+        compared = op_name(mask) == "aten::eq" and not isinstance(mask.args[1], Node)
+        by_number = compared and memory_of(mask.args[0]) not in written
+        _flatten(node, mask, by_number, Emitter(graph, node, values))
 
 
 def flatten_places(graph: Graph, written: Collection[Node]) -> None:
@@ -149,12 +155,17 @@ def _in_rows(value: Any, emit: Emitter) -> Any:
     return emit(aten.reshape.default, value, [-1, *shape[2:]])
 
 
-def select_masks(graph: Graph) -> None:
-    """Rewrite every mask of a list of masks, and every column of a matrix that was turned around."""
+def select_masks(graph: Graph, written: Collection[Node]) -> None:
+    """Rewrite every mask of a list of masks, and every column of a matrix that was turned around.
+
+    ``written`` is memory that ops in place still write.
+    """
     for node in list(graph.nodes):
         source = node.args[0] if node.target is operator.getitem else None
         if op_name(source) == "aten::max" and node.args[1] == 0 and tensor_of(node).dtype is torch.bool:
             given = arguments(source)
+            if memory_of(given["self"]) in written:
+                continue
             respell(node, aten.any.dim, (given["self"], given["dim"], given["keepdim"]), {})
         if op_name(source) != "aten::unbind" or not isinstance(source, Node):
             continue
@@ -185,12 +196,12 @@ def _mask(node: Node) -> Node | None:
     return mask if all(isinstance(size, int) for size in shape[value.dim() :]) else None
 
 
-def _flatten(node: Node, mask: Node, emit: Emitter) -> None:
+def _flatten(node: Node, mask: Node, by_number: bool, emit: Emitter) -> None:
     given = arguments(node)
     source, rank = given["self"], len(shape_of(mask) or ())
     shape: tuple[Any, ...] = shape_of(source) or ()
     rows = emit(aten.reshape.default, source, [-1, *shape[rank:]]) if shape[rank:] else _in_one(source, emit)
-    if op_name(mask) == "aten::eq" and not isinstance(mask.args[1], Node):
+    if by_number:
         # The mask of one number is that of the same in one dimension.
         flat = emit(mask.target, _in_one(mask.args[0], emit), mask.args[1])
     else:

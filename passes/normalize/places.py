@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from moe_fx.passes.normalize.functional import memory_of
 from moe_fx.passes.normalize.recompose import Spelling
 from torch._ops import OpOverload
 from torch.fx import Node
@@ -122,7 +123,24 @@ def _any_of(node: Node, given: dict[str, Any]) -> Spelling | None:
     dims = dims if isinstance(dims, list | tuple) else [dims]
     if value is None or value.dtype is not torch.bool or len(dims) != 1 or not isinstance(dims[0], int):
         return None
-    return aten.any.dim, (mask, dims[0], bool(given["keepdim"]))
+    # The mask is read later than it was.
+    return (aten.any.dim, (mask, dims[0], bool(given["keepdim"]))) if not _changes(mask) else None
+
+
+def _changes(value: Node) -> bool:
+    """Whether an op in place writes to a value, or to a view of it or of what it views."""
+    waiting, seen = [memory_of(value)], set[Node]()
+    while waiting:
+        each = waiting.pop()
+        if each in seen:
+            continue
+        seen.add(each)
+        for user in each.users:
+            if isinstance(user.target, OpOverload) and user.target._schema.is_mutable:
+                return True
+            if memory_of(user) is not user:
+                waiting.append(user)
+    return False
 
 
 def _largest(node: Node, given: dict[str, Any]) -> Spelling | None:

@@ -40,14 +40,10 @@ def _select(node: Node, given: dict[str, Any]) -> Spelling | None:
 
 
 def _only_slot(node: Node, given: dict[str, Any]) -> Spelling | None:
-    """The only column of whole numbers."""
+    """The only column of whole numbers; of a list of places, it is one of as many as a mask has dimensions."""
     value, dim = tensor_of(given["self"]), given["dim"]
-    if (
-        value is None
-        or value.dim() != 2
-        or value.dtype not in (torch.int64, torch.int32)
-        or given["index"] not in (0, -1)
-    ):
+    numbers = value is not None and value.dim() == 2 and value.dtype in (torch.int64, torch.int32)
+    if not numbers or op_name(given["self"]) == "aten::nonzero" or given["index"] not in (0, -1):
         return None
     only = dim in (1, -1) and isinstance(value.shape[1], int) and value.shape[1] == 1
     return (aten.squeeze.dim, (given["self"], -1)) if only else None

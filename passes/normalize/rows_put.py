@@ -113,6 +113,7 @@ def spell_rows_put(graph: Graph, written: Collection[Node]) -> None:
             continue
         base, terms = found
         read = [each for term in terms for each in (*term.nodes, term.zeros, term.values, term.at)]
+        read += [other for term in terms for _, other in term.steps if isinstance(other, Node)]
         if any(memory_of(each) in written for each in (node, base or node, *read)):
             continue
         emit = Emitter(graph, node, FakeValues(node.meta["val"].fake_mode))

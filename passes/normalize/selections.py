@@ -33,7 +33,10 @@ def spell_selections(graph: Graph, written: Collection[Node]) -> None:
     found: dict[Node, dict[Node, Node]] = {}
     for node in graph.nodes:
         chosen = match(SELECTED, node) if op_name(node) == "aten::index" else None
-        if isinstance(chosen, Match) and _fits(chosen) and not any(memory_of(each) in written for each in chosen.nodes):
+        if not isinstance(chosen, Match) or not _fits(chosen):
+            continue
+        read = {*chosen.nodes, *map(_source, (chosen["matrix"], chosen["mask"])), chosen["matrix"], chosen["mask"]}
+        if not any(memory_of(each) in written for each in read):
             found.setdefault(_source(chosen["mask"]), {})[node] = chosen["matrix"]
     for mask, selections in found.items():
         if any(_are_numbers(matrix) for matrix in selections.values()):

@@ -10,9 +10,11 @@ where(ids != e, 0, x)                  =>     where(ids == e, x, 0)
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from typing import Any
 
 import torch
+from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Graph, Node
 
 from moe_fx.matcher import arguments, op_name
@@ -53,8 +55,11 @@ def _differences(emit: Emitter, given: dict[str, Any]) -> Node:
     return values
 
 
-def spell_contraries(graph: Graph) -> None:
-    """Write what is left where numbers do not differ as what is there where they are equal."""
+def spell_contraries(graph: Graph, written: Collection[Node]) -> None:
+    """Write what is left where numbers do not differ as what is there where they are equal.
+
+    ``written`` is memory that ops in place still write.
+    """
     for node in list(graph.nodes):
         given = arguments(node) if op_name(node) in ("aten::masked_fill", "aten::where") else {}
         if op_name(node) == "aten::masked_fill":
@@ -62,6 +67,8 @@ def spell_contraries(graph: Graph) -> None:
         elif node.target is _aten.where.ScalarSelf:
             mask, value, kept = given["condition"], given["self"], given["other"]
         else:
+            continue
+        if any(memory_of(each) in written for each in (node, *node.all_input_nodes, *mask.all_input_nodes)):
             continue
         same = tensor_of(kept).dtype == tensor_of(node).dtype
         if op_name(mask) != "aten::ne" or isinstance(mask.args[1], Node) or isinstance(value, Node) or value != 0:
