@@ -14,12 +14,6 @@ __all__ = ["LOOKALIKES", "lookalike"]
 class Put(Listed):
     """Each expert's results, put somewhere and added up."""
 
-    def mine(self, ids, e):
-        return ids == e
-
-    def around(self, x):
-        return torch.zeros_like(x)
-
     def total(self, results):
         return sum(results)
 
@@ -27,9 +21,9 @@ class Put(Listed):
         ids, weights = self.router(x)
         results = []
         for e, expert in enumerate(self.experts):
-            mine = self.mine(ids, e)
+            mine = ids == e
             chosen = mine.any(dim=-1)
-            result = self.around(x)
+            result = torch.zeros_like(x)
             result[chosen] = expert(x[chosen])
             results.append(result * (weights * mine).sum(dim=-1, keepdim=True))
         return self.total(results)
@@ -66,7 +60,7 @@ class Shifted(Put):
         return sum(result.roll(1, 0) for result in results)
 
 
-@lookalike("rows_put_then_squared_sums", "a later expert multiplies what stands there")
+@lookalike("rows_put_then_multiplied", "a later expert multiplies what stands there")
 class Products(Put):
     def total(self, results):
         out = results[0]
