@@ -46,6 +46,10 @@ MOVES = frozenset({
 })  # fmt: skip
 
 
+#: ops that read a part
+PARTS = frozenset({"aten::select", "aten::slice"})
+
+
 def moved(node: Node) -> Node:
     """What a value is made of by moving its elements about."""
     while op_name(node) in MOVES and isinstance(node.args[0], Node):
@@ -54,5 +58,7 @@ def moved(node: Node) -> Node:
 
 
 def is_zero(node: Node) -> bool:
-    """Whether a tensor is certainly zero throughout."""
+    """Whether a tensor is certainly zero throughout; a part of zeros is."""
+    while op_name(moved(node)) in PARTS:
+        (node,) = moved(node).args[:1]  # type: ignore[assignment]
     return filled_with(moved(node)) == 0

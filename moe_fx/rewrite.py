@@ -275,13 +275,25 @@ def _is_left_of_layer(
 ) -> bool:
     if node.target is experts or (isinstance(node.meta.get("val"), torch.Tensor) and is_zero(node)):
         return True
-    if weights is None or op_name(node) not in ("aten::mul", "aten::sum"):
+    if weights is None:
+        return False
+    if op_name(node) in ("aten::stack", "aten::gather", "aten::index", "aten::take_along_dim"):
+        source = node.args[0]  # the places that are read of zeros are no matter
+        return all(each in zeros for each in (source if isinstance(source, list | tuple) else [source]))
+    if op_name(node) not in ("aten::mul", "aten::sum", "aten::einsum", "aten::bmm", "aten::matmul"):
         return False
     if any(isinstance(factor, float) and not math.isfinite(factor) for factor in node.args):
         return False
     factors = [moved(factor) for factor in node.all_input_nodes]
     others = [factor for factor in factors if factor not in zeros]
-    return len(others) < len(factors) and all(numbers[factor] in weights for factor in others)
+    return len(others) < len(factors) and all(_is_weight(factor, numbers, weights) for factor in others)
+
+
+def _is_weight(factor: Node, numbers: Mapping[Node, int], weights: Collection[int]) -> bool:
+    """Whether a factor is a routing weight, or a table that holds some of them and zeros."""
+    while op_name(factor) == "aten::scatter" and is_zero(factor.args[0]) and isinstance(factor.args[3], Node):
+        factor = moved(factor.args[3])
+    return numbers[factor] in weights
 
 
 #: numbers given to what a node computes, for the time of a process

@@ -1,4 +1,5 @@
-"""A tensor whose every place along a dimension is written, one after the other, is a stack of what was written.
+"""A tensor whose every place along a dimension is written, one after the other, is a stack of what was written; so are
+zeros of which several places are.
 
 out = select_scatter(base, y, 1, 0)      # out[:, 0] = y
 out = select_scatter(out, z, 1, 1)       # out[:, 1] = z        =>     out = stack([y, z], 1)
@@ -17,6 +18,7 @@ import torch
 from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Graph, Node
 
+from moe_fx.constants import is_zero
 from moe_fx.matcher import Match, arguments, match, op_name
 from moe_fx.pattern import ANY, As, AtLeast, Var, aten, either
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
@@ -35,6 +37,10 @@ WHERE = aten.where(
 
 #: what a write is, and which argument it leaves as it was but for one place
 WRITES = {"aten::select_scatter": 0, "aten::where": 2}
+
+
+#: how many places are looked at where some are left
+MOST = 512
 
 
 class Write(NamedTuple):
@@ -59,8 +65,11 @@ def spell_places_in_turn(graph: Graph, written: Collection[Node]) -> None:
         if writes is None or any(memory_of(each) in written for each in (node, *read)):
             continue
         sources = {write.place: write.source for write in reversed(writes)}  # the last write to a place counts
-        emit = Emitter(graph, node, FakeValues(node.meta["val"].fake_mode))
-        replace(node, emit(_aten.stack.default, [sources[place] for place in sorted(sources)], writes[0].dim))
+        emit, dim = Emitter(graph, node, FakeValues(node.meta["val"].fake_mode)), writes[0].dim
+        zeros = writes[-1].before
+        places = range((shape_of(node) or ())[dim])  # type: ignore[arg-type]
+        parts = [sources[at] if at in sources else emit(_aten.select.int, zeros, dim, at) for at in places]
+        replace(node, emit(_aten.stack.default, parts, dim))
         erase_dead(graph, [node])
 
 
@@ -96,7 +105,10 @@ def _goes_on(user: Node, node: Node) -> bool:
 
 
 def _writes(node: Node) -> list[Write] | None:
-    """The writes by which every place along a dimension is written, the last first; None if one is not."""
+    """The writes by which every place along a dimension is written, the last first; None if one is not.
+
+    Of zeros a few places may be left: those of experts without rows are.
+    """
     found, places, write = list[Write](), set[int](), _write(node)
     while write is not None and (not found or write.dim == found[0].dim):
         found.append(write)
@@ -104,7 +116,8 @@ def _writes(node: Node) -> list[Write] | None:
         if 1 < len(places) == (shape_of(node) or ())[write.dim]:
             return found
         write = _write(write.before)
-    return None
+    few = len(places) > 1 and (shape_of(node) or ())[found[0].dim] <= MOST
+    return found if few and is_zero(found[-1].before) else None
 
 
 def _write(node: Node) -> Write | None:

@@ -213,7 +213,7 @@ def _put(node: Node) -> Rows | None:
         at, more, values, adds = given["index"], [], given["source"], op_name(node) == "aten::index_add"
     zeros, rows = given["self"], shape_of(values) or ()
     fits = len(rows) == len(shape) and same_shape(rows[1:], shape[1:]) and given.get("dim", 0) == 0
-    if more or not fits or given.get("alpha", 1) != 1 or not _is_one_each(at, rows[0]) or not _is_zero(zeros):
+    if more or not fits or given.get("alpha", 1) != 1 or not _is_one_each(at, rows[0]) or not is_zero(zeros):
         return None
     reads = any(op_name(user) == "aten::index" and user.args[1] == [at] for user in at.users)
     return Rows(zeros, at, values, adds, nodes=(node,)) if reads else None
@@ -227,7 +227,3 @@ def _is_one_each(places: Any, rows: Dim) -> bool:
     if value.dtype is torch.bool:
         return depends_on_values(rows)
     return value.dtype in (torch.int64, torch.int32) and known_equal(value.shape[0], rows)
-
-
-def _is_zero(value: Node) -> bool:
-    return is_zero(value.args[0] if op_name(value) == "aten::select" else value)

@@ -24,6 +24,7 @@ from moe_fx.passes.raising.walk import Walk
 from moe_fx.passes.raising.writer import Value
 from torch.fx import Node
 
+from moe_fx.constants import is_zero
 from moe_fx.matcher import Miss, arguments, op_name
 from moe_fx.shapes import depends_on_values, shape_of, tensor_of
 
@@ -70,7 +71,7 @@ def _experts_added(root: Node, numbered: Sequence[tuple[tuple[int, Node | None],
         merged = each_expert_on(root, of_slot, shared=behind if len(slots) > 1 else set())
         if isinstance(merged, Miss):
             return merged
-        regions.append(dataclasses.replace(merged, distinct=len(slots) == 1))
+        regions.append(dataclasses.replace(merged, distinct=len(slots) == 1 and not merged.adds_up))
     whole = regions[0] if len(regions) == 1 else merge_slots(regions, root)
     return (read_outside(whole.interior, {root}) or whole) if isinstance(whole, Region) else whole
 
@@ -110,7 +111,11 @@ def stacked(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
         return None  # numbers are routing weights
     axis, values = place[given["dim"] % len(place)], given["tensors"]
     if axis == (EXPERT,):
-        merged = each_expert_on(node, list(enumerate(values)))
+        # Nothing comes of an expert that has zeros, such as one that has no rows: it is none of the layer's.
+        numbered = [(number, value) for number, value in enumerate(values) if not is_zero(value)]
+        merged = each_expert_on(node, numbered, every=len(numbered) == len(values))
+        if len(numbered) < len(values):
+            walk.bindings["rows_skipped"] = node
     elif axis == (SLOT,):
         merged = _each_slot(node, values, {node})
         if isinstance(merged, Region) and walk.bindings.setdefault("ids", merged.ids) is not merged.ids:
@@ -122,13 +127,15 @@ def stacked(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
     return walk.inlined(merged, node, place)
 
 
-def each_expert_on(root: Node, numbered: Sequence[tuple[int, Node]], shared: Collection[Node] = ()) -> Region | Miss:
+def each_expert_on(
+    root: Node, numbered: Sequence[tuple[int, Node]], shared: Collection[Node] = (), every: bool = True
+) -> Region | Miss:
     """The steps that compute one expert's result each, for every token, as one layer.
 
-    ``shared`` are nodes that may read what is inside: the caller looks after them.
+    ``shared`` are nodes that may read what is inside: the caller looks after them. Not ``every``: there are others.
     """
     numbers = [number for number, _ in numbered]
-    if sorted(numbers) != list(range(len(numbers))):
+    if not numbers or (every and sorted(numbers) != list(range(len(numbers)))):
         return Miss(f"every expert of {len(numbers)} once", f"experts {', '.join(map(str, numbers))}", root)
     by_slot = _steps(root, numbered, shared, each_expert_loop.PIECES)
     if not isinstance(by_slot, Miss):

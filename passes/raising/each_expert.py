@@ -14,8 +14,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moe_fx.passes.raising.loops import any_slots_of, expert_of, literal, one_slot_of, sums, zero
-from moe_fx.passes.raising.pieces import TOKENS, Column, Mask, Piece, Slot
+from moe_fx.passes.raising.loops import (
+    all_places,
+    any_slots_of,
+    by_slot,
+    by_token,
+    each_element,
+    expert_of,
+    literal,
+    one_slot_of,
+    places,
+    slots_of,
+    sums,
+    token_of,
+    zero,
+)
+from moe_fx.passes.raising.pieces import FLAT_TOKENS, TOKENS, Column, Mask, Piece, Put, Slot
 from torch.fx import Node
 
 from moe_fx.constants import filled_with
@@ -58,13 +72,29 @@ masked = either(
     aten.mul(rows, cast(named_wide)), aten.where(named_wide, rows, wide_zero), aten.masked_fill(rows, not_named_wide, 0)
 )
 
+
+def puts(token: Pattern) -> Pattern:
+    """Rows at their tokens, and zero at all others."""
+    put_into = Var("put_into", rank=2)
+    return either(
+        aten.index_put(put_into, [token], rows, ANY),
+        aten.index_copy(put_into, 0, token, rows),
+        aten.index_add(put_into, 0, token, rows),
+        aten.scatter(put_into, 0, each_element(token), rows),
+    )
+
+
+#: an expert's own rows, as in a loop that adds them; a token is among them once, its ids being distinct
+OF_HITS = (*by_token(literal, token_of, any_slots_of), *by_slot(literal, slots_of, token_dim=0))
 PIECES: tuple[Piece, ...] = (
+    *(Put(FLAT_TOKENS, puts(token)) for token in (token_of, *all_places(token_of), places(slots_of, 0))),
+    *(piece for loop in OF_HITS for piece in loop.pieces),
     Slot(TOKENS, of_one),
     Slot(TOKENS, of_one_wide),
     Column(TOKENS, column),
     Column(TOKENS, aten.slice(table, Last(-1), literal, ANY)),
-    Slot(TOKENS, total),
-    Slot(TOKENS, kept_dim),
+    Slot(TOKENS, total, summed=True),
+    Slot(TOKENS, kept_dim, summed=True),
     Mask(TOKENS, masked),
 )
 #: the same, where what is masked is the column of an expert and not that of a slot

@@ -68,8 +68,9 @@ def loop_of_steps(root: Node, loop: loops.Loop) -> Region | Miss:
         merged = _all_experts([regions[place] for place in own], [steps[place][1]["expert"] for place in own], root)
         if isinstance(merged, Miss):
             return merged
-        # A token is routed to an expert by one slot only.
-        of_slots.append(dataclasses.replace(merged, distinct=len(slots) == 1 and (merged.distinct or loop.once)))
+        # A token is routed to an expert by one slot only, or its row is there once, with the sum of the weights.
+        distinct = merged.distinct or (not merged.adds_up if loop.once else merged.summed)
+        of_slots.append(dataclasses.replace(merged, distinct=len(slots) == 1 and distinct))
     whole = of_slots[0] if len(of_slots) == 1 else merge_slots(of_slots, root)
     if isinstance(whole, Miss):
         return whole

@@ -165,9 +165,9 @@ def all_places(mask: Pattern) -> tuple[Pattern, Pattern]:
     return places(mask, 0), either(aten.squeeze(listed, Last(1)), aten.reshape(listed, ANY))
 
 
-def of_token(token: Pattern, slot: Pattern) -> Slot:
+def of_token(token: Pattern, slot: Pattern, summed: bool = False) -> Slot:
     """A number for each token, at the tokens of an expert."""
-    return Slot(HITS, aten.index(optional(lambda s: aten.unsqueeze(s, Last(1)), slot), [token]))
+    return Slot(HITS, aten.index(optional(lambda s: aten.unsqueeze(s, Last(1)), slot), [token]), summed)
 
 
 def dispatch(token: Pattern) -> tuple[Piece, ...]:
@@ -182,18 +182,18 @@ def dispatch(token: Pattern) -> tuple[Piece, ...]:
 def columns(expert: Pattern, token: Pattern, slots: Pattern | None) -> tuple[Piece, ...]:
     """The routing weight as what an expert's column of a table holds for a token, or what its slots add up to."""
     whole = Var("table", rank=2)
-    table, wide = aten.select(whole, Last(1), expert), aten.unsqueeze(whole, Last(2))
+    table, apart = aten.select(whole, Last(1), expert), aten.unsqueeze(whole, Last(2))
     pieces: list[Piece] = [
         Column(HITS, aten.index(table, [token])),
         Column(HITS, aten.index(aten.unsqueeze(table, Last(1)), [token])),
         Column(HITS, aten.index(aten.slice(whole, Last(1), expert, ANY), [token])),
-        Column(HITS, aten.index(aten.select(wide, 1, expert), [token])),
+        Column(HITS, aten.index(aten.select(apart, 1, expert), [token])),
         Column(HITS, aten.select(aten.index(whole, [token]), Last(1), expert)),
     ]
     if slots is not None:
-        pieces += [of_token(token, sums(slots)), of_token(token, sums(slots, keepdim=True))]
-        pieces.append(of_token(token, aten.reshape(sums(slots), [-1])))
-        pieces.append(of_token(token, aten.reshape(sums(slots, keepdim=True), [-1, 1])))
+        narrow, wide = sums(slots), sums(slots, keepdim=True)
+        for slot in (narrow, wide, aten.reshape(narrow, [-1]), aten.reshape(wide, [-1, 1])):
+            pieces.append(of_token(token, slot, summed=True))
     return tuple(pieces)
 
 
@@ -211,7 +211,8 @@ def sums_of_rows(expert: Pattern, token: Pattern) -> tuple[Piece, ...]:
     mine = aten.eq(aten.index(Var("ids", rank=2), [token]), expert)
     weights = aten.index(slot_value, [token])
     narrow = sums(mine, weights=weights)
-    return Slot(HITS, sums(mine, True, weights)), Slot(HITS, narrow), Slot(HITS, aten.unsqueeze(narrow, Last(1)))
+    slots = (sums(mine, True, weights), narrow, aten.unsqueeze(narrow, Last(1)))
+    return tuple(Slot(HITS, slot, summed=True) for slot in slots)
 
 
 def found_slot(expert: Pattern, token: Pattern, slots: Pattern) -> tuple[Piece, ...]:

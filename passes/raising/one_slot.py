@@ -3,6 +3,9 @@
 h = torch.bmm(x[:, None], up[ids])
 y = torch.bmm(act(h), down[ids]).squeeze(1) + bias[ids]      # here
 return y * s                                                 # the routing weight may as well follow
+
+ys = torch.stack([expert(x) for expert in experts], 1)
+return ys[torch.arange(T), ids] * s                          # or where a token's expert is chosen of all results
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ from moe_fx.passes.raising.contraction import contraction
 from moe_fx.passes.raising.through import is_elementwise, is_view
 from torch.fx import Graph, Node
 
-from moe_fx.matcher import op_name
+from moe_fx.matcher import arguments, op_name
+from moe_fx.shapes import shape_of
 
 __all__ = ["ends_of_one_slot"]
 
@@ -26,10 +30,18 @@ def ends_of_one_slot(graph: Graph, covered: Collection[Node]) -> Iterator[Node]:
         if node in seen or node in covered or node.op != "call_function":
             continue
         found = contraction(node)
-        if found is None or not any(reads_chosen_stack(operand) for operand in found.operands):
+        product = found is not None and any(reads_chosen_stack(operand) for operand in found.operands)
+        if not product and not _chooses_result(node):
             continue
         seen |= _behind(node)
         yield _end(node)
+
+
+def _chooses_result(node: Node) -> bool:
+    """Whether a value is read from a stack of several results."""
+    stack = node.args[0] if op_name(node) in ("aten::index", "aten::gather", "aten::take_along_dim") else None
+    results = arguments(stack)["tensors"] if op_name(stack) == "aten::stack" else []
+    return len(results) > 1 and all(each.op == "call_function" and len(shape_of(each) or ()) > 1 for each in results)
 
 
 def _end(product: Node) -> Node:

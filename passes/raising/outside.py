@@ -35,7 +35,9 @@ __all__ = ["Outside"]
 aten = torch.ops.aten
 
 #: 0, 1, 2, ... as a column
-each_token = either(aten_.unsqueeze(kinds.arange(), Last(1)), aten_.reshape(kinds.arange(), [-1, 1]))
+each_token_column = either(aten_.unsqueeze(kinds.arange(), Last(1)), aten_.reshape(kinds.arange(), [-1, 1]))
+results, index = Var("results"), Var("index")
+along_dim = either(aten_.gather(results, Var("dim"), index), aten_.take_along_dim(results, index, Var("dim")))
 LEAVES = ("placeholder", "get_attr")
 
 
@@ -193,33 +195,36 @@ class Outside(Routes):
 
     def chosen(self, node: Node, place: Place) -> Value | Miss | None:
         """``results.gather(1, ids)``: of what every expert makes of a token, what it was routed to."""
-        at = place.index((SLOT,)) if (SLOT,) in place else 0
-        rows = at + 1
-        if place[:rows] != self.slot_places[1] and not self.is_row_of(SLOT, place[:rows]):
-            return None
-        by_token = (*place[:at], (EXPERT,), *place[rows:])
-        by_expert = ((EXPERT,), *place[:at], *place[rows:])
-        for pattern, before, whole in (
-            (aten_.gather(Var("results"), Last(at), Var("index")), by_token, True),
-            (aten_.take_along_dim(Var("results"), Var("index"), Last(at)), by_token, True),
-            (aten_.index(Var("results"), [each_token, Var("index")]), by_token, False),
-            (aten_.index(Var("results"), [Var("index"), each_token]), by_expert, False),
-        ):
-            found = match(pattern, node)
-            if not isinstance(found, Match) or (not whole and at > 1):
-                continue
-            count = (shape_of(found["results"]) or (0,) * len(before))[before.index((EXPERT,))]
-            # take_along_dim broadcasts the index; gather takes it as wide as the result.
-            own = aligned(place, shape_of(found["index"]) or (), self.sizes) if whole else place[:rows]
-            ids = self.ids_of(found["index"], own) if own is not None else None
-            if ids is None or not isinstance(count, int) or self.bindings.setdefault("ids", ids) is not ids:
+        whole = match(along_dim, node)
+        if isinstance(whole, Match):
+            at = whole["dim"] % len(place)
+            alone = (self.single and not place[at]) or self.is_row_of(SLOT, place[: at + 1])
+            if place[at] != (SLOT,) and not alone:
                 return None
-            self.count_experts(count)
-            self.interior.add(node)
-            if not whole:
-                self.bindings.setdefault("indexed", node)
-            return self.value(found["results"], before)
+            # take_along_dim broadcasts the index; gather takes it as wide as the result.
+            own = aligned(place, shape_of(whole["index"]) or (), self.sizes)
+            return self.of_own_expert(node, whole, own, (*place[:at], (EXPERT,), *place[at + 1 :]))
+        rows: Place = (self.tokens, (SLOT,)) if SLOT in axes_of(place) else (self.tokens,)
+        token, rest = each_token_column if len(rows) > 1 else kinds.arange(), place[len(rows) :]
+        for indices, before in (
+            ([token, index], (self.tokens, (EXPERT,), *rest)), ([index, token], ((EXPERT,), self.tokens, *rest)),
+        ):  # fmt: skip
+            found = match(aten_.index(results, indices), node)
+            if place[: len(rows)] == rows and isinstance(found, Match):
+                return self.of_own_expert(node, found, rows, before)
         return None
+
+    def of_own_expert(self, node: Node, found: Match, own: Place | None, before: Place) -> Value | Miss | None:
+        """What experts made of tokens, in the place ``before``, read by an index of the layer's ids that stand in ``own``."""
+        count = (shape_of(found["results"]) or (0,) * len(before))[before.index((EXPERT,))]
+        ids = self.ids_of(found["index"], own) if own is not None else None
+        if ids is None or not isinstance(count, int) or self.bindings.setdefault("ids", ids) is not ids:
+            return None
+        self.count_experts(count)
+        self.interior.add(node)
+        if op_name(node) == "aten::index":
+            self.bindings.setdefault("indexed", node)
+        return self.value(found["results"], before)
 
     def is_outside(self, node: Node) -> bool:
         """Whether a value is nothing but a view of what comes from outside: others may go on to read it."""

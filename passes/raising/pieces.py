@@ -6,6 +6,7 @@ Routed rows stand in one of these layouts on their way from the tokens to the su
     token_major   [T*K, ...]    the same, flat: row t*K + k
     sorted        [T*K, ...]    ordered by expert: row i is slot perm[i]
     tokens       [T, ...]      every token, in a loop in which every expert takes all of them
+    flat_tokens  [T, ...]      the same where tokens have several dimensions, such as batch and sequence: in one
     expert_major  [E*T, ...]   every token for every expert: row e*T + t
     hits          [n, ...]      the rows of one expert, in a loop over all of them
 
@@ -22,15 +23,15 @@ from dataclasses import dataclass
 from moe_fx.pattern import ANY, Last, Pattern, aten, either, optional
 
 __all__ = [
-    "EXPERT_MAJOR", "HITS", "SLOTS", "SORTED", "TOKENS", "TOKEN_MAJOR", "Column", "Dispatch", "ExpertLinear",
-    "ExpertRow", "Mask", "Piece", "Slot", "View", "arange", "spread", "widened_arange",
+    "EXPERT_MAJOR", "FLAT_TOKENS", "HITS", "SLOTS", "SORTED", "TOKENS", "TOKEN_MAJOR", "Column", "Dispatch", "ExpertLinear",
+    "ExpertRow", "Mask", "Piece", "Put", "Slot", "View", "arange", "spread", "widened_arange",
 ]  # fmt: skip
 
 SLOTS, TOKEN_MAJOR, SORTED = "slots", "token_major", "sorted"
-TOKENS, HITS, EXPERT_MAJOR = "tokens", "hits", "expert_major"
+TOKENS, FLAT_TOKENS, HITS, EXPERT_MAJOR = "tokens", "flat_tokens", "hits", "expert_major"
 
 #: names whose values differ from piece to piece
-LOCAL = ("rows", "slot", "table", "weight", "bias", "param")
+LOCAL = ("rows", "slot", "table", "weight", "bias", "param", "put_into")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,12 @@ class Dispatch(Piece):
 
 @dataclass(frozen=True)
 class Slot(Piece):
-    """What travels with a slot comes in, such as the routing weight: captures ``slot [T, K, ...]``."""
+    """What travels with a slot comes in, such as the routing weight: captures ``slot [T, K, ...]``.
+
+    ``summed``: it is added up over all slots in which a token's ids name the expert.
+    """
+
+    summed: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,11 @@ class ExpertRow(Piece):
 @dataclass(frozen=True)
 class Mask(Piece):
     """Rows of no expert, or of all other experts, are set to zero: captures ``rows``."""
+
+
+@dataclass(frozen=True)
+class Put(Piece):
+    """The rows of one expert are put among all tokens', which are zero: captures ``rows`` and ``put_into``."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from moe_fx.passes.raising.without_parameters import write_terms
 from torch.fx import Node
 
 from moe_fx.experts import experts
-from moe_fx.matcher import Miss
+from moe_fx.matcher import Miss, op_name
 from moe_fx.pipeline import Layer, Work
 from moe_fx.program import Program, StackedWeight
 from moe_fx.report import describe_miss, module_of
@@ -106,17 +106,19 @@ def _in_shape_of(program: Program, root: Node, rows: Node, region: Region) -> No
     if same_shape(wanted, have):
         return rows
     emit = Emitter(program.graph, root, FakeValues(program.fake_mode))
-    source = region.tokens.args[0] if region.tokens in region.views else region.tokens
-    outer = shape_of(source) or ()
+    known = [region.tokens]
+    while op_name(known[-1]) == "aten::reshape":  # from batch and sequence, which the result may have apart
+        known.append(known[-1].args[0])
     sizes: list[int | Node] = []
     for size in wanted:
-        at = next((at for at, each in enumerate(outer) if known_equal(each, size)), None)
+        told = ((node, at) for node in reversed(known) for at, each in enumerate(shape_of(node) or ()))
+        found = next(((node, at) for node, at in told if known_equal(shape_of(node)[at], size)), None)
         if isinstance(size, int):
             sizes.append(size)
-        elif at is None:
+        elif found is None:
             sizes.append(-1)  # batch and sequence in one, beside fixed sizes
         else:
-            sizes.append(emit(torch.ops.aten.sym_size.int, source, at))
+            sizes.append(emit(torch.ops.aten.sym_size.int, *found))
     return emit(torch.ops.aten.reshape.default, rows, sizes)
 
 

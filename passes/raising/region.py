@@ -43,7 +43,8 @@ class Region:
     need not stand as ``[T, ...]`` and ``[T, K, ...]`` in the program; ``views`` are written to make them so. Slots
     among ``tables [T, E]`` are looked up by ids. The experts' sum is added to ``base``, if there is one. ``visits``
     are the experts whose rows were joined, where they were cut apart. Some tables are certainly ``not_negative``. Some
-    slots are numbers for ``each_token``, the same in all of its slots. Experts without parameters, which are none of
+    slots are numbers for ``each_token``, the same in all of its slots; some are ``summed`` over those slots that name one
+    expert, and the result ``adds_up`` to the equation's if all there is is what an expert makes, times this sum. Experts without parameters, which are none of
     the layer's, stand ``alone`` behind it: their numbers and steps.
     """
 
@@ -68,6 +69,8 @@ class Region:
     not_negative: set[Node] = field(default_factory=set)
     alone: list[tuple[int, Region]] = field(default_factory=list)
     each_token: set[Node] = field(default_factory=set)
+    summed: bool = False
+    adds_up: bool = False
 
     @property
     def num_experts(self) -> int:

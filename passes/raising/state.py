@@ -51,6 +51,7 @@ class State:
             kinds.SLOTS: (tokens, (SLOT,)), kinds.TOKEN_MAJOR: ((*tokens, SLOT),), kinds.SORTED: ((SORTED_ROW,),),
             kinds.HITS: ((HIT,),), kinds.EXPERT_MAJOR: ((EXPERT, *tokens),),
             kinds.TOKENS: tuple((token,) for token in tokens if specific is not None) or ((HIT,),),
+            kinds.FLAT_TOKENS: (tokens,) if specific is not None else ((HIT,),),
         }  # fmt: skip
         if known_equal(sizes.get(SLOT, 0), 1):
             self.layouts[kinds.TOKEN_MAJOR] = (tokens,)
@@ -75,6 +76,8 @@ class State:
         self.each_token: set[Node] = set()
         #: values of the body that are zero for a token's row where it was not routed to the expert
         self.zeros: list[Node] = []
+        #: routing weights that are added up over all slots in which a token's ids name the expert
+        self.summed: set[Node] = set()
         #: copies that stand for what a mask leaves of a value
         self.marks: list[Node] = []
 

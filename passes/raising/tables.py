@@ -24,7 +24,7 @@ from moe_fx.matcher import Match, Miss, match, op_name
 from moe_fx.pattern import ANY, As, AtLeast, Last, Pattern, Var, aten, either, optional
 from moe_fx.shapes import known_equal, shape_of, tensor_of
 
-__all__ = ["Slots", "counts_zero", "ids_of_mask", "is_step", "read_table"]
+__all__ = ["Slots", "counts_zero", "is_multiple", "ids_of_mask", "is_step", "read_table"]
 
 
 def cast(pattern: Pattern) -> Pattern:
@@ -263,6 +263,24 @@ def counts_zero(output: Node, zeros: Iterable[Node]) -> bool:
         if node not in zero and node.op == "call_function" and _is_zero(node, zero):
             zero.add(node)
     return output in zero
+
+
+def is_multiple(output: Node, factor: Node) -> bool:
+    """Whether a body's output is certainly ``factor`` times something else, or a sum of such products."""
+    depends, multiple = {factor}, {factor}
+    for node in output.graph.nodes:
+        operands = [each for each in node.all_input_nodes if each in depends]
+        if not operands or node.op != "call_function":
+            continue
+        depends.add(node)
+        name, first = op_name(node), node.args[0]
+        linear = name == "aten::linear" and (len(node.args) < 3 or node.args[2] is None) and node.args[1] not in depends
+        one = name in MOVES or linear or (name == "aten::mul" and node.args[0] is not node.args[1])
+        if (one and operands[0] in multiple and len(operands) == 1) or (
+            name == "aten::add" and len(node.args) == 2 and all(each in multiple for each in (first, node.args[1]))
+        ):
+            multiple.add(node)
+    return output in multiple
 
 
 def _is_zero(node: Node, zero: set[Node]) -> bool:

@@ -15,19 +15,20 @@ from typing import Any
 import torch
 from moe_fx.passes.raising import pieces as kinds
 from moe_fx.passes.raising.anchors import reads_stack
-from moe_fx.passes.raising.axes import EXPERT, PLACE, SLOT, SORTED_ROW, Place, aligned, axes_of, features, size_of
+from moe_fx.passes.raising.axes import EXPERT, HIT, PLACE, SLOT, SORTED_ROW, Place, aligned, axes_of, features, size_of
 from moe_fx.passes.raising.bins import binned
 from moe_fx.passes.raising.choices import chosen
 from moe_fx.passes.raising.contraction import Contraction, contraction
 from moe_fx.passes.raising.outside import Outside
 from moe_fx.passes.raising.products import Factor, product
 from moe_fx.passes.raising.region import Region, read_outside
-from moe_fx.passes.raising.tables import counts_zero
+from moe_fx.passes.raising.tables import counts_zero, is_multiple
 from moe_fx.passes.raising.through import Through, is_elementwise, through
 from moe_fx.passes.raising.writer import EXPERTS_OWN, ROWS, SHARED, Value
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from moe_fx.constants import is_zero
 from moe_fx.experts import per_row
 from moe_fx.matcher import Match, Miss, arguments, match, op_name
 from moe_fx.shapes import is_number, known_equal, same_shape, shape_of
@@ -59,7 +60,8 @@ class Walk(Outside):
         # Before shapes are compared: how many rows the parts have together, only their counts tell.
         if SORTED_ROW in axes and (joined := self.joined(self, node, place)) is not None:
             return joined
-        if op_name(node) == "aten::index_put" and (rows := self.written(self, node, place)) is not None:
+        put = HIT not in axes and self.specific is not None
+        if not put and op_name(node) == "aten::index_put" and (rows := self.written(self, node, place)) is not None:
             return rows
         shape = shape_of(node)
         if shape is not None and not same_shape(shape, [size_of(dim, self.sizes) for dim in place]):
@@ -83,7 +85,7 @@ class Walk(Outside):
             return self.expert_value(node, place)
         if axes & {EXPERT, SLOT} and (stacked := self.stacked(self, node, place)) is not None:
             return stacked
-        if SLOT in axes and (chosen := self.chosen(node, place)) is not None:
+        if (SLOT in axes or self.single) and (chosen := self.chosen(node, place)) is not None:
             return chosen
         if (SLOT in axes or self.single) and (gathered := self.gathered(node, place)) is not None:
             return gathered
@@ -182,6 +184,7 @@ class Walk(Outside):
                     )
                 self.bind(found)
                 row = self.row("s", slot, self.numbers(slot, len(self.slots_of(found))))
+                self.summed |= {slot} if piece.summed else set()
                 if piece.layout == kinds.TOKENS:
                     self.zeros.append(row.node)  # added up over the slots of this expert: of other tokens, nothing
                 return self.body.reshaped(row, shape)
@@ -204,13 +207,15 @@ class Walk(Outside):
                 self.bind(found)
                 self.interior.add(node)
                 kept = self.value(found["rows"], place)
-                if piece.layout != kinds.TOKENS or isinstance(kept, Miss):
-                    return kept
-                # What is masked is zero for other experts' rows; what it was before need not be.
-                kept = Value(self.body.write(aten.clone.default, kept.node), kept.kind, kept.shape)
-                self.zeros.append(kept.node)
-                self.marks.append(kept.node)
-                return kept
+                return kept if piece.layout != kinds.TOKENS or isinstance(kept, Miss) else self.zero_elsewhere(kept)
+            case kinds.Put():
+                if not is_zero(found["put_into"]):
+                    return self.miss("rows put into zeros", node)
+                self.bind(found)
+                self.interior.add(node)
+                self.sizes = {**self.sizes, HIT: (shape_of(found["rows"]) or (0,))[0]}
+                kept = self.value(found["rows"], ((HIT,), *place[len(layout) :]))
+                return kept if isinstance(kept, Miss) else self.zero_elsewhere(kept)
             case kinds.ExpertRow():
                 self.bind(found)
                 param = found["param"]
@@ -232,6 +237,13 @@ class Walk(Outside):
                 )
                 return self.body.linear(rows, self.body.turned(matrix) if piece.transposed else matrix)
         raise AssertionError(f"a piece of unknown kind: {piece}")
+
+    def zero_elsewhere(self, kept: Value) -> Value:
+        """What is zero for other experts' rows, because a mask or a place says so; what it was before need not be."""
+        kept = Value(self.body.write(aten.clone.default, kept.node), kept.kind, kept.shape)
+        self.zeros.append(kept.node)
+        self.marks.append(kept.node)
+        return kept
 
     # What is inside
 
@@ -385,11 +397,13 @@ class Walk(Outside):
         for node in graph.find_nodes(op="call_function", target=per_row):
             node.args = (node.args[0], x)
         s, p, h = (list(captured[kind]) for kind in "sph")
+        once = "counted_once" in self.bindings
+        adds_up = self.summed == {*s} and len(s) == 1 and is_multiple(output.node, captured["s"][s[0]])
         (tokens,) = captured["x"]
         form = "expert_loop" if step else "+".join(sorted(self.forms))
         region = Region(
             self.root, form, tokens, self.bindings.get("ids", tokens), s, p, h, GraphModule({}, graph), self.interior,
-            self.bindings, distinct=bool(self.zeros) or "counted_once" in self.bindings,
+            self.bindings, distinct=once or (bool(self.zeros) and not adds_up), summed=bool(self.summed), adds_up=adds_up,
         )  # fmt: skip
         region.features = {node: self.outer[node] for node in (tokens, *s)}
         slots = 1 if "one_each" in self.bindings else self.sizes.get(SLOT)

@@ -10,6 +10,8 @@ for e in range(E):
     token, slot = torch.where(ids == e)
     y[token, slot] = body(x[token], weight[e])
 
+rows, sorted_ids = x[perm // K], flat_ids[perm]                  # rows sorted by expert before: mask and rows alike
+
 A row is one expert's, so it is written once or, if its id names no expert, never.
 """
 
@@ -17,8 +19,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from moe_fx.passes.raising.axes import Place
+from moe_fx.passes.raising.axes import SORTED_ROW, Place
 from moe_fx.passes.raising.each_expert import specific
+from moe_fx.passes.raising.grouped import sorted_ids
 from moe_fx.passes.raising.loops import all_places, expert_of, literal, places
 from moe_fx.passes.raising.parts import FAR, part_of_one
 from moe_fx.passes.raising.region import Region
@@ -54,7 +57,8 @@ def ids_written(node: Node) -> Node | None:
     found = match(STEP, node)
     if not isinstance(found, Match) or any(isinstance(match(STEP, user), Match) for user in node.users):
         return None
-    return found["flat_ids"]
+    # Of sorted rows nobody knows the token: they are brought back, or added to it.
+    return None if isinstance(match(sorted_ids, found["flat_ids"]), Match) else found["flat_ids"]
 
 
 def written(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
@@ -67,9 +71,13 @@ def written(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
     if not steps:
         return None
     rank = len(shape_of(steps[0][1]["flat_ids"]) or ())
-    ids = walk.ids_of(steps[0][1]["flat_ids"], place[:rank])
-    if ids is None or walk.bindings.setdefault("ids", ids) is not ids:
-        return walk.miss("rows written by the layer's own ids", steps[0][1]["flat_ids"])
+    by_order = match(sorted_ids, steps[0][1]["flat_ids"], walk.bindings) if place[:1] == ((SORTED_ROW,),) else None
+    if isinstance(by_order, Match):
+        walk.bind(by_order)
+    else:
+        ids = walk.ids_of(steps[0][1]["flat_ids"], place[:rank])
+        if ids is None or walk.bindings.setdefault("ids", ids) is not ids:
+            return walk.miss("rows written by the layer's own ids", steps[0][1]["flat_ids"])
     experts = [found["expert"] for _, found in steps]
     if any(found["flat_ids"] is not steps[0][1]["flat_ids"] for _, found in steps):
         return walk.miss("rows written by the same ids at every step", node)
