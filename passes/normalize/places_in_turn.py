@@ -67,7 +67,7 @@ def spell_places_in_turn(graph: Graph, written: Collection[Node]) -> None:
         sources = {write.place: write.source for write in reversed(writes)}  # the last write to a place counts
         emit, dim = Emitter(graph, node, FakeValues(node.meta["val"].fake_mode)), writes[0].dim
         zeros = writes[-1].before
-        places = range((shape_of(node) or ())[dim])  # type: ignore[arg-type]
+        places = range((shape_of(node) or ())[dim])
         parts = [sources[at] if at in sources else emit(_aten.select.int, zeros, dim, at) for at in places]
         replace(node, emit(_aten.stack.default, parts, dim))
         erase_dead(graph, [node])

@@ -188,7 +188,7 @@ class Outside(Routes):
             return self.miss(f"ids = {self.bindings['ids'].name}, as elsewhere in the layer", ids)
         self.bindings.setdefault("indexed", node)
         self.interior.add(node)
-        self.count_experts(count)
+        self.count(EXPERT, count)
         # Dimensions of size 1 among those of the ids are the row's, too.
         own = self.expert_value(param, own_place)
         return own if isinstance(own, Miss) else self.body.reshaped(own, features(place))
@@ -215,12 +215,12 @@ class Outside(Routes):
         return None
 
     def of_own_expert(self, node: Node, found: Match, own: Place | None, before: Place) -> Value | Miss | None:
-        """What experts made of tokens, in the place ``before``, read by an index of the layer's ids that stand in ``own``."""
+        """What experts made of tokens, in the place ``before``, read by an index of the layer's ids, in ``own``."""
         count = (shape_of(found["results"]) or (0,) * len(before))[before.index((EXPERT,))]
         ids = self.ids_of(found["index"], own) if own is not None else None
         if ids is None or not isinstance(count, int) or self.bindings.setdefault("ids", ids) is not ids:
             return None
-        self.count_experts(count)
+        self.count(EXPERT, count)
         self.interior.add(node)
         if op_name(node) == "aten::index":
             self.bindings.setdefault("indexed", node)

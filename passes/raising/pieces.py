@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from moe_fx.pattern import ANY, Last, Pattern, aten, either, optional
 
 __all__ = [
-    "EXPERT_MAJOR", "FLAT_TOKENS", "HITS", "SLOTS", "SORTED", "TOKENS", "TOKEN_MAJOR", "Column", "Dispatch", "ExpertLinear",
-    "ExpertRow", "Mask", "Piece", "Put", "Slot", "View", "arange", "spread", "widened_arange",
+    "EXPERT_MAJOR", "FLAT_TOKENS", "HITS", "SLOTS", "SORTED", "TOKENS", "TOKEN_MAJOR", "Column", "Dispatch",
+    "ExpertLinear", "ExpertRow", "Mask", "Piece", "Put", "Slot", "View", "arange", "spread", "widened_arange",
 ]  # fmt: skip
 
 SLOTS, TOKEN_MAJOR, SORTED = "slots", "token_major", "sorted"

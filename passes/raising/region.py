@@ -43,9 +43,9 @@ class Region:
     need not stand as ``[T, ...]`` and ``[T, K, ...]`` in the program; ``views`` are written to make them so. Slots
     among ``tables [T, E]`` are looked up by ids. The experts' sum is added to ``base``, if there is one. ``visits``
     are the experts whose rows were joined, where they were cut apart. Some tables are certainly ``not_negative``. Some
-    slots are numbers for ``each_token``, the same in all of its slots; some are ``summed`` over those slots that name one
-    expert, and the result ``adds_up`` to the equation's if all there is is what an expert makes, times this sum. Experts without parameters, which are none of
-    the layer's, stand ``alone`` behind it: their numbers and steps.
+    slots are numbers for ``each_token``, the same in all of its slots; some are ``summed`` over those slots that name
+    one expert, and the result ``adds_up`` to the equation's if it is what an expert makes, times this sum. Experts
+    without parameters, which are none of the layer's, stand ``alone`` behind it: their numbers and steps.
     """
 
     root: Node

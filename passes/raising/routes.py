@@ -110,7 +110,7 @@ class Routes(State):
 
     def column_of(self, table: Node, rows: Place) -> Value | Miss:
         """One expert's routing weights."""
-        self.count_experts((shape_of(table) or (0,))[-1])
+        self.count(EXPERT, (shape_of(table) or (0,))[-1])
         return self.table(table, (*rows, (EXPERT,)))
 
     def table_at(self, node: Node, place: Place, after: Sequence[Node]) -> Slots | Miss:

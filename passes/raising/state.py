@@ -126,9 +126,9 @@ class State:
         self.outer[node] = shape
         return Value(self.body.placeholder(kind, node), ROWS, shape)
 
-    def count_experts(self, count: Dim) -> None:
-        """How many experts there are shows on the way."""
-        self.sizes = {**self.sizes, EXPERT: count}
+    def count(self, axis: str, many: Dim) -> None:
+        """How many experts there are, or rows of one, shows on the way."""
+        self.sizes = {**self.sizes, axis: many}
 
     def bind(self, found: Match) -> None:
         self.bindings = {name: bound for name, bound in found.bindings.items() if name not in LOCAL}

@@ -24,7 +24,7 @@ from moe_fx.matcher import Match, Miss, match, op_name
 from moe_fx.pattern import ANY, As, AtLeast, Last, Pattern, Var, aten, either, optional
 from moe_fx.shapes import known_equal, shape_of, tensor_of
 
-__all__ = ["Slots", "counts_zero", "is_multiple", "ids_of_mask", "is_step", "read_table"]
+__all__ = ["Slots", "counts_zero", "ids_of_mask", "is_multiple", "is_step", "read_table"]
 
 
 def cast(pattern: Pattern) -> Pattern:

@@ -213,7 +213,7 @@ class Walk(Outside):
                     return self.miss("rows put into zeros", node)
                 self.bind(found)
                 self.interior.add(node)
-                self.sizes = {**self.sizes, HIT: (shape_of(found["rows"]) or (0,))[0]}
+                self.count(HIT, (shape_of(found["rows"]) or (0,))[0])
                 kept = self.value(found["rows"], ((HIT,), *place[len(layout) :]))
                 return kept if isinstance(kept, Miss) else self.zero_elsewhere(kept)
             case kinds.ExpertRow():
@@ -403,7 +403,8 @@ class Walk(Outside):
         form = "expert_loop" if step else "+".join(sorted(self.forms))
         region = Region(
             self.root, form, tokens, self.bindings.get("ids", tokens), s, p, h, GraphModule({}, graph), self.interior,
-            self.bindings, distinct=once or (bool(self.zeros) and not adds_up), summed=bool(self.summed), adds_up=adds_up,
+            self.bindings, distinct=once or (bool(self.zeros) and not adds_up), summed=bool(self.summed),
+            adds_up=adds_up,
         )  # fmt: skip
         region.features = {node: self.outer[node] for node in (tokens, *s)}
         slots = 1 if "one_each" in self.bindings else self.sizes.get(SLOT)
