@@ -88,6 +88,9 @@ def check_layer(
     for view in views:
         env.update(with_source(view, env[view], env[ids], sizes, not_negative, generator))
     nodes = _between(root, [*env, *([each] if each is not None else [])])
+    # What the layer reads beside its operands, such as the input that rows are written over, must be no matter.
+    env.update((node, random_value(node, sizes, generator)) for node in nodes if node.op == "placeholder")
+    nodes = [node for node in nodes if node not in env]
     given = dict(zip(("slots", "params", "shared"), ([env[n] for n in g] for g in operands[2:]), strict=True))
     error, problem = math.inf, ""
     try:

@@ -79,7 +79,7 @@ def _describe(value: Any) -> str:
     if isinstance(value, Node):
         what = op_name(value) or (value.op if value.op != "call_function" else getattr(value.target, "__name__", "?"))
         return f"{value.name} ({what})"
-    return repr(value)
+    return f"the literal {value!r}"
 
 
 def _describe_pattern(pattern: Any) -> str:

@@ -9,30 +9,7 @@ from moe_fx.errors import ProgramError, RequirementError
 from moe_fx.formats import format_record
 from moe_fx.passes.lowering import leftover as not_lowered
 from moe_fx.passes.lowering import lower_layers
-from moe_fx.passes.normalize import (
-    drop_no_ops,
-    flatten_masks,
-    flatten_places,
-    functionalize,
-    inline_regions,
-    merge_equal_values,
-    select_masks,
-    spell,
-    spell_bins_in_turn,
-    spell_choices_in_turn,
-    spell_column_lists,
-    spell_contraries,
-    spell_dropped_rows,
-    spell_mask_rows,
-    spell_masked_copies,
-    spell_nonzero_lists,
-    spell_parts,
-    spell_places_in_turn,
-    spell_rows_put,
-    spell_selections,
-    unmerge_products,
-    write_out,
-)
+from moe_fx.passes.normalize import normalize
 from moe_fx.passes.normalize.spelling import leftover as not_normal
 from moe_fx.passes.packing import name_linears, plan_layers
 from moe_fx.passes.packing.plan import format_name
@@ -46,34 +23,8 @@ from moe_fx.vmaps import without_vmaps
 __all__ = ["FIND", "WRITE", "check_requirement", "explain", "register", "report", "transform", "work_report"]
 
 
-def _normalize(work: Work) -> None:
-    inline_regions(work.program.graph_module)
-    write_out(work.program.graph)
-    work.written = functionalize(work.program.graph)
-    spell(work.program.graph)
-    spell_contraries(work.program.graph, work.written)
-    select_masks(work.program.graph, work.written)
-    flatten_masks(work.program.graph, work.written)
-    drop_no_ops(work.program.graph, work.written)
-    merge_equal_values(work.program.graph, work.written, work.program.weights)
-    flatten_places(work.program.graph, work.written)
-    spell(work.program.graph)  # what a no-op stood between
-    spell_mask_rows(work.program.graph, work.written)
-    spell_places_in_turn(work.program.graph, work.written)
-    unmerge_products(work.program.graph, work.written)
-    spell_masked_copies(work.program.graph, work.written)
-    spell_rows_put(work.program.graph, work.written)
-    spell_parts(work.program.graph)
-    spell_nonzero_lists(work.program.graph, work.written)
-    spell_selections(work.program.graph, work.written)
-    spell_column_lists(work.program.graph, work.written)
-    spell_dropped_rows(work.program.graph, work.written)
-    spell_choices_in_turn(work.program.graph, work.written)
-    spell_bins_in_turn(work.program.graph, work.written)
-
-
 FIND = (
-    Pass("normalize", Stage.EXPORTED, Stage.NORMAL, _normalize, not_normal),
+    Pass("normalize", Stage.EXPORTED, Stage.NORMAL, normalize, not_normal),
     Pass("raise", Stage.NORMAL, Stage.RAISED, raise_layers),
 )
 WRITE = (

@@ -347,7 +347,7 @@ def test_refuses_a_loop_over_some_of_the_experts():
         def hit(self, mask):
             return (mask.sum((-1, -2)) > 1).nonzero()
 
-    assert "wanted 0, found 1" in refusal(Few())
+    assert "wanted 0, found the literal 1" in refusal(Few())
 
 
 def test_refuses_a_loop_over_what_another_mask_hits():

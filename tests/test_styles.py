@@ -87,6 +87,9 @@ def test_a_style_is_raised(name):
 NOT_OF_ONE_TOKEN = (
     *NOT_YET,
     "all_experts_gather_arange_scatter_add_llama4",
+    "bins_chunked_by_module_deepspeed",
+    "bins_read_by_module_and_stacked",
+    "bins_unbound_by_module",
     "one_hot_bsec_bins_of_all_groups_in_a_bmm",
     "one_hot_bsec_switch_mesh_capacity",
     "one_hot_gsec_choice_by_choice_gshard",
@@ -101,6 +104,7 @@ NOT_OF_ONE_TOKEN = (
     "one_hot_switch_mesh_capacity",
     "sorted_split_by_differences_of_ends",
     "stack_take_along_dim",
+    "weighted_units_of_all_experts_matmul",
 )
 
 

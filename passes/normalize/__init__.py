@@ -13,11 +13,13 @@ from moe_fx.passes.normalize.cut_rows import spell_parts
 from moe_fx.passes.normalize.dropped import spell_dropped_rows
 from moe_fx.passes.normalize.equal_values import merge_equal_values
 from moe_fx.passes.normalize.functional import functionalize
-from moe_fx.passes.normalize.mask_rows import spell_mask_rows
+from moe_fx.passes.normalize.in_order import normalize
+from moe_fx.passes.normalize.mask_rows import spell_mask_rows, spell_selected_rows
 from moe_fx.passes.normalize.masked_copies import spell_masked_copies
 from moe_fx.passes.normalize.masks import flatten_masks, flatten_places, select_masks
 from moe_fx.passes.normalize.no_ops import drop_no_ops
 from moe_fx.passes.normalize.nonzero_lists import spell_nonzero_lists
+from moe_fx.passes.normalize.one_slot_masks import spell_one_slot_masks
 from moe_fx.passes.normalize.places_in_turn import spell_places_in_turn
 from moe_fx.passes.normalize.regions import inline_regions
 from moe_fx.passes.normalize.rows_put import spell_rows_put
@@ -28,7 +30,8 @@ from moe_fx.passes.normalize.written_out import spell_contraries, write_out
 
 __all__ = [
     "drop_no_ops", "flatten_masks", "flatten_places", "functionalize", "inline_regions", "merge_equal_values",
-    "select_masks", "spell", "spell_bins_in_turn", "spell_choices_in_turn", "spell_column_lists", "spell_contraries",
-    "spell_dropped_rows", "spell_mask_rows", "spell_masked_copies", "spell_nonzero_lists", "spell_parts",
-    "spell_places_in_turn", "spell_rows_put", "spell_selections", "unmerge_products", "write_out",
+    "normalize", "select_masks", "spell", "spell_bins_in_turn", "spell_choices_in_turn", "spell_column_lists",
+    "spell_contraries", "spell_dropped_rows", "spell_mask_rows", "spell_masked_copies", "spell_nonzero_lists",
+    "spell_one_slot_masks", "spell_parts", "spell_places_in_turn", "spell_rows_put", "spell_selected_rows",
+    "spell_selections", "unmerge_products", "write_out",
 ]  # fmt: skip

@@ -4,6 +4,8 @@ table = g1[:, None] * one_hot(best) + g2[:, None] * one_hot(second)
 =>
 table = (one_hot(stack([best, second], -1)) * stack([g1, g2], -1)[..., None]).sum(-2)
 
+So is a mask, `one_hot(best) + one_hot(second)`, of ones.
+
 A mask `one_hot(best) * kept`, of choices that are kept, has the weights `g1 * kept[t, best[t]]`: a choice that is not
 kept counts zero.
 """
@@ -19,7 +21,7 @@ from torch.fx import Graph, Node
 
 from moe_fx.matcher import Match, match, op_name
 from moe_fx.pattern import ANY, As, Last, Pattern, Var, aten, either, optional
-from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
+from moe_fx.rewrite import Emitter, FakeValues, after, erase_dead, replace
 from moe_fx.shapes import known_equal, same_shape, shape_of, tensor_of
 
 __all__ = ["spell_choices_in_turn"]
@@ -38,11 +40,12 @@ HOT = cast(cast(hot))
 
 @dataclass(frozen=True)
 class Term:
-    """What one choice adds to the table: ``weights [..., 1]`` times ``mask [..., E]``, one-hot rows of ``ids`` times
-    whole numbers ``kept``. ``compared``: an id that is no class is no error. ``nodes``: all calls on the way."""
+    """What one choice adds to the table: ``weights [..., 1]`` (None: one) times ``mask [..., E]``, one-hot rows of
+    ``ids`` times whole numbers ``kept``. ``compared``: an id that is no class is no error. ``nodes``: all calls on the
+    way."""
 
     ids: Node
-    weights: Node
+    weights: Node | None
     mask: Node
     compared: bool
     kept: tuple[Node, ...]
@@ -51,13 +54,14 @@ class Term:
 
 def spell_choices_in_turn(graph: Graph, written: Collection[Node]) -> None:
     """Rewrite every such sum; ``written`` is memory that ops in place still write."""
+    stacks: dict[tuple[Node, ...], Node] = {}
     for node in list(graph.nodes):
         if op_name(node) != "aten::add" or any(op_name(user) == "aten::add" and _terms(user) for user in node.users):
             continue
         found = _terms(node)
         read = {node}.union(*(term.nodes for term in found or ()))
         if found is not None and len(found) > 1 and not any(memory_of(each) in written for each in read):
-            _rewrite(node, found)
+            _rewrite(node, found, stacks)
             erase_dead(graph, [node])
 
 
@@ -68,8 +72,16 @@ def _terms(node: object) -> list[Term] | None:
     if op_name(node) == "aten::add":
         before, after = _terms(node.args[0]), _terms(node.args[1])
         return before + after if before is not None and after is not None else None
-    found = _term(node) if op_name(node) == "aten::mul" else None
+    found = _term(node) if op_name(node) == "aten::mul" else _counted(node)
     return [found] if found is not None else None
+
+
+def _counted(mask: Node) -> Term | None:
+    """One-hot rows of whole numbers, each of which counts one."""
+    rows, value = match(HOT, mask), tensor_of(mask)
+    if not isinstance(rows, Match) or value is None or value.is_floating_point() or value.dtype is torch.bool:
+        return None
+    return Term(rows["ids"], None, mask, "compared" in rows.bindings, (), frozenset({mask, rows["ids"], *rows.nodes}))
 
 
 def _term(node: Node) -> Term | None:
@@ -106,34 +118,51 @@ def _mask(mask: Node) -> tuple[Match, tuple[Node, ...], set[Node]] | None:
     return None
 
 
-def _rewrite(node: Node, terms: list[Term]) -> None:
+def _rewrite(node: Node, terms: list[Term], stacks: dict[tuple[Node, ...], Node]) -> None:
     experts = (shape_of(node) or ())[-1]
     first, table = terms[0], tensor_of(node)
     alike = all(
         same_shape(shape_of(one) or (), shape_of(other) or ()) and tensor_of(one).dtype == tensor_of(other).dtype
         for term in terms
         for one, other in ((term.ids, first.ids), (term.weights, first.weights), (term.mask, first.mask))
+        if one is not None and other is not None
     )
+    if len({term.weights is None for term in terms}) > 1:
+        return
     # One column is that of every expert where it is added to a table.
     whole = table is not None and same_shape(shape_of(first.mask) or (), shape_of(node) or ())
     if not isinstance(experts, int) or not alike or not whole:
         return
     emit = Emitter(node.graph, node, FakeValues(node.meta["val"].fake_mode))
-    ids = emit(_aten.stack.default, [term.ids for term in terms], -1)
-    weights = emit(_aten.stack.default, [_weights(emit, term, experts) for term in terms], -1)
+    parts = tuple(term.ids for term in terms)
+    if parts not in stacks:  # a mask and a table of the same choices have the same ids
+        early = Emitter(node.graph, after(max(parts)), FakeValues(node.meta["val"].fake_mode))
+        stacks[parts] = early(_aten.stack.default, [*parts], -1)
+    ids = stacks[parts]
     if any(term.compared for term in terms):
         classes = emit(_aten.arange.default, experts, device=table.device)
         hot_rows = emit(_aten.eq.Tensor, emit(_aten.unsqueeze.default, ids, -1), classes)
     else:
         hot_rows = emit(_aten.one_hot.default, ids, experts)
     mask = emit(_aten.to.dtype, hot_rows, table.dtype)
-    each = emit(_aten.mul.Tensor, mask, emit(_aten.unsqueeze.default, weights, -1))
-    replace(node, emit(_aten.sum.dim_IntList, each, [-2]))
+    weights = [_weights(emit, term.weights, term, experts) for term in terms if term.weights is not None]
+    if weights:
+        wide = emit(_aten.unsqueeze.default, emit(_aten.stack.default, weights, -1), -1)
+        mask = emit(_aten.mul.Tensor, mask, wide)
+    else:
+        for user in [
+            user for user in node.users if tensor_of(user) is not None and tensor_of(user).dtype is torch.bool
+        ]:
+            if op_name(user) == "aten::to":
+                replace(user, Emitter(node.graph, user, emit.values)(_aten.any.dim, hot_rows, -2))
+                erase_dead(node.graph, [user])
+    if node.users:
+        replace(node, emit(_aten.sum.dim_IntList, mask, [-2]))
 
 
-def _weights(emit: Emitter, term: Term, experts: int) -> Node:
+def _weights(emit: Emitter, weights: Node, term: Term, experts: int) -> Node:
     """The weight of a choice, times what its mask holds for it."""
-    weights = _narrow(emit, term.weights)
+    weights = _narrow(emit, weights)
     if not term.kept:
         return weights
     # Of an id that is no class there is no place to look at, and what is weighted is zero.

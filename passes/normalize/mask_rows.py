@@ -1,7 +1,9 @@
 """Rows that a mask chooses, read and written in one way.
 
-masked_select(x, mask[:, None]).view(-1, H)           =>     x[mask]
-masked_scatter(out, mask[:, None], rows of these)     =>     index_put(out, [mask], rows)
+masked_select(x, mask[..., None]).view(-1, H)         =>     x[mask]
+masked_scatter(out, mask[..., None], rows of these)     =>     index_put(out, [mask], rows)
+
+w[mask][:, k]             w [T, K]                    =>     w[:, k][mask]
 
 at = where(mask)[0];  rows = f(x[mask])
 out[at] = rows                                        =>     out[mask] = rows
@@ -24,42 +26,63 @@ from moe_fx.matcher import arguments, op_name
 from moe_fx.rewrite import Emitter, FakeValues, after, erase_dead, replace
 from moe_fx.shapes import depends_on_values, known_equal, same_shape, shape_of, tensor_of
 
-__all__ = ["spell_mask_rows"]
+__all__ = ["spell_mask_rows", "spell_selected_rows"]
 
 _aten = torch.ops.aten
 
 
-def spell_mask_rows(graph: Graph, written: Collection[Node]) -> None:
-    """Rewrite every such read and write; ``written`` is memory that ops in place still write."""
+def spell_selected_rows(graph: Graph, written: Collection[Node]) -> None:
+    """Rewrite what is selected, or put, element by element; ``written`` is memory that ops in place still write."""
     narrow: dict[Node, tuple[Node, Any]] = {}
-    repeated: dict[tuple[Node, int], Node] = {}
     for node in list(graph.nodes):
-        columns = columns_of(node)
-        if 0 not in columns and op_name(node) not in ("aten::reshape", "aten::masked_scatter"):
-            continue
-        # What is read later than it was.
-        read = {node}
-        for _ in range(3):  # the elements selected, their mask, and what it was made of
-            read |= {each for source in read for each in source.all_input_nodes}
-        if any(memory_of(each) in written for each in read):
+        if op_name(node) not in ("aten::reshape", "aten::masked_scatter") or _is_written(node, written):
             continue
         if op_name(node) == "aten::reshape":
             _select_rows(node, narrow)
-        elif op_name(node) == "aten::masked_scatter":
+        else:
             _put_rows(node, narrow)
+
+
+def spell_mask_rows(graph: Graph, written: Collection[Node]) -> None:
+    """Rewrite every other such read and write; ``written`` is memory that ops in place still write."""
+    repeated: dict[tuple[Node, int], Node] = {}
+    of_columns: dict[tuple[Node, int], Node] = {}
+    for node in list(graph.nodes):
+        columns = columns_of(node)
+        if (0 not in columns and op_name(node) != "aten::select") or _is_written(node, written):
+            continue
+        if op_name(node) == "aten::select":
+            _choose_of_column(node, of_columns)
         elif len(shape_of(node.args[0]) or ()) == 1:
             _write_by(node.args[0], columns[0])
             _repeat_rows(columns[0], repeated, written)
 
 
+def _is_written(node: Node, written: Collection[Node]) -> bool:
+    """Whether anything may have been written to that is now read later than it was."""
+    read = {node}
+    for _ in range(4):  # the elements selected, their mask made wide, and what it was made of
+        read |= {each for source in read for each in source.all_input_nodes}
+    return any(memory_of(each) in written for each in read)
+
+
 def _select_rows(node: Node, narrow: dict[Node, tuple[Node, Any]]) -> None:
     """Elements selected by a mask that holds one for each row, in rows again."""
     selected: Any = node.args[0]
-    if op_name(selected) != "aten::masked_select":
+    if op_name(selected) == "aten::masked_select":
+        rows, mask = selected.args
+    elif op_name(selected) == "aten::index" and len(selected.args[1]) == 1:
+        rows, (mask,) = selected.args
+    else:
         return
-    rows, mask = selected.args
+    mask = _of_rows(mask)
     shape, wide, made = shape_of(rows) or (), shape_of(mask) or (), shape_of(node) or ()
-    if len(shape) != 2 or not same_shape(wide, (shape[0], 1)) or len(made) != 2 or not known_equal(made[1], shape[1]):
+    if (
+        len(shape) < 2
+        or not same_shape(wide, (*shape[:-1], 1))
+        or len(made) != 2
+        or not known_equal(made[1], shape[-1])
+    ):
         return
     if mask not in narrow:
         narrow[mask] = _narrow(mask, Emitter(node.graph, selected, FakeValues(tensor_of(node).fake_mode))), made[0]
@@ -70,23 +93,46 @@ def _select_rows(node: Node, narrow: dict[Node, tuple[Node, Any]]) -> None:
     erase_dead(node.graph, [node])
 
 
+def _of_rows(mask: Node) -> Node:
+    """A mask of rows, which is expanded to their elements."""
+    return mask.args[0] if op_name(mask) in ("aten::expand", "aten::expand_as") else mask  # type: ignore[return-value]
+
+
+def _choose_of_column(node: Node, known: dict[tuple[Node, int], Node]) -> None:
+    """A column of the rows that were chosen of a matrix, as what is chosen of the column."""
+    given, rows = arguments(node), node.args[0]
+    if op_name(rows) != "aten::index" or given["dim"] not in (1, -1) or not isinstance(given["index"], int):
+        return
+    whole, indices = arguments(rows)["self"], arguments(rows)["indices"]
+    if len(indices) != 1 or len(shape_of(whole) or ()) != 2 or len(shape_of(rows) or ()) != 2:
+        return
+    if (key := (whole, given["index"])) not in known:  # every expert chooses of the same column
+        emit = Emitter(node.graph, after(whole), FakeValues(tensor_of(node).fake_mode))
+        known[key] = emit(_aten.select.int, whole, 1, given["index"])
+    with node.graph.inserting_before(node):
+        read = node.graph.call_function(_aten.index.Tensor, (known[key], indices))
+    read.meta.update(node.meta)
+    replace(node, read)
+    erase_dead(node.graph, [node])
+
+
 def _narrow(mask: Node, emit: Emitter) -> Any:
     """A mask of one column as one of a single dimension."""
     if op_name(mask) == "aten::any" and arguments(mask).get("keepdim"):
         return emit(_aten.any.dim, mask.args[0], mask.args[1])
-    wide = op_name(mask) == "aten::unsqueeze"
-    return mask.args[0] if wide else emit(_aten.reshape.default, mask, [-1])
+    wide = op_name(mask) == "aten::unsqueeze" and arguments(mask)["dim"] in (-1, len(shape_of(mask) or ()) - 1)
+    return mask.args[0] if wide else emit(_aten.squeeze.dim, mask, -1)
 
 
 def _put_rows(node: Node, narrow: dict[Node, tuple[Node, Any]]) -> None:
     """As many rows as the mask selects, put where it is true."""
     given = arguments(node)
-    out, mask, rows = given["self"], given["mask"], given["source"]
+    out, mask, rows = given["self"], _of_rows(given["mask"]), given["source"]
     shape, values = shape_of(out) or (), shape_of(rows) or ()
-    if mask not in narrow or len(shape) != 2 or len(values) != 2 or not known_equal(shape[1], values[1]):
+    if mask not in narrow or len(shape) < 2 or len(values) != 2 or not known_equal(shape[-1], values[1]):
         return
     chosen, count = narrow[mask]
-    if known_equal(count, values[0]) and known_equal(shape[0], (shape_of(mask) or ())[0]):
+    if known_equal(count, values[0]) and same_shape(shape[:-1], (shape_of(mask) or ())[:-1]):
         node.target, node.args = _aten.index_put.default, (out, [chosen], rows)
 
 

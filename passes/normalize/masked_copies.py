@@ -63,8 +63,9 @@ def _copied(copy: Node, at: Any) -> tuple[Node, ...] | None:
         return None
     given, chosen = arguments(copy), arguments(place)
     copies, shape = given["self"], shape_of(given["self"]) or ()
+    product = copies.args[0] if op_name(copies) == "aten::clone" else copies  # some are read, others written over
     dim, expert = given["dim"] % len(shape), given["index"]
-    operands = _operands(copies)
+    operands = _operands(product)
     rows = next((each for each in operands if dim not in each.dims), None)
     mask = next((each for each in operands if dim in each.dims), None)
     if rows is None or mask is None or not isinstance(expert, int) or not isinstance(shape[dim], int):
@@ -77,7 +78,7 @@ def _copied(copy: Node, at: Any) -> tuple[Node, ...] | None:
     fits = rows.dims == left and len(mask.dims) == 2 and mask.dims[1 - by_expert] == left[0]
     one, other = tensor_of(rows.value), tensor_of(copy)
     alike = one.dtype == other.dtype and same_shape(one.shape, other.shape)
-    return (rows.value, mask.value, copies, copy, at) if same and mine and fits and alike else None
+    return (rows.value, mask.value, product, copies, copy, at) if same and mine and fits and alike else None
 
 
 def _truth(mask: Any) -> Node | None:

@@ -4,6 +4,7 @@
 |---|---|
 | a cast to the dtype that a value has, a shape that it has, a slice of all of it | the value |
 | `squeeze` of what was just unsqueezed there; `reshape` to the shape before another one | the value before both |
+| one of the copies that `expand` makes of what was unsqueezed | what it makes them of |
 | a mask as numbers, and as a mask again | the mask |
 | `x + 0`, as Python's `sum` begins | `x` |
 | a copy of a sum between two of its additions; what is copied over all of a part (`copies.py`) | what was copied |
@@ -55,6 +56,8 @@ def _undone(node: Node, written: set[Node]) -> Node | None:
         return copied(node, written)
     if op_name(node) == "aten::add":
         return _added_to_nothing(node, written)
+    if op_name(node) == "aten::select":
+        return _one_of_copies(node) if memory_of(node) not in written else None
     if op_name(node) == "aten::reshape":
         return _reshaped_back(node) if memory_of(node) not in written else None
     source = node.args[0] if op_name(node) == "aten::squeeze" else None
@@ -88,6 +91,23 @@ def _reshaped_back(node: Node) -> Node | None:
     if not isinstance(whole, Node) or any(user.op == "output" for user in node.users):
         return None
     return whole if same_shape(shape_of(node) or (), shape_of(whole) or ()) else None
+
+
+def _one_of_copies(node: Node) -> Node | None:
+    """What a dimension was given to, along which it was expanded, and of which one place is read."""
+    copies = node.args[0]
+    single = copies.args[0] if isinstance(copies, Node) and op_name(copies) == "aten::expand" else None
+    if not isinstance(single, Node) or op_name(single) != "aten::unsqueeze":
+        return None
+    shape, source = shape_of(copies) or (), single.args[0]
+    dims = [arguments(each)["dim"] % len(shape) for each in (node, single)]
+    same = len(shape_of(single) or ()) == len(shape) and dims[0] == dims[1]
+    return source if same and isinstance(source, Node) and _is_like(node, source) else None
+
+
+def _is_like(node: Node, source: Node) -> bool:
+    kept = any(user.op == "output" for user in node.users)
+    return not kept and same_shape(shape_of(node) or (), shape_of(source) or ())
 
 
 def _mask_again(node: Node, written: set[Node]) -> Node | None:

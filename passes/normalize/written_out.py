@@ -2,6 +2,9 @@
 
 addcmul(x, a, b); addcmul_(x, a, b)    =>     x + a * b; x.add_(a * b)
 diff(x, prepend=p)                     =>     whole = cat([p, x], -1);  whole[1:] - whole[:-1]
+native_layer_norm(x, ...)[0]           =>     layer_norm(x, ...)
+flatten(x, -2)  of any B and S         =>     reshape(x, [x.size(0), x.size(1), 96])
+mv(x, w)                               =>     linear(x, w[None]).squeeze(-1)
 
 masked_fill(x, ids != e, 0)            =>     where(ids == e, x, 0)
 where(ids != e, 0, x)                  =>     where(ids == e, x, 0)
@@ -9,6 +12,7 @@ where(ids != e, 0, x)                  =>     where(ids == e, x, 0)
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Collection
 from typing import Any
@@ -19,19 +23,37 @@ from torch.fx import Graph, Node
 
 from moe_fx.matcher import arguments, op_name
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace, respell
-from moe_fx.shapes import same_shape, shape_of, tensor_of
+from moe_fx.shapes import known_equal, same_shape, shape_of, tensor_of
 
 __all__ = ["spell_contraries", "write_out"]
 
 _aten = torch.ops.aten
+WRITTEN_OUT = frozenset({
+    "aten::addcmul", "aten::addcmul_", "aten::diff", "aten::flatten", "aten::unflatten", "aten::mv", "aten::matmul",
+})  # fmt: skip
 
 
 def write_out(graph: Graph) -> None:
     """Write every op that is several as these."""
     for node in list(graph.nodes):
-        if op_name(node) not in ("aten::addcmul", "aten::addcmul_", "aten::diff"):
+        if op_name(node.args[0] if node.target is operator.getitem else None) == "aten::native_layer_norm":
+            norm: Any = node.args[0]
+            if node.args[1] == 0 and len(norm.users) == 1:  # of core ATen
+                respell(node, _aten.layer_norm.default, norm.args, {})
+                erase_dead(graph, [norm])
+            continue
+        if op_name(node) not in WRITTEN_OUT:
             continue
         emit, given = Emitter(graph, node, FakeValues(node.meta["val"].fake_mode)), arguments(node)
+        if op_name(node) in ("aten::flatten", "aten::unflatten"):
+            _reshape(node, given["self"], emit)
+            continue
+        if op_name(node) in ("aten::mv", "aten::matmul"):
+            rows, vector = node.args
+            if len(shape_of(rows) or ()) == 2 and len(shape_of(vector) or ()) == 1:
+                product = emit(_aten.linear.default, rows, emit(_aten.unsqueeze.default, vector, 0))
+                respell(node, _aten.squeeze.dim, (product, -1), {})
+            continue
         if op_name(node) == "aten::diff":
             if tensor_of(node).dtype is not torch.bool:
                 replace(node, _differences(emit, given))
@@ -42,6 +64,23 @@ def write_out(graph: Graph) -> None:
             product = emit(_aten.mul.Tensor, product, given["value"])
         add = _aten.add.Tensor if op_name(node) == "aten::addcmul" else _aten.add_.Tensor
         respell(node, add, (given["self"], product), {})
+
+
+def _reshape(node: Node, source: Node, emit: Emitter) -> None:
+    """Dimensions of any size are those of the source; of one that is merged of these, the others tell the size."""
+    shape, before = shape_of(node) or (), shape_of(source) or ()
+    at: list[int | None] = []
+    for size in shape:
+        same = (place for place, each in enumerate(before) if known_equal(each, size))
+        at.append(None if isinstance(size, int) else next(same, None))
+    told = sum(isinstance(size, int) or place is not None for size, place in zip(shape, at, strict=True))
+    if told < len(shape) - 1 or 0 in shape or (op_name(node) == "aten::flatten" and all(each is None for each in at)):
+        return
+    sizes: list[int | Node] = []
+    for size, place in zip(shape, at, strict=True):
+        counted = -1 if place is None else emit(_aten.sym_size.int, source, place)
+        sizes.append(size if isinstance(size, int) else counted)
+    respell(node, _aten.reshape.default, (source, sizes), {})
 
 
 def _differences(emit: Emitter, given: dict[str, Any]) -> Node:

@@ -65,6 +65,8 @@ def _stack(layer: Layer, program: Program, whole: dict[Node, Node]) -> None:
         if weight is None or not (stacked or (isinstance(weight, DerivedWeight) and _scattered(source, program))):
             continue
         name = weight.fqn if stacked else f"{weight.fqn}_experts_first"  # the program has one of its own name
+        if stacked and _stay_beneath(name, source, program):
+            name = f"{name}_stacked"
 
         def make(weight: Weight = weight) -> tuple[torch.Tensor, ...]:
             return (weight.values().contiguous(),) if weight.has_values else (weight.tensor,)
@@ -77,6 +79,14 @@ def _stack(layer: Layer, program: Program, whole: dict[Node, Node]) -> None:
         layer.node.replace_input_with(source, node)
         if not source.users:
             program.release(source)
+
+
+def _stay_beneath(name: str, stack: Node, program: Program) -> bool:
+    """Whether some of a stack's parts are read elsewhere, and lie beneath its name as in a module."""
+    weight = program.weights[stack]
+    parts = weight.nodes if isinstance(weight, StackedWeight) else stack.all_input_nodes
+    beneath = [part for part in parts if part in program.weights and program.weights[part].fqn.startswith(f"{name}.")]
+    return any(user is not stack for part in beneath for user in part.users)
 
 
 def _scattered(source: Node, program: Program) -> bool:

@@ -20,7 +20,7 @@ from moe_fx.passes.raising.region import Region, misfit, read_outside
 from moe_fx.passes.raising.registry import known_pieces
 from moe_fx.passes.raising.slot_by_slot import merge_slots, slot_number
 from moe_fx.passes.raising.steps import merge_steps
-from moe_fx.passes.raising.walk import Walk
+from moe_fx.passes.raising.walk import NO_EXPERT, Walk
 from moe_fx.passes.raising.writer import Value
 from torch.fx import Node
 
@@ -39,13 +39,15 @@ def sum_of_terms(root: Node) -> tuple[Region | Miss, set[Node]] | None:
         return None  # rows chosen by data are not every token's
     near: Miss | None = None
     for key_of, merge in ((each_expert_loop.expert_number, _experts_added), (slot_number, _slots_added)):
-        if any(op_name(user) == "aten::add" and terms(user, key_of) for user in root.users):
+        if any(op_name(user) == "aten::add" and (terms(user, key_of) or [()])[0] for user in root.users):
             continue  # the terms are found from the last addition
         found = terms(root, key_of)
-        if found is None or len({key for key, _ in found[0]}) < 2:
-            continue
+        if found is None or len({number for (number, _), _ in found[0]}) < 2:
+            continue  # one expert, or slot, of which others were not found
         numbered, base, chain = found
         merged = merge(root, numbered)
+        if isinstance(merged, Miss) and merged.wanted == NO_EXPERT:
+            continue  # such as what experts without parameters leave of a token
         if isinstance(merged, Miss):
             near = merged if near is None or merged.depth > near.depth else near
             continue

@@ -6,7 +6,7 @@ import operator
 
 import torch
 from moe_fx.passes.raising.contraction import contraction
-from moe_fx.passes.raising.routing import MIXING, ancestors
+from moe_fx.passes.raising.routing import CHOOSING, MIXING, ancestors
 from moe_fx.passes.raising.where_chains import is_where_chain
 from torch.fx import Node
 
@@ -97,7 +97,8 @@ def anchors_near(node: Node) -> set[Node]:
 def leads_to_experts(value: Node, through: bool = False) -> bool:
     """Whether a value is computed by multiplying with weights that are stacked over experts, or with stacked results.
 
-    What lies behind other products, such as a router's, is not looked at; ``through`` looks behind the first.
+    What lies behind other products, such as a router's, or a choice, is not looked at; ``through`` looks behind the
+    first.
     """
     seen: set[Node] = set()
     pending = list(value.all_input_nodes) if through else [value]
@@ -111,7 +112,7 @@ def leads_to_experts(value: Node, through: bool = False) -> bool:
             continue
         if (
             name in GROUPED
-            or (name == "aten::stack" and not all(map(_is_number, arguments(node)["tensors"])))
+            or (_stacks(node) and not all(map(_is_number, arguments(node)["tensors"])))
             or _joins_parts(node)
             or is_where_chain(node)
             or (name == "aten::index" and (_is_stack(node.args[0]) or _is_cut_in_stack(node.args[0])))
@@ -122,7 +123,7 @@ def leads_to_experts(value: Node, through: bool = False) -> bool:
         # An expert of one neuron is a row; what rows chose is multiplied alone where it is an embedding.
         if name in MATRIX_PRODUCTS and any(reads_chosen_stack(operand) for operand in node.all_input_nodes):
             return True
-        if name not in MIXING:
+        if name not in MIXING and name not in CHOOSING:
             pending.extend(node.all_input_nodes)
     return False
 
@@ -135,10 +136,22 @@ def is_cut_linear(value: Node) -> bool:
             return cut
         pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
         cut |= op_name(node) == "aten::reshape" and len(shape_of(node) or ()) > len(shape_of(node.args[0]) or ())
-        if not (pointwise or op_name(node) in ("aten::reshape", "aten::to")) or not isinstance(node.args[0], Node):
+        views = ("aten::reshape", "aten::to", "aten::split_with_sizes", "aten::slice")
+        passes = pointwise or op_name(node) in views or node.target is operator.getitem
+        if not passes or not isinstance(node.args[0], Node):
             return False
         node = node.args[0]
     return False
+
+
+def _stacks(node: Node) -> bool:
+    """Whether tensors are stacked, or joined along a dimension in which each is one wide."""
+    if op_name(node) != "aten::cat":
+        return op_name(node) == "aten::stack"
+    dim, parts = arguments(node)["dim"], arguments(node)["tensors"]
+    return len(parts) > 1 and all(
+        len(shape_of(part) or ()) > 2 and known_equal(shape_of(part)[dim], 1) for part in parts
+    )
 
 
 def _is_number(value: object, depth: int = 0) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from moe_fx.passes.raising import grouped, loops
 from moe_fx.passes.raising.added_terms import stacked, sum_of_terms
 from moe_fx.passes.raising.anchors import anchors_behind, is_cut_linear, leads_to_experts
-from moe_fx.passes.raising.axes import SLOT, SORTED_ROW, features, size_of
+from moe_fx.passes.raising.axes import SLOT, SORTED_ROW, Place, features, size_of
+from moe_fx.passes.raising.bins_of_each import bins_of_each
 from moe_fx.passes.raising.dispatched import drop_tests
 from moe_fx.passes.raising.endings import Ending, endings, token_axes
 from moe_fx.passes.raising.loop_layers import loop_of_steps
@@ -194,7 +195,13 @@ def _walk(root: Node, ending: Ending) -> Region | Miss:
     return region if wrong is None else wrong
 
 
-Walk.stacked = staticmethod(stacked)
+def _put_together(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
+    """The results of all experts, each computed by itself: of its bin, or of every token."""
+    together = bins_of_each(walk, node, place)
+    return stacked(walk, node, place) if together is None else together
+
+
+Walk.stacked = staticmethod(_put_together)
 Walk.joined = staticmethod(joined)
 Walk.written = staticmethod(written)
 Walk.selected = staticmethod(selected)

@@ -117,18 +117,17 @@ def terms(
     node: Node | None = root
     while node is not None and op_name(node) == "aten::add" and len(node.args) == 2:
         operands = [each for each in node.args if isinstance(each, Node)]
-        shapes = [shape_of(each) for each in operands]
-        if any(shape is None or not same_shape(shape, shapes[0] or ()) for shape in shapes):
-            break
         keys = [key_of(each) for each in operands]
         known = [place for place, key in enumerate(keys) if key is not None]
         if not known or (len(operands) == 1 and node.args[1] != 0):
+            break
+        if any(not same_shape(shape_of(operands[place]) or (), shape_of(node) or ()) for place in known):
             break
         chain.add(node)
         if len(operands) == 1:
             found.insert(0, (keys[0], operands[0]))
             return found, None, chain
-        starts = [op_name(each) == "aten::add" and _starts(each) for each in operands]
+        starts = [op_name(each) == "aten::add" and _starts(each, key_of) for each in operands]
         if len(known) == 2 and any(starts):
             known = [1 - starts.index(True)]  # the other is the sum so far, of one term
         if len(known) == 2:
@@ -136,14 +135,19 @@ def terms(
             return found, None, chain
         found.insert(0, (keys[known[0]], operands[known[0]]))
         node = operands[1 - known[0]]
+        if not same_shape(shape_of(node) or (), shape_of(root) or ()):
+            return found, node, chain  # such as a bias, which is no sum of these
     if node is None:
         return None
     return found, None if filled_with(node) == 0 else node, chain
 
 
-def _starts(node: Node) -> bool:
-    """Whether an addition is the first of a chain: to zero."""
-    return any(each == 0 if not isinstance(each, Node) else filled_with(each) == 0 for each in node.args[:2])
+def _starts(node: Node, key_of: Callable[[Node], Key | None]) -> bool:
+    """Whether an addition is the first of a chain: to zero, or to what is no expert's."""
+    if any(each == 0 if not isinstance(each, Node) else filled_with(each) == 0 for each in node.args[:2]):
+        return True
+    keys = [key_of(each) for each in node.args[:2] if isinstance(each, Node)]
+    return len(keys) == 2 and keys.count(None) == 1
 
 
 def expert_number(term: Node) -> tuple[int, Node | None] | None:

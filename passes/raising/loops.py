@@ -109,7 +109,11 @@ def by_token(expert: Pattern, mask: Pattern, slots: Pattern | None) -> tuple[Loo
     for token in (mask, *all_places(mask)):
         by_row: tuple[Piece, ...] = ()
         if slots is not None:
-            by_row = (*sums_of_rows(expert, token), *chosen_weights(expert, slots), *found_slot(expert, token, slots))
+            by_row = (
+                *sums_of_rows(expert, token, slots),
+                *chosen_weights(expert, slots),
+                *found_slot(expert, token, slots),
+            )
         # A column of a table of all experts, or of the weights of all slots: the steps together tell which it is.
         for weights in (columns(expert, token, slots), (of_token(token, one_wide),)):
             pieces = (*weights, *by_row, *dispatch(token))
@@ -206,18 +210,26 @@ def sums(slots: Pattern, keepdim: bool = False, weights: Pattern | None = None) 
     return aten.sum(kept, [Last(-1)], keepdim)
 
 
-def sums_of_rows(expert: Pattern, token: Pattern) -> tuple[Piece, ...]:
-    """The same at the tokens of an expert: of the ids and routing weights in their rows."""
-    mine = aten.eq(aten.index(Var("ids", rank=2), [token]), expert)
-    weights = aten.index(slot_value, [token])
-    narrow = sums(mine, weights=weights)
-    slots = (sums(mine, True, weights), narrow, aten.unsqueeze(narrow, Last(1)))
-    return tuple(Slot(HITS, slot, summed=True) for slot in slots)
+def sums_of_rows(expert: Pattern, token: Pattern, slots: Pattern) -> tuple[Piece, ...]:
+    """The same at the tokens of an expert: of the ids, or the mask of all slots, and routing weights in their rows."""
+    mine, pieces = mine_of(expert, token, slots), list[Piece]()
+    for whole in (slot_value, aten.reshape(slot_value, [-1, Var("top_k")])):
+        weights = aten.index(whole, [token])
+        narrow = sums(mine, weights=weights)
+        for slot in (sums(mine, True, weights), narrow, aten.unsqueeze(narrow, Last(1))):
+            pieces.append(Slot(HITS, slot, summed=True))
+    return tuple(pieces)
+
+
+def mine_of(expert: Pattern, token: Pattern, slots: Pattern) -> Pattern:
+    """Which slots of an expert's tokens name it."""
+    slots = optional(lambda mask: aten.reshape(mask, [-1, Var("top_k")]), slots)
+    return either(aten.index(slots, [token]), aten.eq(aten.index(Var("ids", rank=2), [token]), expert))
 
 
 def found_slot(expert: Pattern, token: Pattern, slots: Pattern) -> tuple[Piece, ...]:
     """The routing weight of the slot in which a token's ids name the expert: the only one, if they are distinct."""
-    mine = either(aten.index(slots, [token]), aten.eq(aten.index(Var("ids", rank=2), [token]), expert))
+    mine = mine_of(expert, token, slots)
     # Every row of these tokens has such a slot, and the largest of noughts and ones is there.
     slot = aten.argmax(optional(lambda mask: aten.to(mask, ANY), mine), Last(-1), True)
     narrow = aten.gather(aten.index(slot_value, [token]), Last(-1), slot)

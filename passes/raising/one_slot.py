@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator
 
 from moe_fx.passes.raising.anchors import reads_chosen_stack
 from moe_fx.passes.raising.contraction import contraction
+from moe_fx.passes.raising.routing import CHOOSING
 from moe_fx.passes.raising.through import is_elementwise, is_view
 from torch.fx import Graph, Node
 
@@ -21,6 +22,9 @@ from moe_fx.matcher import arguments, op_name
 from moe_fx.shapes import shape_of
 
 __all__ = ["ends_of_one_slot"]
+
+#: ops that make scores of scores, and how far a choice by them is looked for
+SCORES, NEAR = frozenset({"aten::softmax", "aten::log_softmax", "aten::layer_norm"}), 20
 
 
 def ends_of_one_slot(graph: Graph, covered: Collection[Node]) -> Iterator[Node]:
@@ -41,7 +45,23 @@ def _chooses_result(node: Node) -> bool:
     """Whether a value is read from a stack of several results."""
     stack = node.args[0] if op_name(node) in ("aten::index", "aten::gather", "aten::take_along_dim") else None
     results = arguments(stack)["tensors"] if op_name(stack) == "aten::stack" else []
-    return len(results) > 1 and all(each.op == "call_function" and len(shape_of(each) or ()) > 1 for each in results)
+    computed = len(results) > 1 and all(
+        each.op == "call_function" and len(shape_of(each) or ()) > 1 for each in results
+    )
+    return computed and not _is_chosen_by(node)
+
+
+def _is_chosen_by(node: Node) -> bool:
+    """Whether a value is scores, by which the next choice is made: of two levels, the second router."""
+    seen, pending = set[Node](), [node]
+    while pending and len(seen) < NEAR:
+        current = pending.pop()
+        seen.add(current)
+        if op_name(current) in CHOOSING:
+            return True
+        if current is node or is_view(current) or is_elementwise(current) or op_name(current) in SCORES:
+            pending.extend(user for user in current.users if user not in seen)
+    return False
 
 
 def _end(product: Node) -> Node:

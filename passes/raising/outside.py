@@ -71,6 +71,8 @@ class Outside(Routes):
         """Whether a value that has a row per token is computed by experts: with one slot, slots are tokens."""
         if self.specific is not None:
             return node in self.specific
+        if node in self.of_all:
+            return True
         return self.single and leads_to_experts(node)
 
     def reads_own(self, node: Node, place: Place) -> bool:
@@ -269,6 +271,8 @@ class Outside(Routes):
                     rank = len(shape_of(each) or ())
                     outer_rows = (self.tokens,) if each in by_token else rows
                     inner: Place = tuple((size,) if size > 1 else () for size in shape)
+                    while len(inner) > rank - len(outer_rows) and () in inner:  # of one expert's part only
+                        inner = (*inner[: inner.index(())], *inner[inner.index(()) + 1 :])
                     row = self.value(each, (*outer_rows, *(*inner, (), ())[: rank - len(outer_rows)]))
                     if isinstance(row, Miss):
                         return row

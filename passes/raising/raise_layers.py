@@ -28,7 +28,7 @@ from moe_fx.matcher import Miss, op_name
 from moe_fx.pipeline import Layer, Work
 from moe_fx.program import Program, StackedWeight
 from moe_fx.report import describe_miss, module_of
-from moe_fx.rewrite import PROVENANCE, Emitter, FakeValues, erase_dead, replace
+from moe_fx.rewrite import PROVENANCE, Emitter, FakeValues, drop_dead_code, erase_dead, replace
 from moe_fx.shapes import known_equal, same_shape, shape_of, tensor_of
 
 __all__ = ["raise_layers"]
@@ -78,6 +78,8 @@ def raise_layers(work: Work) -> None:
             covered.update(anchors_near(node))
             told.add(node)
     drop_unread(graph)
+    if work.layers:
+        drop_dead_code(graph)  # views of weights, which would keep them
     merge_products(graph)
     for miss in choices_left(graph, told, [(miss, root) for miss, root, _ in near]):
         work.misses.append(describe_miss(UNKNOWN_FORM, miss))

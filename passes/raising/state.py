@@ -76,6 +76,8 @@ class State:
         self.each_token: set[Node] = set()
         #: values of the body that are zero for a token's row where it was not routed to the expert
         self.zeros: list[Node] = []
+        #: what an expert of a loop makes of every token, although it has the rows of some
+        self.of_all: set[Node] = set()
         #: routing weights that are added up over all slots in which a token's ids name the expert
         self.summed: set[Node] = set()
         #: copies that stand for what a mask leaves of a value

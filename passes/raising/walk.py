@@ -33,12 +33,16 @@ from moe_fx.experts import per_row
 from moe_fx.matcher import Match, Miss, arguments, match, op_name
 from moe_fx.shapes import is_number, known_equal, same_shape, shape_of
 
-__all__ = ["Walk"]
+__all__ = ["NO_EXPERT", "Walk"]
 
 aten = torch.ops.aten
 
 #: ops through which the rows of an expert linear pass
 ROW_STEPS = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback", "moe_fx::grouped_mm"})
+#: what is missed where rows meet no parameters
+NO_EXPERT = "a row that meets its expert's weight"
+#: how many calls an expert may take
+FAR = 400
 FORMS = {SLOT: "gather_bmm", EXPERT: "dense_bmm", PLACE: "binned_bmm"}
 
 
@@ -123,8 +127,9 @@ class Walk(Outside):
         return False, near
 
     def known_of(self, piece: kinds.Piece, place: Place) -> dict[str, Any]:
-        """What a piece is held to: a number for each token is read as token rows are, and is none."""
-        if self.is_number(piece, place):
+        """What a piece is held to: a number for each token is read as token rows are, and is none; nor is what an
+        expert makes of every token."""
+        if self.is_number(piece, place) or (isinstance(piece, kinds.Dispatch) and piece.layout == kinds.HITS):
             return {name: bound for name, bound in self.bindings.items() if name != "tokens"}
         return self.bindings
 
@@ -164,6 +169,8 @@ class Walk(Outside):
                 self.bindings |= tokens_known
                 number = self.number(found["tokens"])
                 return number if isinstance(number, Miss) else self.body.reshaped(number, shape)
+            case kinds.Dispatch() if (made := self.made_of_all(piece, node, place, found)) is not None:
+                return made
             case kinds.Dispatch():
                 self.bind(found)
                 known = self.body.captured["x"]
@@ -237,6 +244,23 @@ class Walk(Outside):
                 )
                 return self.body.linear(rows, self.body.turned(matrix) if piece.transposed else matrix)
         raise AssertionError(f"a piece of unknown kind: {piece}")
+
+    def made_of_all(self, piece: kinds.Piece, node: Node, place: Place, found: Match) -> Value | None:
+        """Of what an expert makes of every token, the rows that hit it: it is made of these. None for token rows."""
+        whole = found["tokens"]
+        only = read_only_by(node, whole) if piece.layout == kinds.HITS and self.specific is None else None
+        if not only:
+            return None
+        before = self.progress()
+        self.bind(Match({name: bound for name, bound in found.bindings.items() if name != "tokens"}, found.nodes))
+        self.interior.add(node)
+        self.of_all = only
+        made = self.value(whole, (self.tokens, *place[1:]))
+        if not isinstance(made, Miss):
+            return made
+        self.go_back(before)
+        self.of_all = set()
+        return None
 
     def zero_elsewhere(self, kept: Value) -> Value:
         """What is zero for other experts' rows, because a mask or a place says so; what it was before need not be."""
@@ -366,7 +390,7 @@ class Walk(Outside):
         step = self.own is not None
         nested = self.specific is not None and "ids" not in self.bindings
         if not self.forms and not step:
-            return self.miss("a row that meets its expert's weight", self.root, "no such op")
+            return self.miss(NO_EXPERT, self.root, "no such op")
         captured = self.body.captured
         if not captured["x"]:
             return self.miss("token rows sent to their experts", self.root, "no dispatch")
@@ -412,6 +436,18 @@ class Walk(Outside):
         region.tables, region.each_token = self.tables, self.each_token
         region.visits = self.visits
         return region
+
+
+def read_only_by(reader: Node, value: Node) -> set[Node]:
+    """The calls by which a value is computed for one reader alone; none, if others read it."""
+    only, pending = {reader}, [value]
+    while pending and len(only) < FAR:
+        node = max(pending)  # all readers of a value come before it
+        pending = [each for each in pending if each is not node]
+        if node.op == "call_function" and all(user in only for user in node.users):
+            only.add(node)
+            pending.extend(node.all_input_nodes)
+    return only - {reader}
 
 
 def _is_repeated(slot: Node) -> bool:

@@ -229,3 +229,33 @@ class Unpadded(KeptChoices):
         probs, first, second = super().choices(logits)
         unpadded = (logits.amax(dim=-1, keepdim=True) > 0).to(first.dtype)
         return probs, first * unpadded, second * unpadded
+
+
+@style("masked_copies_cloned_by_sums_of_masks")
+class ClonedCopies(KeptChoices):
+    """The mask is the sum of both choices', and rows are read of copies that stay as they were."""
+
+    def forward(self, x):
+        _, first, second = self.choices(self.router.linear(x))
+        table, mask = self.table(x), (first + second).bool()
+        copies = torch.einsum("bm,be->ebm", x, mask.to(x.dtype))
+        out = copies.clone()
+        for e, expert in enumerate(self.experts):
+            chosen = mask[:, e]
+            out[e, chosen] = torch.einsum("b,be->be", table[chosen, e], expert(copies[e, chosen]) * 0.8)
+        return out.sum(dim=0)
+
+
+@style("rows_of_expanded_tokens_put_by_expert")
+class ExpandedTokens(Listed):
+    """Tokens are expanded for all experts, and each reads its own of these."""
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        table = torch.zeros(x.shape[0], self.E, dtype=x.dtype).scatter(1, ids, weights)
+        mask = torch.zeros_like(table).scatter(1, ids, 1.0).bool()
+        tokens, out = x.unsqueeze(0).expand(self.E, -1, -1), torch.zeros(self.E, *x.shape)
+        for e, expert in enumerate(self.experts):
+            chosen = mask[:, e]
+            out[e, chosen] = table[chosen, e][:, None] * expert(tokens[e, chosen])
+        return out.sum(dim=0)

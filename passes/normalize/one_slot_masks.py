@@ -1,0 +1,65 @@
+"""A mask of one expert, of ids of one slot: the ids are reduced first, and then compared.
+
+(ids == e).squeeze(-1)    (ids == e)[..., 0]    (ids == e).any(-1)    ids [..., 1]    =>     ids.squeeze(-1) == e
+one_hot(ids, E)[..., e].bool()                                                        =>     ids == e
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from moe_fx.passes.normalize.functional import memory_of
+from torch.fx import Graph, Node
+
+from moe_fx.matcher import Match, arguments, match, op_name
+from moe_fx.pattern import ANY, As, Last, Var, aten, either
+from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
+from moe_fx.shapes import known_equal, shape_of, tensor_of
+
+__all__ = ["spell_one_slot_masks"]
+
+_aten = torch.ops.aten
+numbers = either(aten.arange(ANY, dtype=ANY), aten.arange(0, ANY, dtype=ANY))
+compared = aten.eq(aten.unsqueeze(Var("ids"), Last(-1)), numbers)
+hot = As("hot", either(aten.one_hot(Var("ids"), ANY), aten.to(compared, ANY), compared))
+COLUMN = aten.select(hot, Last(-1), Var("place"))
+
+
+def spell_one_slot_masks(graph: Graph, written: Collection[Node]) -> None:
+    """Rewrite every such mask; ``written`` is memory that ops in place still write."""
+    for node in list(graph.nodes):
+        found = _reduced(node) or _named(node)
+        if found is None or any(memory_of(each) in written for each in (node, found[0])):
+            continue
+        ids, expert, dim = found
+        emit = Emitter(graph, node, FakeValues(node.meta["val"].fake_mode))
+        ids = ids if dim is None else emit(_aten.squeeze.dim, ids, dim)
+        replace(node, emit(_aten.eq.Scalar, ids, expert))
+        erase_dead(graph, [node])
+
+
+def _reduced(node: Node) -> tuple[Node, int, int | None] | None:
+    """Ids, the number they are compared with, and the dimension of one slot that the mask is then read without."""
+    if op_name(node) not in ("aten::squeeze", "aten::select", "aten::any"):
+        return None
+    given = arguments(node)
+    mask, dim = given["self"], given.get("dim")
+    if op_name(mask) != "aten::eq" or not isinstance(dim, int) or given.get("keepdim"):
+        return None
+    if given.get("index", 0) not in (0, -1):
+        return None
+    ids, expert = mask.args
+    whole = isinstance(ids, Node) and not tensor_of(ids).dtype.is_floating_point and type(expert) is int
+    one = known_equal((shape_of(mask) or (0,))[dim], 1) and len(shape_of(mask) or ()) > 1
+    return (ids, expert, dim) if whole and one and shape_of(ids) == shape_of(mask) else None
+
+
+def _named(node: Node) -> tuple[Node, int, int | None] | None:
+    """The same of a column of one-hot rows."""
+    column = node.args[0] if node.target is _aten.to.dtype and tensor_of(node).dtype is torch.bool else node
+    found = match(COLUMN, column)
+    if not isinstance(found, Match) or tensor_of(node).dtype is not torch.bool:
+        return None
+    experts = (shape_of(found["hot"]) or ("",))[-1]
+    return (found["ids"], found["place"] % experts, None) if isinstance(experts, int) else None
