@@ -2,42 +2,27 @@
 
 import pytest
 import torch
-from moe_fx.passes.normalize import (
-    drop_no_ops,
-    flatten_masks,
-    functionalize,
-    merge_equal_values,
-    select_masks,
-    spell,
-    spell_contraries,
-    spell_mask_rows,
-    write_out,
-)
+import torch.nn.functional as F
+from moe_fx.passes.normalize import normalize
 from test_normalize import exported
 
+import moe_fx
 from moe_fx.matcher import op_name
+from moe_fx.pipeline import Work
+from moe_fx.program import ExportedWork
 from moe_fx.rewrite import drop_dead_code, only_asserted
 
 
 def rewritten(function, *args):
-    module = exported(function, *args).graph_module
-    graph = module.graph
-    write_out(graph)
-    written = functionalize(graph)
-    spell(graph)
-    spell_contraries(graph, written)
-    select_masks(graph, written)
-    flatten_masks(graph, written)
-    drop_no_ops(graph, written)
-    merge_equal_values(graph, written, ())
-    spell(graph)
-    spell_mask_rows(graph, written)
-    graph.lint()
+    work = Work(ExportedWork(exported(function, *args)), moe_fx.Config())
+    module = work.program.graph_module
+    normalize(work)
+    module.graph.lint()
     module.recompile()
     one, other = ([each.clone() for each in args] for _ in range(2))  # some write to what they are given
     torch.testing.assert_close(module(*one)[0], function(*other), rtol=1e-6, atol=1e-6)
-    drop_dead_code(graph)
-    return sorted(name for node in graph.nodes if (name := op_name(node)) and not _about_counts(node))
+    drop_dead_code(module.graph)
+    return sorted(name for node in module.graph.nodes if (name := op_name(node)) and not _about_counts(node))
 
 
 def _about_counts(node):
@@ -90,6 +75,34 @@ SAME = {
         lambda x, ids: x.masked_select((ids == 1).any(-1, keepdim=True)).view(-1, 3),
         lambda x, ids: x[(ids == 1).any(-1)],
     ),
+    "selected elements": (
+        lambda x, ids: x.masked_select((ids[:, :1] == 1).expand_as(x)).view(-1, 3),
+        lambda x, ids: x[ids[:, 0] == 1],
+    ),
+    "mask squeezed": (lambda x, ids: (ids[:, :1] == 1).squeeze(1), lambda x, ids: ids[:, 0] == 1),
+    "mask by its only slot": (lambda x, ids: (ids[:, :1] == 1)[:, 0], lambda x, ids: ids[:, 0] == 1),
+    "mask by any slot of one": (lambda x, ids: (ids[:, :1] == 1).any(-1), lambda x, ids: ids[:, 0] == 1),
+    "mask of a one-hot column": (
+        lambda x, ids: F.one_hot(ids, 3)[:, :, 1].bool(),
+        lambda x, ids: ids == 1,
+    ),
+    "column of chosen rows": (
+        lambda x, ids: x[ids[:, 0] == 1][:, 2],
+        lambda x, ids: x[:, 2][ids[:, 0] == 1],
+    ),
+    "product with a vector": (
+        lambda x, ids: x.mv(x[0]),
+        lambda x, ids: F.linear(x, x[0].unsqueeze(0)).squeeze(-1),
+    ),
+    "one of expanded copies": (lambda x, ids: x.unsqueeze(0).expand(4, -1, -1)[2].sin(), lambda x, ids: x.sin()),
+    "masks added up": (
+        lambda x, ids: (F.one_hot(ids[:, 0], 3) + F.one_hot(ids[:, 1], 3)).bool(),
+        lambda x, ids: F.one_hot(torch.stack([ids[:, 0], ids[:, 1]], -1), 3).any(-2),
+    ),
+    "some places of zeros": (
+        lambda x, ids: torch.zeros(5, 4, 3).select_scatter(x, 1, 2).select_scatter(x.sin(), 1, 0),
+        lambda x, ids: torch.stack([x.sin(), (zeros := torch.zeros(5, 4, 3))[:, 1], x, zeros[:, 3]], 1),
+    ),
     "truncated division of places": (
         lambda x, ids: torch.div(torch.where(ids.view(-1) == 1)[0], 2, rounding_mode="trunc"),
         lambda x, ids: torch.where(ids.view(-1) == 1)[0] // 2,
@@ -119,9 +132,17 @@ def test_two_ways_to_write_it_are_one_graph(name):
         (lambda x, ids: torch.div(ids - 2, 2, rounding_mode="trunc"), "aten::div"),
         (lambda x, ids: torch.diff(x > 0), "aten::diff"),
         (lambda x, ids: x.masked_select((ids == 1).any(-1, keepdim=True)).view(3, -1), "aten::masked_select"),
+        (lambda x, ids: (ids == 1)[:, 0], "aten::select"),
+        (lambda x, ids: (ids == 1).any(-1), "aten::any"),
+        (lambda x, ids: (x[:, :1] == 1).squeeze(1), "aten::squeeze"),
+        (lambda x, ids: F.one_hot(ids, 3)[:, 1].bool(), "aten::one_hot"),
+        (lambda x, ids: x[None].expand(4, -1, -1)[:, 2], "aten::select"),
+        (lambda x, ids: F.one_hot(ids[:, 0], 3) + F.one_hot(ids[:, 1], 3).bool(), "aten::add"),
+        (lambda x, ids: torch.ones(6, 4, 3).select_scatter(x, 1, 2).select_scatter(x, 1, 0), "aten::select_scatter"),
     ],
     ids=["numbers", "above one", "of all dimensions", "of numbers", "not with zero", "made wider", "may be negative",
-         "of truth values", "columns"],
+         "of truth values", "columns", "one of several slots", "any of several slots", "of scores",
+         "one-hot rows of a slot", "a place of every copy", "one of them a mask", "places of ones"],
 )  # fmt: skip
 def test_what_says_something_else_stays(function, kept):
     x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
@@ -139,6 +160,18 @@ def selected_before_rows_change(x, ids):
     selected = x.masked_select((ids == 1).any(-1, keepdim=True))
     x.mul_(2)
     return selected.view(-1, 3)
+
+
+def compared_before_ids_change(x, ids):
+    same = ids[:, :1] == 1
+    ids.add_(1)
+    return same.squeeze(1)
+
+
+def chosen_before_rows_change(x, ids):
+    rows = x[ids[:, 0] == 1]
+    x.mul_(2)
+    return rows[:, 2]
 
 
 def counted_before_the_mask_changes(x, ids):
@@ -159,8 +192,9 @@ def read_before_slots_are_repeated(x, ids):
 @pytest.mark.parametrize(
     "function",
     [differs_before_ids_change, selected_before_rows_change, read_before_slots_are_repeated,
+     compared_before_ids_change, chosen_before_rows_change,
      lambda x, ids: counted_before_the_mask_changes(x, ids)[0]],
-    ids=["differs", "selected", "repeated", "counted"],
+    ids=["differs", "selected", "repeated", "compared", "chosen", "counted"],
 )  # fmt: skip
 def test_what_is_read_later_than_it_was_has_not_changed_since(function):
     rewritten(function, *given())  # which compares the numbers

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from models import exported, logits
+from styles.one_of_them import Parameters
 from test_format_product import FORMATS
 from toys import Gathered, Grouped, export
 
@@ -321,3 +322,26 @@ def test_compiled_weights_whose_experts_stand_last_stay_the_models_own():
         assert (compiled(given) - expected).abs().max() <= 2e-2 * expected.abs().max()
         model.up.mul_(2)
     assert [len(report.layers) for report in backend.reports] == [1]
+
+
+class AlsoRead(Parameters):
+    """One expert's matrix is multiplied with every token, beside the layer."""
+
+    def forward(self, x):
+        return super().forward(x) + torch.nn.functional.linear(x, self.up[1])
+
+
+@pytest.mark.parametrize("decomposed", [False, True], ids=["exported", "core-aten"])
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [(Parameters, ["down", "router.linear.weight", "up"]), (AlsoRead, ["down", "router.linear.weight", "up.1", "up_stacked"])],
+    ids=["all", "all-but-one"],
+)  # fmt: skip
+def test_of_what_is_stacked_only_parts_that_are_read_elsewhere_are_kept(model, names, decomposed):
+    model, x = model().eval(), torch.randn(6, 16)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,))
+        program = program.run_decompositions() if decomposed else program
+        after = moe_fx.transform(program, moe_fx.Config(require=1))
+        assert sorted(after.state_dict) == names
+        assert (after.module()(x) - model(x)).abs().max() <= 1e-5 * model(x).abs().max()
