@@ -15,6 +15,7 @@ from torch.fx.node import map_arg
 from moe_fx.constants import is_zero, moved
 from moe_fx.experts import experts
 from moe_fx.matcher import op_name
+from moe_fx.shapes import same_shape
 
 __all__ = [
     "EXPERTS_FIRST", "GIVEN", "Emitter", "FakeValues", "Outline", "after", "drop_dead_code", "erase_dead",
@@ -239,6 +240,10 @@ def outline(
             numbers[node] = numbers[node.args[0]]
             zeros |= {node} if node.args[0] in zeros else set()
             continue
+        if (base := _added_zeros(node, zeros)) is not None:
+            numbers[node] = numbers[base]
+            zeros |= {node} if base in zeros else set()
+            continue
         if _is_left_of_layer(node, zeros, numbers, weights):
             zeros.add(node)
         if node in zeros or moved(node) in zeros:
@@ -268,6 +273,20 @@ def _code(node: Node) -> str:
         return ""
     inner = module.graph.find_nodes(op="get_attr")
     return "\n".join([str(module.code), *map(_code, inner)])
+
+
+def _added_zeros(node: Node, zeros: Collection[Node]) -> Node | None:
+    """What a layer that counts as zeros is added to, such as the residual; None for any other value."""
+    value = node.meta.get("val")
+    if op_name(node) != "aten::add" or node.kwargs or len(node.args) != 2:
+        return None
+    for added, base in (node.args, node.args[::-1]):
+        if isinstance(added, Node) and isinstance(base, Node) and moved(added) in zeros:
+            before = base.meta.get("val")
+            alike = isinstance(before, torch.Tensor) and isinstance(value, torch.Tensor) and before.dtype == value.dtype
+            if alike and same_shape(before.shape, value.shape):
+                return base
+    return None
 
 
 def _is_left_of_layer(

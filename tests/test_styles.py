@@ -103,7 +103,7 @@ NOT_OF_ONE_TOKEN = (
     "one_hot_sec_top2_exclusive_counts_bfloat16",
     "one_hot_switch_mesh_capacity",
     "sorted_split_by_differences_of_ends",
-    "stack_take_along_dim",
+    "rows_of_experts_with_norms_of_their_own",
     "weighted_units_of_all_experts_matmul",
 )
 

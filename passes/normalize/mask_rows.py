@@ -104,7 +104,8 @@ def _choose_of_column(node: Node, known: dict[tuple[Node, int], Node]) -> None:
     if op_name(rows) != "aten::index" or given["dim"] not in (1, -1) or not isinstance(given["index"], int):
         return
     whole, indices = arguments(rows)["self"], arguments(rows)["indices"]
-    if len(indices) != 1 or len(shape_of(whole) or ()) != 2 or len(shape_of(rows) or ()) != 2:
+    by_mask = len(indices) == 1 and tensor_of(indices[0]) is not None and tensor_of(indices[0]).dtype is torch.bool
+    if not by_mask or len(shape_of(whole) or ()) != 2 or len(shape_of(rows) or ()) != 2:
         return
     if (key := (whole, given["index"])) not in known:  # every expert chooses of the same column
         emit = Emitter(node.graph, after(whole), FakeValues(tensor_of(node).fake_mode))

@@ -128,6 +128,11 @@ def _index_select(node: Node, given: dict[str, Any]) -> Spelling | None:
     return aten.index.Tensor, (given["self"], [*[None] * (given["dim"] % len(source)), given["index"]])
 
 
+def _index_copy(node: Node, given: dict[str, Any]) -> Spelling | None:
+    whole = given["dim"] in (0, -len(shape_of(node) or ())) and len(shape_of(given["index"]) or ()) == 1
+    return (aten.index_put.default, (given["self"], [given["index"]], given["source"])) if whole else None
+
+
 def _embedding(node: Node, given: dict[str, Any]) -> Spelling | None:
     return aten.index.Tensor, (given["weight"], [given["indices"]])
 
@@ -192,6 +197,7 @@ _RULES: dict[str, Callable[[Node, dict[str, Any]], Spelling | None]] = {
     "aten::nonzero_numpy": _nonzero,
     "aten::index_select": _index_select,
     "aten::embedding": _embedding,
+    "aten::index_copy": _index_copy,
     "aten::mm": _mm,
     "aten::addmm": _addmm,
 }

@@ -69,17 +69,19 @@ def write_out(graph: Graph) -> None:
 def _reshape(node: Node, source: Node, emit: Emitter) -> None:
     """Dimensions of any size are those of the source; of one that is merged of these, the others tell the size."""
     shape, before = shape_of(node) or (), shape_of(source) or ()
-    at: list[int | None] = []
-    for size in shape:
-        same = (place for place, each in enumerate(before) if known_equal(each, size))
-        at.append(None if isinstance(size, int) else next(same, None))
-    told = sum(isinstance(size, int) or place is not None for size, place in zip(shape, at, strict=True))
-    if told < len(shape) - 1 or 0 in shape or (op_name(node) == "aten::flatten" and all(each is None for each in at)):
+    unfixed = [at for at, size in enumerate(shape) if not isinstance(size, int)]
+    empty = any(isinstance(size, int) and size == 0 for size in shape)
+    if empty or (len(unfixed) < 2 and op_name(node) == "aten::flatten"):
+        return  # which spelling.py writes
+    told: dict[int, int] = {}
+    for at in unfixed if len(unfixed) > 1 else []:
+        same = next((place for place, size in enumerate(before) if known_equal(size, shape[at])), None)
+        told |= {} if same is None else {at: same}
+    if len(unfixed) - len(told) > 1:
         return
-    sizes: list[int | Node] = []
-    for size, place in zip(shape, at, strict=True):
-        counted = -1 if place is None else emit(_aten.sym_size.int, source, place)
-        sizes.append(size if isinstance(size, int) else counted)
+    sizes = [size if isinstance(size, int) else -1 for size in shape]
+    for at, place in told.items():
+        sizes[at] = emit(_aten.sym_size.int, source, place)
     respell(node, _aten.reshape.default, (source, sizes), {})
 
 

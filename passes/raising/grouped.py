@@ -28,7 +28,8 @@ from moe_fx.passes.raising.pieces import (
 from moe_fx.pattern import ANY, As, Last, OneOfValues, Pattern, Var, aten, call, either, item, optional
 
 #: one expert per token needs no second dimension
-flat_ids = either(aten.reshape(Var("ids", rank=2), ANY), Var("ids", rank=1))
+in_a_row = aten.reshape(Var("ids", rank=2), ANY)
+flat_ids = either(in_a_row, aten.to(in_a_row, OneOfValues(torch.int32, torch.int64)), Var("ids", rank=1))
 only_dim = OneOfValues(0, -1)
 
 

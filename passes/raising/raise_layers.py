@@ -8,6 +8,8 @@ succeeded; what a layer would read is written before (see taken.py), and dropped
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from moe_fx.passes.normalize.unmerge_products import merge_products
 from moe_fx.passes.raising.anchors import anchors_behind, anchors_near, is_anchor
@@ -108,7 +110,8 @@ def _in_shape_of(program: Program, root: Node, rows: Node, region: Region) -> No
     if same_shape(wanted, have):
         return rows
     emit = Emitter(program.graph, root, FakeValues(program.fake_mode))
-    known = [region.tokens]
+    inputs = program.graph.find_nodes(op="placeholder")  # of any other value the sizes may be known later
+    known: list[Any] = [*reversed(inputs), region.tokens]
     while op_name(known[-1]) == "aten::reshape":  # from batch and sequence, which the result may have apart
         known.append(known[-1].args[0])
     sizes: list[int | Node] = []
