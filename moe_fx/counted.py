@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from moe_fx.errors import ExportError
 from moe_fx.shapes import depends_on_values
 
 __all__ = ["Count", "Counts", "Part", "length_of", "plain_slices", "rows_between", "slice_bounds"]
@@ -156,14 +157,45 @@ def _is(value: object, literal: int) -> bool:
     return isinstance(value, int) and value == literal
 
 
+@dataclass(frozen=True)
+class Listed:
+    """One of an expert's ``places``, from a list that ``tolist`` makes of them: the list as a whole can be an index."""
+
+    places: torch.Tensor
+    number: int
+    count: int
+
+    def item(self) -> Listed:
+        return self
+
+
+def listed(places: torch.Tensor, length: int) -> tuple[Listed, ...]:
+    """A list of an expert's places, of which nobody knows how many there are."""
+    count = min(length, 50)  # one, or several: where it matters how many there are, two traces differ
+    return tuple(Listed(places, number, count) for number in range(count))
+
+
 def plain_slices(index: Any) -> Any:
     """An index whose slices are bounded by numbers where tensors held them: torch.export knows no others."""
     if isinstance(index, tuple):
         return tuple(plain_slices(each) for each in index)
+    if isinstance(index, Listed):
+        index = [index]
+    if isinstance(index, list) and index and isinstance(index[0], Listed):
+        return _whole(index)
     if not isinstance(index, slice):
         return index
     bounds = (index.start, index.stop, index.step)
     return slice(*(bound.item() if isinstance(bound, torch.Tensor) else bound for bound in bounds))
+
+
+def _whole(index: list[Any]) -> torch.Tensor:
+    """The places that a list holds, all of them in their order."""
+    places, count = index[0].places, index[0].count
+    same = all(isinstance(each, Listed) and each.places is places for each in index)
+    if not same or [each.number for each in index] != [*range(count)]:
+        raise ExportError("some of an expert's places, read of their list: only the whole list can be an index")
+    return places
 
 
 def slice_bounds(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Any] | None:

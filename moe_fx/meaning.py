@@ -27,6 +27,7 @@ RESHAPES = (
     torch.flatten, Tensor.flatten, Tensor.bool, Tensor.long, Tensor.int, Tensor.to, Tensor.contiguous, Tensor.cpu,
 )  # fmt: skip
 LISTS = (Tensor.tolist, Tensor.numpy, Tensor.unbind, torch.unbind)
+ELEMENTS = (Tensor.__iter__, Tensor.unbind, torch.unbind)
 BINS = (torch.bincount, Tensor.bincount, torch.histc, Tensor.histc)
 SCATTERS = (Tensor.scatter, Tensor.scatter_, torch.scatter)
 JOINS = (torch.cat, torch.concat, torch.concatenate)

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from moe_fx.counted import Count, Counts, Part, length_of, plain_slices, rows_between, slice_bounds
+from moe_fx.counted import Count, Counts, Part, length_of, listed, plain_slices, rows_between, slice_bounds
 from moe_fx.errors import ExportError
 from moe_fx.known import Known, is_counts
 from moe_fx.meaning import (
     DESCRIPTIONS,
+    ELEMENTS,
     JOINS,
     LISTS,
     READS,
@@ -87,6 +88,9 @@ class EveryExpert(TorchFunctionMode):
             return self.answer(first) is not first.no
         if func in LISTS and first is not None and first.kind == "count" and is_counts(args[0], first):
             return self.numbers(args[0], first)
+        if func in ELEMENTS and self.has_rows_of_one(args[0], first) and args[0].dtype is torch.int64:
+            places = listed(args[0], 0 if self.size(args[0], first, None) == 0 else self.length)
+            return iter(places) if func is Tensor.__iter__ else places
         if func is Tensor.item and first is not None and first.kind == "count" and first.expert is not None:
             if args[0].dtype is torch.bool:
                 return self.answer(first) is not first.no

@@ -381,3 +381,56 @@ class ShiftedWithoutRows(ReturnsTheToken):
 class Summed(ReturnsTheToken):
     def expert(self, rows, e):
         return super().expert(rows, e) if e < self.E else rows.cumsum(0)
+
+
+class Lists(Listed):
+    """Places turned into lists."""
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            if len(token) == 0:
+                continue
+            tokens, slots = self.lists(token.tolist(), slot.tolist())
+            out.index_add_(0, token[: len(tokens)], expert(x[tokens]) * weights[tokens, slots, None])
+        return out
+
+
+@lookalike("asking_lists_turned_around", "rows are added to the tokens in another order", **ASKS)
+class TurnedLists(Lists):
+    def lists(self, tokens, slots):
+        return tokens[::-1], slots[::-1]
+
+
+@lookalike("asking_lists_without_the_last", "an expert leaves out its last row", **ASKS)
+class ShorterLists(Lists):
+    def lists(self, tokens, slots):
+        return tokens[:-1], slots[:-1]
+
+
+@lookalike("asking_lists_up_to_eight", "an expert takes no more than eight rows", **ASKS)
+class EightOfLists(Lists):
+    def lists(self, tokens, slots):
+        return tokens[:8], slots[:8]
+
+
+@lookalike("asking_one_of_a_list", "an expert's first row is added to all of its rows", **ASKS)
+class FirstOfList(Lists):
+    def lists(self, tokens, slots):
+        return [tokens[0]] * 2, [slots[0]] * 2
+
+
+@lookalike("asking_idle_experts_add_to_the_token", "an expert without rows adds the token", **ASKS)
+class IdleAdds(Listed):
+    def forward(self, x):
+        ids, weights = self.router(x)
+        out = x.clone()
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            if len(token) == 0:
+                out = out + x
+            else:
+                out = out.index_add(0, token, expert(x[token]) * weights[token, slot, None])
+        return out

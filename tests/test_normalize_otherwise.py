@@ -90,6 +90,16 @@ SAME = {
         lambda x, ids: x[ids[:, 0] == 1][:, 2],
         lambda x, ids: x[:, 2][ids[:, 0] == 1],
     ),
+    "turned masks": (
+        lambda x, ids: (((ids + 1).t() == 1) * x[:, :2].sin().t()).sum(0),
+        lambda x, ids: (((ids + 1) == 1) * x[:, :2].sin()).sum(1),
+    ),
+    "any of turned ids": (lambda x, ids: ((ids + 1).t() == 1).any(0), lambda x, ids: ((ids + 1) == 1).any(1)),
+    "row of turned weights": (lambda x, ids: x.sin().t()[2], lambda x, ids: x.sin()[:, 2]),
+    "element of turned weights": (
+        lambda x, ids: x.sin().t()[ids[:, 0], ids[:, 1]],
+        lambda x, ids: x.sin()[ids[:, 1], ids[:, 0]],
+    ),
     "product with a vector": (
         lambda x, ids: x.mv(x[0]),
         lambda x, ids: F.linear(x, x[0].unsqueeze(0)).squeeze(-1),
@@ -138,11 +148,14 @@ def test_two_ways_to_write_it_are_one_graph(name):
         (lambda x, ids: F.one_hot(ids, 3)[:, 1].bool(), "aten::one_hot"),
         (lambda x, ids: x[None].expand(4, -1, -1)[:, 2], "aten::select"),
         (lambda x, ids: F.one_hot(ids[:, 0], 3) + F.one_hot(ids[:, 1], 3).bool(), "aten::add"),
+        (lambda x, ids: (x.sin().t() * x.cos().t()).exp(), "aten::transpose"),
+        (lambda x, ids: x.t()[1].sin(), "aten::transpose"),
         (lambda x, ids: torch.ones(6, 4, 3).select_scatter(x, 1, 2).select_scatter(x, 1, 0), "aten::select_scatter"),
     ],
     ids=["numbers", "above one", "of all dimensions", "of numbers", "not with zero", "made wider", "may be negative",
          "of truth values", "columns", "one of several slots", "any of several slots", "of scores",
-         "one-hot rows of a slot", "a place of every copy", "one of them a mask", "places of ones"],
+         "one-hot rows of a slot", "a place of every copy", "one of them a mask", "turned numbers",
+         "a turned input", "places of ones"],
 )  # fmt: skip
 def test_what_says_something_else_stays(function, kept):
     x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))

@@ -180,6 +180,34 @@ def test_refuses_scores_that_are_small_but_not_zero():
     )
 
 
+class Softmax(Dense):
+    """Scores of other experts are set to a low number, and their softmax is the table."""
+
+    fill = -1e9
+
+    def table(self, x):
+        ids, weights = self.route(x)
+        return torch.full((x.shape[0], self.E), self.fill).scatter(1, ids, weights).softmax(-1)
+
+
+def test_refuses_a_softmax_of_scores_that_are_low_but_not_the_lowest():
+    assert_expected_inline(
+        refusal(Softmax()).replace(": ", ":\n"),
+        """\
+wanted minus infinity for experts not chosen, before a softmax:
+others need not come out as zero, found -1e+09 there""",
+    )
+
+
+@pytest.mark.parametrize("fill", [float("-inf"), torch.finfo(torch.float32).min])
+def test_a_softmax_of_what_is_lowest_for_all_others_is_zero_there(fill):
+    model = Softmax()
+    model.fill = fill
+    (layer,) = moe_fx.explain(export(model)).layers
+    assert layer.error is not None
+    assert layer.error < 1e-12
+
+
 def test_refuses_scores_that_are_zero_until_the_table_was_turned_around():
     class Turned(Dense):
         def columns(self, table):

@@ -20,6 +20,7 @@ from moe_fx.passes.normalize.regions import inline_regions
 from moe_fx.passes.normalize.rows_put import spell_rows_put
 from moe_fx.passes.normalize.selections import spell_selections
 from moe_fx.passes.normalize.spelling import spell
+from moe_fx.passes.normalize.turned import spell_turned
 from moe_fx.passes.normalize.unmerge_products import unmerge_products
 from moe_fx.passes.normalize.written_out import spell_contraries, write_out
 
@@ -39,6 +40,7 @@ def normalize(work: Work) -> None:
     drop_no_ops(graph, written)
     spell_selected_rows(graph, written)
     select_masks(graph, written)
+    spell_turned(graph, written)
     spell_one_slot_masks(graph, written)
     flatten_masks(graph, written)
     drop_no_ops(graph, written)

@@ -79,7 +79,7 @@ def _reshape(node: Node, source: Node, emit: Emitter) -> None:
         told |= {} if same is None else {at: same}
     if len(unfixed) - len(told) > 1:
         return
-    sizes = [size if isinstance(size, int) else -1 for size in shape]
+    sizes: list[Any] = [size if isinstance(size, int) else -1 for size in shape]
     for at, place in told.items():
         sizes[at] = emit(_aten.sym_size.int, source, place)
     respell(node, _aten.reshape.default, (source, sizes), {})

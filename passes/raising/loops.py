@@ -265,6 +265,7 @@ LOOPS = (
     *masked(aten.transpose(one_hot, 0, 2), token_dim=1),  # [E, K, T]
     *masked(aten.permute(one_hot, [2, 0, 1]), token_dim=0),  # [E, T, K]
     *by_slot(literal, slots_of, token_dim=0),
+    *by_slot(literal, aten.transpose(slots_of, 0, 1), token_dim=1),
     *by_token(literal, token_of, any_slots_of),
     *by_flat_slot(literal),
     *by_table(literal),

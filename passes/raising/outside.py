@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from moe_fx.passes.raising import pieces as kinds
@@ -164,8 +165,12 @@ class Outside(Routes):
         return self.own_part(node, place)
 
     def own_part(self, param: Node, place: Place) -> Value:
-        """One expert's part of ``param [E, ...]``."""
-        outer = Value(self.body.placeholder("p", param), EXPERTS_OWN, self.numbers(param, 1))
+        """One expert's part of ``param [E, ...]``; of one that is stacked of the model's own, of these."""
+        held: Any = param
+        if op_name(param) == "aten::stack" and arguments(param)["dim"] % len(shape_of(param) or ()) == 0:
+            parts = arguments(param)["tensors"]
+            held = tuple(parts) if all(part.op in LEAVES for part in parts) else param
+        outer = Value(self.body.placeholder("p", held), EXPERTS_OWN, self.numbers(param, 1))
         return self.body.reshaped(outer, features(place))
 
     def gathered(self, node: Node, place: Place) -> Value | Miss | None:
@@ -181,7 +186,7 @@ class Outside(Routes):
         count = (shape_of(param) or (0,))[at]
         own_place = (*place[:at], (EXPERT,), *place[end:])
         fixed = isinstance(count, int) and axes_of(own_place) == {EXPERT}
-        if not fixed or not (is_view(param) or param.op in LEAVES):
+        if not fixed or not (is_view(param) or param.op in LEAVES or op_name(param) == "aten::stack"):
             return None
         ids = self.ids_of(index, place[at:end])
         if ids is None:

@@ -140,8 +140,10 @@ def _elsewhere(node: Node) -> tuple[Node, float] | Miss:
         return Miss(EXACT, f"{node.name}, which compares scores: of equal ones more than K pass", node)
     if name == "aten::softmax" and node.args[1] in (-1, value.dim() - 1):
         before = _elsewhere(node.args[0])
-        if isinstance(before, Miss) or before[1] == -math.inf:
+        if isinstance(before, Miss) or before[1] == -math.inf or _is_lowest(before[1], node.args[0]):
             return before if isinstance(before, Miss) else (before[0], 0.0)
+        wanted = "minus infinity for experts not chosen, before a softmax: others need not come out as zero"
+        return Miss(wanted, f"{before[1]:g} there", node)
     if name in ("aten::mul", "aten::div"):
         # Zero times a weight, or over their sum, is zero; the weights are finite.
         for factor in node.all_input_nodes[: 2 if name == "aten::mul" else 1]:
@@ -163,6 +165,13 @@ def _elsewhere(node: Node) -> tuple[Node, float] | Miss:
         # Whatever is chosen along the tokens: an expert takes as many of them as it is given places for.
         return Miss(KNOWN, f"{node.name}, scattered along another dimension than the experts'", node)
     return found if name == "aten::scatter" else Miss(KNOWN, _describe(node), node)
+
+
+def _is_lowest(filled: float, scores: Node) -> bool:
+    """Whether a fill is the lowest number of its dtype, so far from others that ``exp`` of the difference is zero."""
+    value = tensor_of(scores)
+    wide = value is not None and value.dtype in (torch.float32, torch.bfloat16, torch.float64)
+    return wide and filled == torch.finfo(value.dtype).min
 
 
 def _scattered(node: Node) -> Match | Miss:
