@@ -17,7 +17,7 @@ import torch
 from moe_fx.errors import ExportError
 from moe_fx.shapes import depends_on_values
 
-__all__ = ["Count", "Counts", "Part", "length_of", "plain_slices", "rows_between", "slice_bounds"]
+__all__ = ["Count", "Counts", "Part", "length_of", "listed", "plain_slices", "rows_between", "slice_bounds"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +180,7 @@ def plain_slices(index: Any) -> Any:
     if isinstance(index, tuple):
         return tuple(plain_slices(each) for each in index)
     if isinstance(index, Listed):
-        index = [index]
+        raise ExportError("one of an expert's places, read of their list: only the whole list can be an index")
     if isinstance(index, list) and index and isinstance(index[0], Listed):
         return _whole(index)
     if not isinstance(index, slice):

@@ -227,7 +227,7 @@ def outline(
     Args:
         graph: without dead code. constants: the values of those placeholders that are constants.
         weights: where a layer is compared with what is left of one without rows, the numbers of its routing weights:
-            zeros times these, times plain numbers, and sums of them.
+            zeros times these, times plain numbers, and sums of them, are zeros, and what zeros are added to is itself.
         idle: which of the experts without parameters have no rows, and add nothing.
     """
     zeros: set[Node] = set()
@@ -240,7 +240,7 @@ def outline(
             numbers[node] = numbers[node.args[0]]
             zeros |= {node} if node.args[0] in zeros else set()
             continue
-        if (base := _added_zeros(node, zeros)) is not None:
+        if weights is not None and (base := _added_zeros(node, zeros)) is not None:
             numbers[node] = numbers[base]
             zeros |= {node} if base in zeros else set()
             continue

@@ -150,3 +150,44 @@ class WeightedTwice(NamedTwice):
 class ShiftedOnce(NamedTwice):
     def rows(self, rows, weights, e):
         return super().rows(rows, weights, e) + 1
+
+
+class GatheredTwice(NamedTwice):
+    """Each slot reads the expert's result, which is weighted by the sum of both."""
+
+    def result(self, x, rows, token):
+        return torch.zeros_like(x).index_copy(0, token, rows)
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        results = []
+        for e in range(self.E):
+            mine = ids == e
+            token = self.token(mine)
+            rows = self.rows(x[token], (weights * mine).sum(dim=-1)[token].unsqueeze(-1), e)
+            results.append(self.result(x, rows, token))
+        return torch.stack(results, dim=1).gather(1, ids.unsqueeze(-1).expand(-1, -1, H)).sum(dim=1)
+
+
+@lookalike("named_twice_and_gathered_twice", "two slots of one expert read the sum of both weights each")
+class SumGathered(GatheredTwice):
+    pass
+
+
+@lookalike("named_twice_put_twice", "the sum is put as often as the expert is named")
+class PutTwice(GatheredTwice):
+    def token(self, mine):
+        return torch.where(mine)[0]
+
+    def result(self, x, rows, token):
+        return torch.zeros_like(x).index_add(0, token, rows)
+
+
+@lookalike("named_twice_every_result_weighted", "every expert's results are weighted by the sum, and gathered twice")
+class EveryResult(NamedTwice):
+    def forward(self, x):
+        ids, weights = self.router(x)
+        results = [
+            expert(x) * (weights * (ids == e)).sum(dim=-1, keepdim=True) for e, expert in enumerate(self.experts)
+        ]
+        return torch.stack(results, dim=1).gather(1, ids.unsqueeze(-1).expand(-1, -1, H)).sum(dim=1)

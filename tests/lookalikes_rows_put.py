@@ -193,3 +193,15 @@ class HalfWritten(Put):
             rows = expert(x[at]) * (weights * mine).sum(dim=-1)[at, None]
             out = out + torch.zeros_like(x).scatter(0, at.unsqueeze(-1).expand(-1, H // 2), rows)
         return out
+
+
+@lookalike("rows_of_which_the_half_is_added", "of an expert's results the first half only is added")
+class HalfAdded(Put):
+    def forward(self, x):
+        ids, weights = self.router(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            rows = expert(x[token]) * weights[token, slot, None]
+            out = out.scatter_add(0, token.unsqueeze(-1).expand(-1, H // 2), rows)
+        return out

@@ -277,6 +277,14 @@ def test_a_look_alike_is_left_alone(name):
     assert nodes(moe_fx.transform(program)) == nodes(program)
 
 
+@pytest.mark.parametrize("name", products((name for name, each in LOOKALIKES.items() if each.through == "export"), ()))
+@torch.no_grad()
+def test_a_look_alike_is_left_alone_without_the_numeric_check(name):
+    # The rules themselves refuse it.
+    _, program = exported(LOOKALIKES[name])
+    assert nodes(moe_fx.transform(program, moe_fx.Config(validate=False))) == nodes(program)
+
+
 @pytest.mark.parametrize("name", REASONS)
 @torch.no_grad()
 def test_a_choice_that_leads_to_no_layer_has_its_reason(name):

@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 from moe_fx.matcher import Match, arguments, match, op_name
 from moe_fx.pattern import ANY, As, Last, Var, aten, either
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
-from moe_fx.shapes import known_equal, shape_of, tensor_of
+from moe_fx.shapes import known_equal, same_shape, shape_of, tensor_of
 
 __all__ = ["spell_one_slot_masks"]
 
@@ -52,7 +52,7 @@ def _reduced(node: Node) -> tuple[Node, int, int | None] | None:
     ids, expert = mask.args
     whole = isinstance(ids, Node) and not tensor_of(ids).dtype.is_floating_point and type(expert) is int
     one = known_equal((shape_of(mask) or (0,))[dim], 1) and len(shape_of(mask) or ()) > 1
-    return (ids, expert, dim) if whole and one and shape_of(ids) == shape_of(mask) else None
+    return (ids, expert, dim) if whole and one and same_shape(shape_of(ids) or (), shape_of(mask) or ()) else None
 
 
 def _named(node: Node) -> tuple[Node, int, int | None] | None:
@@ -61,5 +61,6 @@ def _named(node: Node) -> tuple[Node, int, int | None] | None:
     found = match(COLUMN, column)
     if not isinstance(found, Match) or tensor_of(node).dtype is not torch.bool:
         return None
-    experts = (shape_of(found["hot"]) or ("",))[-1]
-    return (found["ids"], found["place"] % experts, None) if isinstance(experts, int) else None
+    experts, place = (shape_of(found["hot"]) or ("",))[-1], found["place"]
+    fixed = isinstance(experts, int) and isinstance(place, int)
+    return (found["ids"], place % experts, None) if fixed else None

@@ -126,6 +126,10 @@ def stacked(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
         return None
     if isinstance(merged, Miss):
         return walk.note(merged)
+    # By a mask of other ids, a result that is read may be one of a row that its expert was not given.
+    masked_by = merged.bindings.get("ids") if axis == (EXPERT,) else None
+    if masked_by is not None and walk.bindings.setdefault("ids", masked_by) is not masked_by:
+        return walk.miss("the layer's own ids", masked_by)
     return walk.inlined(merged, node, place)
 
 

@@ -13,7 +13,7 @@ from moe_fx.passes.raising.region import Region, misfit
 from moe_fx.passes.raising.slot_by_slot import merge_slots
 from moe_fx.passes.raising.steps import merge_steps
 from moe_fx.passes.raising.tables import Slots, counts_zero, ids_of_mask, read_table
-from moe_fx.passes.raising.walk import Walk
+from moe_fx.passes.raising.walk import Walk, writes_whole_rows
 from torch.fx import Node
 
 from moe_fx.constants import is_zero
@@ -127,6 +127,8 @@ def _all_experts(regions: list[Region], experts: list[int | Node], root: Node) -
 def _step(root: Node, found: Match, loop: loops.Loop) -> Region | Miss:
     """One step of a loop, as a layer of one expert."""
     summed = found["summed"]
+    if not writes_whole_rows(root, summed):
+        return Miss("whole rows added", root.name, root)
     shape = shape_of(summed) or ()
     rows = shape_of(found["ids"]) or ()
     *tokens, slots = rows if len(rows) > 1 else (*rows, 1)  # one slot needs no dimension

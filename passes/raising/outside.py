@@ -262,6 +262,8 @@ class Outside(Routes):
                 return self.miss("the same for the ids of all slots", node, f"{name} = {known}, and {told}")
         if found.each_token and rows:
             return self.miss("a number for every token and slot", next(iter(found.each_token)))
+        if found.slots and (found.distinct or found.summed):
+            self.bindings.setdefault("counted_once", node)  # each slot that names the expert reads all of their weights
         self.each_token |= found.each_token
         self.visits += [visited for visited in found.visits if visited not in self.visits]
         given = []

@@ -33,7 +33,7 @@ from moe_fx.experts import per_row
 from moe_fx.matcher import Match, Miss, arguments, match, op_name
 from moe_fx.shapes import is_number, known_equal, same_shape, shape_of
 
-__all__ = ["NO_EXPERT", "Walk"]
+__all__ = ["NO_EXPERT", "Walk", "writes_whole_rows"]
 
 aten = torch.ops.aten
 
@@ -218,8 +218,12 @@ class Walk(Outside):
             case kinds.Put():
                 if not is_zero(found["put_into"]):
                     return self.miss("rows put into zeros", node)
+                if not writes_whole_rows(node, found["rows"]):
+                    return self.miss("whole rows put", node)
                 self.bind(found)
                 self.interior.add(node)
+                if op_name(node) == "aten::index_add" or arguments(node).get("accumulate"):
+                    self.bindings["counted_once"] = node  # of a token that is there twice, the sum is put
                 self.count(HIT, (shape_of(found["rows"]) or (0,))[0])
                 kept = self.value(found["rows"], ((HIT,), *place[len(layout) :]))
                 return kept if isinstance(kept, Miss) else self.zero_elsewhere(kept)
@@ -436,6 +440,12 @@ class Walk(Outside):
         region.tables, region.each_token = self.tables, self.each_token
         region.visits = self.visits
         return region
+
+
+def writes_whole_rows(node: Node, rows: Node) -> bool:
+    """Whether a scatter, or any other write, takes every element of the rows that it is given."""
+    index = arguments(node)["index"] if op_name(node) in ("aten::scatter", "aten::scatter_add") else None
+    return index is None or same_shape(shape_of(index) or (), shape_of(rows) or ())
 
 
 def read_only_by(reader: Node, value: Node) -> set[Node]:
