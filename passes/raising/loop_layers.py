@@ -9,11 +9,12 @@ import torch
 from moe_fx.passes.raising import loops
 from moe_fx.passes.raising.axes import HIT, ONE, SLOT, TOKEN
 from moe_fx.passes.raising.not_negative import is_not_negative
+from moe_fx.passes.raising.pieces_taken import writes_whole_rows
 from moe_fx.passes.raising.region import Region, misfit
 from moe_fx.passes.raising.slot_by_slot import merge_slots
 from moe_fx.passes.raising.steps import merge_steps
 from moe_fx.passes.raising.tables import Slots, counts_zero, ids_of_mask, read_table
-from moe_fx.passes.raising.walk import Walk, writes_whole_rows
+from moe_fx.passes.raising.walk import Walk
 from torch.fx import Node
 
 from moe_fx.constants import is_zero
