@@ -150,10 +150,8 @@ def _rewrite(node: Node, terms: list[Term], stacks: dict[tuple[Node, ...], Node]
         wide = emit(_aten.unsqueeze.default, emit(_aten.stack.default, weights, -1), -1)
         mask = emit(_aten.mul.Tensor, mask, wide)
     else:
-        for user in [
-            user for user in node.users if tensor_of(user) is not None and tensor_of(user).dtype is torch.bool
-        ]:
-            if op_name(user) == "aten::to":
+        for user in list(node.users):
+            if op_name(user) == "aten::to" and tensor_of(user).dtype is torch.bool:
                 replace(user, Emitter(node.graph, user, emit.values)(_aten.any.dim, hot_rows, -2))
                 erase_dead(node.graph, [user])
     if node.users:

@@ -50,7 +50,8 @@ def write_out(graph: Graph) -> None:
             continue
         if op_name(node) in ("aten::mv", "aten::matmul"):
             rows, vector = node.args
-            if len(shape_of(rows) or ()) == 2 and len(shape_of(vector) or ()) == 1:
+            by_vector = len(shape_of(rows) or ()) == 2 and len(shape_of(vector) or ()) == 1
+            if by_vector and tensor_of(node).is_floating_point():
                 product = emit(_aten.linear.default, rows, emit(_aten.unsqueeze.default, vector, 0))
                 respell(node, _aten.squeeze.dim, (product, -1), {})
             continue

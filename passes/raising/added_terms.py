@@ -8,7 +8,8 @@ out = out + torch.where(ids[:, k] == e, s[:, k], 0)[:, None] * body(x, weight[e]
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from moe_fx.passes.raising import each_expert as each_expert_loop
@@ -39,7 +40,7 @@ def sum_of_terms(root: Node) -> tuple[Region | Miss, set[Node]] | None:
         return None  # rows chosen by data are not every token's
     near: Miss | None = None
     for key_of, merge in ((each_expert_loop.expert_number, _experts_added), (slot_number, _slots_added)):
-        if any(op_name(user) == "aten::add" and (terms(user, key_of) or [()])[0] for user in root.users):
+        if any(_adds_terms(user, key_of) for user in root.users):
             continue  # the terms are found from the last addition
         found = terms(root, key_of)
         if found is None or len({number for (number, _), _ in found[0]}) < 2:
@@ -59,6 +60,11 @@ def sum_of_terms(root: Node) -> tuple[Region | Miss, set[Node]] | None:
         wrong = misfit(merged)
         return (merged if wrong is None else wrong), {root}
     return (near, {root}) if near is not None else None
+
+
+def _adds_terms(node: Node, key_of: Callable[[Node], Any]) -> bool:
+    found = terms(node, key_of) if op_name(node) == "aten::add" else None
+    return found is not None and bool(found[0])
 
 
 def _experts_added(root: Node, numbered: Sequence[tuple[tuple[int, Node | None], Node]]) -> Region | Miss:
