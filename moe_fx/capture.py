@@ -253,7 +253,8 @@ def _raised(given: Given, mode: EachExpert | EveryExpert, partial: bool = False)
     except ExportError as error:
         raise type(error)(f"{_name(given)}: {error}: the program would be wrong for other routing") from None
     except Exception as error:
-        raise ExportError(f"torch.export cannot trace {type(model).__name__}: {error}{_statement(error)}") from error
+        what, *_ = str(error).strip().partition("\n\n")  # behind it torch tells of flags for those who mend torch
+        raise ExportError(f"torch.export cannot trace {type(model).__name__}: {what}{_statement(error)}") from error
     if not mode.asked:
         return traced
     work = Work(

@@ -19,6 +19,7 @@ from moe_fx.meaning import (
     RESHAPES,
     RUNNING,
     SCATTERS,
+    SORTS,
     TOTALS,
     Meaning,
     Tensor,
@@ -38,6 +39,9 @@ class Known:
         self._views: list[tuple[Tensor, Tensor]] = []
         #: masks by token and expert, and the ids that they were made of
         self._masks: list[tuple[Tensor, Tensor]] = []
+        #: ids in the order of their numbers, and what brings which ids to that order
+        self._ordered: list[Tensor] = []
+        self._orders: list[tuple[Tensor, Tensor]] = []
         #: ids, and of how many experts they are
         self._ranges: list[tuple[Tensor, int]] = []
 
@@ -97,7 +101,7 @@ class Known:
             return self.of_expert(self.origin(args[0]), args[1])
         if func is Tensor.__getitem__ and isinstance(args[1], tuple) and self.is_table(args[0]):
             *rows, expert = args[1]
-            every = rows == [slice(None)] * (args[0].dim() - 1)
+            every = rows in ([slice(None)] * (args[0].dim() - 1), [...])
             return self.of_expert(self.origin(args[0]), expert) if every and isinstance(expert, int) else None
         if func in READS and len(args) == 2 and (by := self.of(args[1])) is not None and by.expert is not None:
             return dataclasses.replace(by, kind="rows") if by.kind in ("mask", "rows") else None
@@ -152,6 +156,21 @@ class Known:
                 self._ranges.append((result if place is None else result[place], args[0].shape[-1]))
         elif func in READS and isinstance(result, Tensor) and (count := self.range(args[0])) is not None:
             self._ranges.append((result, count))
+            if any(args[1] is order and self.origin(args[0]) is ids for order, ids in self._orders):
+                self._ordered.append(result)
+        if func in SORTS and args[0].dim() == 1 and not kwargs.get("descending", args[2] if len(args) > 2 else False):
+            self.sorts(args[0], *(result if isinstance(result, tuple) else (None, result)))
+
+    def sorts(self, ids: Tensor, values: Tensor | None, order: Tensor) -> None:
+        """Ids that were sorted are of the same experts."""
+        self._orders.append((order, self.origin(ids)))
+        count = self.range(ids)
+        if values is not None and count is not None:
+            self._ranges.append((values, count))
+            self._ordered.append(values)
+
+    def in_order(self, ids: Tensor) -> bool:
+        return any(known is ids for known in self._ordered)
 
     def range(self, ids: Tensor) -> int | None:
         ids = self.origin(ids)

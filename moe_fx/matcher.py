@@ -6,6 +6,7 @@ been bound until then.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -51,10 +52,20 @@ class Miss:
 
 
 def op_name(node: object) -> str | None:
-    """``"aten::sort"`` for a node that calls any overload of it; None for anything that is no op call."""
+    """``"aten::sort"`` for a node that calls any overload of it; None for anything that is no op call.
+
+    What is given a tensor for its result is ``"aten::sort.out"``: it says something else.
+    """
     if isinstance(node, Node) and isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name
+        return _name_of(node.target)
     return None
+
+
+@functools.cache
+def _name_of(overload: torch._ops.OpOverload) -> str:
+    schema = overload._schema
+    given = any(arg.kwarg_only and arg.alias_info is not None and arg.alias_info.is_write for arg in schema.arguments)
+    return f"{schema.name}.out" if given else schema.name
 
 
 def arguments(node: Node) -> dict[str, Any]:

@@ -34,6 +34,8 @@ JOINS = (torch.cat, torch.concat, torch.concatenate)
 SPLITS = (torch.split, Tensor.split)
 RUNNING = (torch.cumsum, Tensor.cumsum)
 UNIQUE = (torch.unique, Tensor.unique)
+UNIQUE_IN_ORDER = (torch.unique_consecutive, Tensor.unique_consecutive)
+SORTS = (torch.sort, Tensor.sort, torch.argsort, Tensor.argsort)
 #: what chooses experts by their scores, the last dimension, and which of its results are the numbers of experts
 CHOICES: dict[Any, int | None] = dict.fromkeys(
     (torch.topk, Tensor.topk, torch.max, Tensor.max, torch.sort, Tensor.sort), 1

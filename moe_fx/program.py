@@ -3,17 +3,19 @@
 Non-public torch API used here: the constructor of ``torch.export.ExportedProgram`` (public class, private
 signature: nothing public builds a program from an edited graph and new parameters without tracing it again),
 tried on torch 2.11, 2.13 and 2.15; and the name of ``torch._functorch.predispatch._add_batch_dim``, the call by which
-torch.export keeps that a vmap is entered, tried on torch 2.13 (there is one of that name in 2.11 and 2.15).
+torch.export keeps that a vmap is entered, tried on torch 2.13 (there is one of that name in 2.11 and 2.15). And where a
+shape environment keeps what ``torch._check`` was told, tried on torch 2.13.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -33,7 +35,7 @@ from torch.fx import Graph, GraphModule, Node
 from moe_fx.errors import ProgramError
 from moe_fx.matcher import arguments, op_name
 from moe_fx.rewrite import GIVEN
-from moe_fx.shapes import tensor_of
+from moe_fx.shapes import Dim, tensor_of
 
 __all__ = [
     "DerivedWeight",
@@ -41,6 +43,7 @@ __all__ = [
     "Program",
     "StackedWeight",
     "Weight",
+    "assuming",
     "check_inference",
     "enters_vmap",
     "stacked_name",
@@ -58,6 +61,27 @@ DERIVING = frozenset({
 #: outputs that are new values of the program's own tensors
 MUTATIONS = tuple(kind for kind in OutputKind if kind.name in ("BUFFER_MUTATION", "PARAMETER_MUTATION"))
 WEIGHT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+
+
+@contextlib.contextmanager
+def assuming(equal: Iterable[tuple[torch.SymInt, Dim]]) -> Iterator[None]:
+    """Let sizes count as equal that are so on every run, though nothing in the program says so.
+
+    The program shares its symbols with the one that was given, of which no more is to be asserted than before.
+    """
+    sizes = list(equal)
+    environments = {id(size.node.shape_env): size.node.shape_env for size, _ in sizes}.values()
+    before = [{symbol: list(told) for symbol, told in each.deferred_runtime_asserts.items()} for each in environments]
+    counts = [each.num_deferred_runtime_asserts for each in environments]
+    try:
+        for size, known in sizes:
+            torch._check(size == known)
+        yield
+    finally:
+        for environment, asserted, count in zip(environments, before, counts, strict=True):
+            environment.deferred_runtime_asserts.clear()
+            environment.deferred_runtime_asserts.update(asserted)
+            environment.num_deferred_runtime_asserts = count
 
 
 @dataclass(frozen=True)
@@ -223,6 +247,11 @@ class Program(ABC):
         like = torch.empty(value.shape, dtype=value.dtype, device="meta")
         self.weights[node] = DerivedWeight(weight.fqn, like, weight, step)
 
+    @property
+    def literals(self) -> Mapping[Node, float | int | bool]:
+        """Constants of no dimensions that stand for a number in the source, such as ``torch.tensor(0.0)``."""
+        return {}
+
     @abstractmethod
     def add_weight(self, fqn: str, tensor: torch.Tensor, device: torch.device | None = None) -> Node:
         """A new weight, readable from the whole graph; on ``device``, if its tensor has no values yet."""
@@ -302,6 +331,12 @@ class ExportedWork(Program):
         # What the program itself writes is no constant to quantize, or to keep in other tensors.
         changed = {spec.target for spec in ep.graph_signature.output_specs if spec.kind in MUTATIONS}
         self.weights = {node: weight for node, weight in self.held.items() if weight.fqn not in changed}
+
+    @property
+    def literals(self) -> Mapping[Node, float | int | bool]:
+        constants = [node for node, spec in self.inputs if spec.kind is InputKind.CONSTANT_TENSOR]
+        known = {node: self.weights[node] for node in constants if node in self.weights}
+        return {node: each.tensor.item() for node, each in known.items() if each.tensor.dim() == 0 and each.has_values}
 
     def add_weight(self, fqn: str, tensor: torch.Tensor, device: torch.device | None = None) -> Node:
         if fqn in self.state_dict or fqn in self.constants:

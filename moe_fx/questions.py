@@ -29,6 +29,7 @@ from moe_fx.meaning import (
     SIZES,
     SPLITS,
     UNIQUE,
+    UNIQUE_IN_ORDER,
     Meaning,
     Tensor,
 )
@@ -67,6 +68,7 @@ class EveryExpert(TorchFunctionMode):
         self._settled: list[Tensor] = []
         #: sums of all numbers of rows, and what they come to
         self._totals: list[tuple[torch.SymInt, Any]] = []
+        self._numbers: list[tuple[Tensor, Counts]] = []
         self._last: Meaning | None = None
         self._number: torch.SymInt | None = None
         self._used = False
@@ -86,8 +88,11 @@ class EveryExpert(TorchFunctionMode):
             return self.listed(args[0], first, kwargs.get("as_tuple", False))
         if func is Tensor.__bool__ and first is not None and first.kind == "count" and first.expert is not None:
             return self.answer(first) is not first.no
-        if func in LISTS and first is not None and first.kind == "count" and is_counts(args[0], first):
-            return self.numbers(args[0], first)
+        if func in (*LISTS, Tensor.__iter__) and counted:
+            numbers = self.numbers(args[0], first)
+            return iter(numbers) if func is Tensor.__iter__ else numbers
+        if func in READS and counted and first.ends is not None and isinstance(args[1], int):
+            return self.numbers(args[0], first)[args[1]]
         if func in ELEMENTS and self.has_rows_of_one(args[0], first) and args[0].dtype is torch.int64:
             places = listed(args[0], 0 if self.size(args[0], first, None) == 0 else self.length)
             return iter(places) if func is Tensor.__iter__ else places
@@ -95,7 +100,8 @@ class EveryExpert(TorchFunctionMode):
             if args[0].dtype is torch.bool:
                 return self.answer(first) is not first.no
             return Count.of(self.part(first, func(*args)))
-        if func in UNIQUE and (found := self.unique(args[0], kwargs)) is not None:
+        unique = func in UNIQUE or (func in UNIQUE_IN_ORDER and self.known.in_order(args[0]))
+        if unique and (found := self.unique(args[0], kwargs)) is not None:
             return found
         self.hold_to_the_last(args, kwargs, func)
         if func in (Tensor.__getitem__, Tensor.__setitem__):
@@ -163,7 +169,14 @@ class EveryExpert(TorchFunctionMode):
         return Part(number, functools.partial(self.answer, meaning), not self.idle(meaning.expert or 0), meaning)
 
     def numbers(self, counts: Tensor, meaning: Meaning) -> Counts:
-        """How many rows the experts have, as numbers."""
+        """How many rows the experts have, as numbers: the same ones whenever it is asked."""
+        found = next((numbers for known, numbers in self._numbers if known is counts), None)
+        if found is None:
+            found = self._numbers_of(counts, meaning)
+            self._numbers.append((counts, found))
+        return found
+
+    def _numbers_of(self, counts: Tensor, meaning: Meaning) -> Counts:
         counts = counts if meaning.ends is None else meaning.ends
         bins = meaning.bins
         if bins is None and meaning.ids is not None and (counts is meaning.ids or depends_on_values(counts.shape[0])):
@@ -173,6 +186,8 @@ class EveryExpert(TorchFunctionMode):
                 raise ExportError("experts counted up to the last that was hit, and not known how many there are")
             self.lists += 1
             counts = torch.bincount(meaning.ids.reshape(-1), minlength=bins)
+        if counts.is_floating_point():
+            counts = counts.to(torch.int64)  # they are whole, and added up as such
         # bincount answers with more than it was asked for if an id is none of an expert: these are not looked at.
         unsure = depends_on_values(counts.shape[0]) and bins is not None
         numbers = [counts[expert].item() for expert in range(bins)] if unsure else counts.tolist()

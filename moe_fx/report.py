@@ -224,4 +224,4 @@ def module_of(node: Node | None) -> str:
     """The innermost module that a node was traced in."""
     stack = (node.meta.get("nn_module_stack") if node is not None else None) or {}
     paths = [path for path, _ in stack.values()]
-    return paths[-1] if paths else ""
+    return paths[-1] if paths and not paths[-1].startswith("_empty_nn_module_stack") else ""

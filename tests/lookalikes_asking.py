@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from lookalikes_put_and_stacked import LOOKALIKES, lookalike
+from lookalikes_cut_and_joined import LOOKALIKES, lookalike
 from styles.asking import ReturnsTheToken
 from styles.base import ASKS, Listed
 from styles.dispatcher import Gated, SparseDispatcher
@@ -88,12 +88,6 @@ class Sorted(Listed):
             start = start + count
         weighted = torch.cat(results) * weights.view(-1)[order, None]
         return torch.zeros_like(x).index_add(0, order // self.K, weighted) * self.scale(counts, results)
-
-
-@lookalike("asking_counts_read", "how far it was counted is read elsewhere", **ASKS)
-class CountsRead(Sorted):
-    def scale(self, counts, results):
-        return counts.float().var()
 
 
 @lookalike("asking_how_many_counted", "how many experts were counted is read elsewhere", **ASKS)

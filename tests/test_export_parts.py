@@ -70,6 +70,50 @@ def test_parts_of_experts_that_have_rows_are_exported(kind):
         assert (program.module()(x) - model(x)).abs().max() <= 1e-6 * model(x).abs().max()
 
 
+class JoinedAsTheyAre(Infer):
+    """The rows of an expert that has none are joined as they are."""
+
+    def results(self, rows, counts):
+        parts = rows.split(self.numbers(counts))
+        return torch.cat([self.expert(part, e) if part.shape[0] > 0 else part for e, part in enumerate(parts)])
+
+
+class EndsOneByOne(Infer):
+    """Where an expert's rows end, and where they begin, are elements of a tensor."""
+
+    def results(self, rows, counts):
+        outputs, ends = [], counts.cumsum(0)
+        for e, end in enumerate(ends):
+            start = ends[e - 1] if e else 0
+            if start == end:
+                continue
+            outputs.append(self.expert(rows[start:end], e))
+        return torch.cat(outputs)
+
+
+class CountsRead(Infer):
+    """As many counts as the last expert that has rows is told by; how far they spread is read as well."""
+
+    def counted(self, ids, x):
+        self.spread = torch.bincount(ids.flatten())
+        return self.spread
+
+    def forward(self, x):
+        return super().forward(x) * (1 + self.spread.float().square().sum())
+
+
+@pytest.mark.parametrize("kind", [JoinedAsTheyAre, EndsOneByOne, CountsRead])
+@torch.no_grad()
+def test_parts_of_experts_are_exported_however_they_are_asked_for(kind):
+    model = kind()
+    program = exported(model)
+    (layer,) = moe_fx.explain(program, moe_fx.Config(require="all")).layers
+    assert (layer.num_experts, layer.top_k) == (4, 2)
+    for seed, tokens in enumerate((1, 1, 2, 6, 9)):
+        x = torch.randn(tokens, 8, generator=torch.Generator().manual_seed(seed))
+        assert (program.module()(x) - model(x)).abs().max() <= 1e-6 * model(x).abs().max()
+
+
 class CountsIdle(Infer):
     """What is added in the end depends on how many experts were left out."""
 

@@ -21,7 +21,7 @@ from moe_fx.matcher import arguments, op_name
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
 from moe_fx.shapes import depends_on_values, known_equal, shape_of, tensor_of
 
-__all__ = ["spell_parts"]
+__all__ = ["cut_like", "in_range", "spell_parts", "whole_of"]
 
 aten = torch.ops.aten
 
@@ -35,8 +35,8 @@ def spell_parts(graph: Graph) -> None:
             continue
         given: dict[str, Any] = arguments(node)
         places = given["indices"] if op_name(node) == "aten::index" else None
-        whole = _whole(places[0]) if places is not None and len(places) == 1 else None
-        if whole is not None and _in_range(whole, node.args[0]):
+        whole = whole_of(places[0]) if places is not None and len(places) == 1 else None
+        if whole is not None and in_range(whole, node.args[0]):
             values = values or FakeValues(value.fake_mode)
             _read_first(node, Emitter(graph, node, values))
         elif (part := _divided(node, given)) is not None:
@@ -69,10 +69,10 @@ def _divided(node: Node, given: dict[str, Any]) -> Node | None:
         return None
     rounds = op_name(node) == "aten::floor_divide" or given.get("rounding_mode") in ("floor", "trunc")
     part = given["self"]
-    return part if rounds and given["other"] > 0 and isinstance(part, Node) and _whole(part) is not None else None
+    return part if rounds and given["other"] > 0 and isinstance(part, Node) and whole_of(part) is not None else None
 
 
-def _whole(part: Node) -> Node | None:
+def whole_of(part: Node) -> Node | None:
     """The places of which a value is a part; None if that is not so."""
     shape = shape_of(part) or ()
     if len(shape) != 1 or not depends_on_values(shape[0]):
@@ -86,7 +86,7 @@ def _whole(part: Node) -> Node | None:
     return None
 
 
-def _in_range(places: Any, rows: Any) -> bool:
+def in_range(places: Any, rows: Any) -> bool:
     """Whether places are those of a sort, or their tokens, and there is a row for each."""
     many = 1
     if op_name(places) in ("aten::floor_divide", "aten::div"):
@@ -106,18 +106,18 @@ def _read_first(node: Node, emit: Emitter) -> None:
     """All rows are read, then the part is cut from them."""
     indices: Any
     rows, indices = node.args
-    (part,), whole = indices, _whole(indices[0])
+    (part,), whole = indices, whole_of(indices[0])
     assert whole is not None
-    _cut_from(node, _earlier(node, whole, (rows, [whole])) or emit(aten.index.Tensor, rows, [whole]), part)
+    cut_like(node, _earlier(node, whole, (rows, [whole])) or emit(aten.index.Tensor, rows, [whole]), part)
 
 
 def _divide_first(node: Node, part: Node, emit: Emitter) -> None:
     """All places are divided, then the part is cut from the tokens."""
-    whole, target = _whole(part), node.target
+    whole, target = whole_of(part), node.target
     assert whole is not None
     assert isinstance(target, torch._ops.OpOverload)
     other = node.args[1:]
-    _cut_from(node, _earlier(node, whole, (whole, *other)) or emit(target, whole, *other, **node.kwargs), part)
+    cut_like(node, _earlier(node, whole, (whole, *other)) or emit(target, whole, *other, **node.kwargs), part)
 
 
 def _earlier(node: Node, whole: Node, args: tuple[Any, ...]) -> Node | None:
@@ -126,7 +126,7 @@ def _earlier(node: Node, whole: Node, args: tuple[Any, ...]) -> Node | None:
     return next((each for each in found if each.kwargs == node.kwargs), None)
 
 
-def _cut_from(node: Node, every: Node, part: Node) -> None:
+def cut_like(node: Node, every: Node, part: Node) -> None:
     """What a value is, as a part of what its whole comes to."""
     graph, features = node.graph, (shape_of(node) or ())[1:]
     with graph.inserting_before(node):

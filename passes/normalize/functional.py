@@ -16,7 +16,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from moe_fx.matcher import op_name
+from moe_fx.matcher import arguments, op_name
 from moe_fx.rewrite import Emitter, FakeValues, respell
 from moe_fx.shapes import same_shape, tensor_of
 
@@ -84,9 +84,10 @@ def _written_part(node: Node, order: dict[Node, int]) -> tuple[Node, torch._ops.
     """``whole[a:b] = part``, or an op in place on ``whole[a:b]``: the whole that is written to, the call that yields it
     as it is then, and the arguments that say which part it is."""
     part, values = (*node.args, None, None)[:2]
-    if not isinstance(part, Node) or op_name(part) not in PARTS or node.users:
+    split = _split_of(part)
+    if not isinstance(part, Node) or not (split or op_name(part) in PARTS) or node.users:
         return None
-    base, mine = _all_of(part.args[0]), tensor_of(part)
+    base, mine = _all_of((split or part).args[0]), tensor_of(part)
     if not isinstance(base, Node) or mine is None or memory_of(base) is not base:
         return None
     if op_name(node) == "aten::copy_":
@@ -98,12 +99,34 @@ def _written_part(node: Node, order: dict[Node, int]) -> tuple[Node, torch._ops.
             return None
     elif _functional_form(node) is None:
         return None
-    return (base, PARTS[op_name(part) or ""], tuple(part.args[1:])) if _harmless(node, base, order) else None
+    if not _harmless(node, base, order):
+        return None
+    if split is not None:
+        return base, torch.ops.aten.slice_scatter.default, _bounds(node, part, order)
+    return base, PARTS[op_name(part) or ""], tuple(part.args[1:])
+
+
+def _split_of(part: object) -> Node | None:
+    """The split whose part a value is."""
+    split = part.args[0] if isinstance(part, Node) and part.target is operator.getitem else None
+    return split if isinstance(split, Node) and op_name(split) == "aten::split_with_sizes" else None
+
+
+def _bounds(node: Node, part: Node, order: dict[Node, int]) -> tuple[Any, ...]:
+    """Along which dimension a split's part lies, where it begins, and where it ends."""
+    (split, place), emit = part.args, Emitter(node.graph, node, FakeValues(node.meta["val"].fake_mode))
+    given = arguments(split)
+    bounds: list[Any] = [0]
+    for size in given["split_sizes"][: place + 1]:  # type: ignore[operator]
+        bounds.append(size if bounds[-1] == 0 else emit(operator.add, bounds[-1], size))
+        if isinstance(bounds[-1], Node):
+            order.setdefault(bounds[-1], order[node])
+    return given["dim"], *bounds[-2:]
 
 
 def _part_then(node: Node, order: dict[Node, int]) -> Any:
     """What stands in a part after it was written."""
-    part, values = node.args[:2]
+    part, values = (*node.args, None)[:2]
     emit = Emitter(node.graph, node, FakeValues(node.meta["val"].fake_mode))
     if op_name(node) != "aten::copy_":
         values = emit(_functional_form(node), *node.args, **node.kwargs)

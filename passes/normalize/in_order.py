@@ -6,9 +6,11 @@ from moe_fx.passes.normalize.bins_in_turn import spell_bins_in_turn
 from moe_fx.passes.normalize.choices_in_turn import spell_choices_in_turn
 from moe_fx.passes.normalize.column_lists import spell_column_lists
 from moe_fx.passes.normalize.cut_rows import spell_parts
+from moe_fx.passes.normalize.divided_places import spell_divided_places
 from moe_fx.passes.normalize.dropped import spell_dropped_rows
 from moe_fx.passes.normalize.equal_values import merge_equal_values
 from moe_fx.passes.normalize.functional import functionalize
+from moe_fx.passes.normalize.literals import spell_literals
 from moe_fx.passes.normalize.mask_rows import spell_mask_rows, spell_selected_rows
 from moe_fx.passes.normalize.masked_copies import spell_masked_copies
 from moe_fx.passes.normalize.masks import flatten_masks, flatten_places, select_masks
@@ -19,6 +21,8 @@ from moe_fx.passes.normalize.places_in_turn import spell_places_in_turn
 from moe_fx.passes.normalize.regions import inline_regions
 from moe_fx.passes.normalize.rows_put import spell_rows_put
 from moe_fx.passes.normalize.selections import spell_selections
+from moe_fx.passes.normalize.slots_added import spell_slots_added
+from moe_fx.passes.normalize.some_slot import spell_some_slot
 from moe_fx.passes.normalize.spelling import spell
 from moe_fx.passes.normalize.turned import spell_turned
 from moe_fx.passes.normalize.unmerge_products import unmerge_products
@@ -35,12 +39,14 @@ def normalize(work: Work) -> None:
     inline_regions(work.program.graph_module)
     write_out(graph)
     written = work.written = functionalize(graph)
+    spell_literals(work.program)
     spell(graph)
     spell_contraries(graph, written)
     drop_no_ops(graph, written)
     spell_selected_rows(graph, written)
     select_masks(graph, written)
     spell_turned(graph, written)
+    spell_some_slot(graph, written)
     spell_one_slot_masks(graph, written)
     flatten_masks(graph, written)
     drop_no_ops(graph, written)
@@ -48,10 +54,12 @@ def normalize(work: Work) -> None:
     flatten_places(graph, written)
     spell(graph)  # what a no-op stood between
     spell_mask_rows(graph, written)
+    spell_slots_added(graph, written)
     spell_places_in_turn(graph, written)
     unmerge_products(graph, written)
     spell_masked_copies(graph, written)
     spell_rows_put(graph, written)
+    spell_divided_places(graph, written)
     spell_parts(graph)
     spell_nonzero_lists(graph, written)
     spell_selections(graph, written)

@@ -157,7 +157,11 @@ def _tokens(node: Node, given: dict[str, Any]) -> Spelling | None:
 
 def _are_places(node: Node) -> bool:
     """Whether numbers are those of rows, of which none is negative."""
+    if op_name(node) == "aten::slice":
+        return isinstance(node.args[0], Node) and _are_places(node.args[0])
     source: Any = node.args[0] if node.target is operator.getitem or op_name(node) == "aten::select" else None
+    if op_name(source) == "aten::split_with_sizes":
+        return _are_places(source.args[0])
     listed = op_name(source) == "aten::nonzero" or (op_name(source) == "aten::where" and len(source.args) == 1)
     sorts = op_name(source) == "aten::sort" and bool(node.args[1] == 1)
     return listed or sorts or op_name(node) == "aten::argsort"

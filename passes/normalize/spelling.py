@@ -8,7 +8,7 @@
 | `div(x, y, rounding_mode="floor")` | `floor_divide` |
 | `permute` that swaps two dimensions, `t`, `mT` | `transpose.int` |
 | `squeeze.dims` of one dimension | `squeeze.dim` |
-| `chunk`, `split.Tensor` | `split_with_sizes` |
+| `chunk`, `split.Tensor`, `tensor_split` | `split_with_sizes` |
 | `where(mask, scalar, x)`; `where(mask, ids, scalar)` | `masked_fill.Scalar`; `where.ScalarOther` |
 | `nonzero(mask, as_tuple=True)` | `where(mask)` |
 | `index_select(x, 1, places)`; `embedding(x, places)` | `index(x, [None, places])`; `index(x, [places])` |
@@ -192,6 +192,7 @@ _RULES: dict[str, Callable[[Node, dict[str, Any]], Spelling | None]] = {
     "aten::mT": _transpose_last,
     "aten::squeeze": _squeeze_dims,
     "aten::chunk": _split,
+    "aten::tensor_split": _split,
     "aten::split": _split,
     "aten::where": _where,
     "aten::nonzero_numpy": _nonzero,

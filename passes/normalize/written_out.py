@@ -5,6 +5,8 @@ diff(x, prepend=p)                     =>     whole = cat([p, x], -1);  whole[1:
 native_layer_norm(x, ...)[0]           =>     layer_norm(x, ...)
 flatten(x, -2)  of any B and S         =>     reshape(x, [x.size(0), x.size(1), 96])
 mv(x, w)                               =>     linear(x, w[None]).squeeze(-1)
+addmm(rows, x, w)                      =>     rows + mm(x, w)
+mm(x, w, out=part)                     =>     part.copy_(mm(x, w))
 
 masked_fill(x, ids != e, 0)            =>     where(ids == e, x, 0)
 where(ids != e, 0, x)                  =>     where(ids == e, x, 0)
@@ -30,6 +32,7 @@ __all__ = ["spell_contraries", "write_out"]
 _aten = torch.ops.aten
 WRITTEN_OUT = frozenset({
     "aten::addcmul", "aten::addcmul_", "aten::diff", "aten::flatten", "aten::unflatten", "aten::mv", "aten::matmul",
+    "aten::addmm",
 })  # fmt: skip
 
 
@@ -42,6 +45,8 @@ def write_out(graph: Graph) -> None:
                 respell(node, _aten.layer_norm.default, norm.args, {})
                 erase_dead(graph, [norm])
             continue
+        if (op_name(node) or "").endswith(".out"):
+            _copy_out(node)
         if op_name(node) not in WRITTEN_OUT:
             continue
         emit, given = Emitter(graph, node, FakeValues(node.meta["val"].fake_mode)), arguments(node)
@@ -55,6 +60,10 @@ def write_out(graph: Graph) -> None:
                 product = emit(_aten.linear.default, rows, emit(_aten.unsqueeze.default, vector, 0))
                 respell(node, _aten.squeeze.dim, (product, -1), {})
             continue
+        if op_name(node) == "aten::addmm":
+            if given["beta"] == given["alpha"] == 1 and same_shape(shape_of(node) or (), shape_of(given["self"]) or ()):
+                respell(node, _aten.add.Tensor, (given["self"], emit(_aten.mm.default, *node.args[1:])), {})
+            continue
         if op_name(node) == "aten::diff":
             if tensor_of(node).dtype is not torch.bool:
                 replace(node, _differences(emit, given))
@@ -65,6 +74,25 @@ def write_out(graph: Graph) -> None:
             product = emit(_aten.mul.Tensor, product, given["value"])
         add = _aten.add.Tensor if op_name(node) == "aten::addcmul" else _aten.add_.Tensor
         respell(node, add, (given["self"], product), {})
+
+
+def _copy_out(node: Node) -> None:
+    """A result that is written to a tensor of its shape and dtype is computed first, and then copied."""
+    wanted = [(arg.name, str(arg.type)) for arg in node.target._schema.arguments if arg.name != "out"]
+    packet, out = node.target.overloadpacket, node.kwargs.get("out")
+    for name in packet.overloads():
+        overload = getattr(packet, name)
+        given = [(arg.name, str(arg.type)) for arg in overload._schema.arguments]
+        if given != wanted or overload._schema.is_mutable:
+            continue
+        kwargs = {key: value for key, value in node.kwargs.items() if key != "out"}
+        result = Emitter(node.graph, node, FakeValues(node.meta["val"].fake_mode))(overload, *node.args, **kwargs)
+        mine, theirs = tensor_of(result), tensor_of(out)
+        if theirs is None or mine.dtype != theirs.dtype or not same_shape(shape_of(result) or (), shape_of(out) or ()):
+            erase_dead(node.graph, [result])
+            return
+        respell(node, _aten.copy_.default, (out, result), {})
+        return
 
 
 def _reshape(node: Node, source: Node, emit: Emitter) -> None:

@@ -133,7 +133,7 @@ def _place(walk: Outside, bins: Node, where: Any, slots: Place, inner: int) -> P
     elif len(where) == 2:
         number, rank = (each if isinstance(each, Node) else None for each in where)
         read = ranks.read(rank, slots)
-        named = number is not None and ranks.ids(number, slots)
+        named = number is not None and ranks.own(number, slots)
         if read != Rank(rank=1) or not named:
             return None
         capacity = (shape_of(bins) or (0, 0))[1]

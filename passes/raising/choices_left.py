@@ -2,7 +2,7 @@
 
 A choice (a ``topk``, an ``argmax``, ...) among E scores is taken for one of experts if, next to it, rows meet
 parameters of E experts: a stack with a dimension of E, E matrices of one shape, or one linear whose results are cut
-into E parts.
+into E parts; or if a linear gave each token its E scores, and what a token then meets parameters with was chosen so.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 from moe_fx.passes.raising import routing
-from moe_fx.passes.raising.routing import ancestors
+from moe_fx.passes.raising.routing import MIXING, ancestors
 from moe_fx.passes.raising.single_token import chosen_for_one_token, with_remedy
 from torch.fx import Graph, Node
 
@@ -24,13 +24,16 @@ __all__ = ["choices_left"]
 CHOOSING = routing.CHOOSING | {"aten::kthvalue"}
 PRODUCTS = frozenset({
     "aten::linear", "aten::mm", "aten::addmm", "aten::matmul", "aten::bmm", "aten::baddbmm", "aten::einsum",
-    "aten::mul", "aten::conv1d", "aten::conv2d", "aten::convolution",
+    "aten::mul", "aten::conv1d", "aten::conv2d", "aten::convolution", "aten::bilinear", "aten::_trilinear",
 })  # fmt: skip
 #: what a parameter is read through
 READ = frozenset({
     "aten::index", "aten::index_select", "aten::select", "aten::slice", "aten::transpose", "aten::permute", "aten::to",
     "aten::reshape", "aten::unsqueeze", "aten::squeeze", "aten::expand", "aten::clone", "aten::gather", "aten::unbind",
+    "aten::split_with_sizes", "aten::repeat",
 })  # fmt: skip
+#: what is made of several parameters, of which one is looked at
+JOINED = frozenset({"aten::stack", "aten::cat", "aten::block_diag"})
 VIEWS = frozenset({"aten::reshape", "aten::unflatten"})
 CUTS = frozenset({"aten::split_with_sizes", "aten::split", "aten::chunk"})
 
@@ -63,7 +66,9 @@ def choices_left(graph: Graph, told: Collection[Node], near: Sequence[tuple[Miss
         start = order[choices[place - 1][-1]] if place else -1
         end = order[choices[place + 1][0]] if place + 1 < len(choices) else len(order)
         window = [node for node, at in order.items() if start < at < end]
-        if any(node in told for node in window) or not any(_meet_experts(window, count) for count in _counts(group)):
+        if any(node in told for node in window) or not (
+            any(_meet_experts(window, count) for count in _counts(group)) or _routes(group, window)
+        ):
             continue
         within = [(miss, root) for miss, root in near if start < order.get(root, -1) < end]
         reason = max((miss for miss, _ in within), key=lambda miss: miss.depth, default=None)
@@ -76,7 +81,10 @@ def choices_left(graph: Graph, told: Collection[Node], near: Sequence[tuple[Miss
 
 
 def _no_sum(choice: Node) -> Miss:
-    return Miss(WANTED, f"{choice.name}, of whose choice no such sum is made", choice)
+    found = (
+        f"{choice.name}, of whose choice no such sum is made, or in a way that no rule knows (moe_fx.register adds one)"
+    )
+    return Miss(WANTED, found, choice)
 
 
 def _limit(window: Sequence[Node]) -> Miss | None:
@@ -173,15 +181,25 @@ def _counts(group: Sequence[Node]) -> set[int]:
     return {size for size in sizes if isinstance(size, int) and size > 1}
 
 
+def _routes(group: Sequence[Node], window: Sequence[Node]) -> bool:
+    """Whether a linear gives each row several scores, and what is chosen by them goes into a later product."""
+    behind = [each for node in group for each in ancestors(node) if op_name(each) in MIXING]
+    if not any(_parameter(node) is not None and not known_equal((shape_of(node) or (1,))[-1], 1) for node in behind):
+        return False
+    chosen = set(group)
+    for node in window:
+        if not chosen.isdisjoint(node.all_input_nodes):
+            chosen.add(node)
+            if op_name(node) in PRODUCTS and _parameter(node) is not None:
+                return True
+    return False
+
+
 def _parameter(product: Node) -> Node | None:
     """The parameter, or input, that is one of a product's factors."""
     for operand in product.all_input_nodes:
-        if op_name(operand) == "aten::stack":
+        while operand.all_input_nodes and (op_name(operand) in (*READ, *JOINED, None)):
             operand = operand.all_input_nodes[0]
-        while op_name(operand) in READ or op_name(operand) is None:
-            if not operand.args or not isinstance(operand.args[0], Node):
-                break
-            operand = operand.args[0]
         shape = shape_of(operand) or ()
         if (
             operand.op in ("placeholder", "get_attr")

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from moe_fx.passes.raising import grouped
-from torch.fx import Node
+from torch.fx import Graph, Node
 
-from moe_fx.constants import filled_with
+from moe_fx.constants import filled_with, moved
 from moe_fx.matcher import Match, arguments, match, op_name
 from moe_fx.pattern import ANY, As, AtLeast, Last, Var, aten, either, optional
-from moe_fx.shapes import shape_of
+from moe_fx.shapes import same_expression, shape_of, tensor_of
 
-__all__ = ["Counts", "Total"]
+__all__ = ["Counts", "Total", "largest_count"]
 
 #: how often each expert's count is in a sum
 Total = dict[int, int]
@@ -27,6 +27,13 @@ Total = dict[int, int]
 #: a mask by token and expert, added up: an expert that a token was routed to twice counts once
 ONCE = aten.sum(
     optional(lambda hot: aten.to(hot, ANY), aten.scatter(As("zeros", ANY), Last(-1), Var("ids", rank=2), 1)), [0]
+)
+#: a one added for each id, where its expert is counted
+one_each = As("ones", ANY)
+ADDED = either(
+    aten.scatter_add(As("zeros", ANY), 0, grouped.any_ids, one_each),
+    aten.index_add(As("zeros", ANY), 0, grouped.any_ids, one_each),
+    aten.index_put(As("zeros", ANY), [grouped.any_ids], one_each, True),
 )
 #: how many ids are a single expert's
 one_of_ids = optional(lambda mask: aten.to(mask, ANY), aten.eq(grouped.all_ids, As("counted", AtLeast(0))))
@@ -66,19 +73,21 @@ class Counts:
 
     def _counted(self, node: Node) -> list[Total] | None:
         """The counts themselves, by expert."""
-        for pattern in (grouped.counts, ONCE):
+        for pattern in (grouped.counts, ONCE, ADDED):
             found = match(pattern, node, self.bindings)
             shape = shape_of(node) or ()
-            if not isinstance(found, Match) or len(shape) != 1:
+            if not isinstance(found, Match) or len(shape) != 1 or tensor_of(node).dtype not in EXACT:
+                continue
+            if pattern is ADDED and filled_with(moved(found["ones"])) != 1:
+                continue
+            if pattern is not grouped.counts and filled_with(found["zeros"]) != 0:
                 continue
             count = shape[0] if isinstance(shape[0], int) else found.bindings.get("num_experts")
             if not isinstance(count, int):
                 continue
+            self.bindings = {name: bound for name, bound in found.bindings.items() if name not in ("zeros", "ones")}
             if pattern is ONCE:
-                if filled_with(found["zeros"]) != 0:
-                    continue
-                found.bindings["counted_once"] = True
-            self.bindings = {name: bound for name, bound in found.bindings.items() if name != "zeros"}
+                self.bindings["counted_once"] = True
             self.num_experts = count
             return [{expert: 1} for expert in range(count)]
         return None
@@ -126,6 +135,9 @@ class Counts:
             return (
                 [total for part in parts for total in part] if all(isinstance(part, list) for part in parts) else None
             )
+        if name == "aten::slice_scatter":
+            given = arguments(node)
+            return _written(self.read(given["self"]), self.read(given["src"]), given)
         if filled_with(node) == 0 and len(shape_of(node) or ()) == 1:
             return [{} for _ in range(shape_of(node)[0])] if isinstance(shape_of(node)[0], int) else None
         if name == "aten::to" and node.args[1] not in EXACT:
@@ -136,6 +148,22 @@ class Counts:
         if before is None or name in SAME or name in ("aten::to", "aten::unbind"):
             return before
         return _of_vector(name, before, arguments(node)) if isinstance(before, list) else None
+
+
+def largest_count(size: object, graph: Graph, bindings: dict[str, Any]) -> dict[str, Any] | None:
+    """What is known of a layer when ``size`` is the number of rows of the expert that has most; None if it is not."""
+    items = [node for node in graph.nodes if op_name(node) in ("aten::item", "aten::_local_scalar_dense")]
+    for item in items if isinstance(size, torch.SymInt) else []:
+        number = item.meta["val"]
+        if not isinstance(number, torch.SymInt) or not same_expression(number, size):
+            continue
+        given = arguments(item.args[0]) if op_name(item.args[0]) in ("aten::max", "aten::amax") else {}
+        counts = Counts(bindings)
+        vector = counts.read(given.get("self"))
+        every = [{expert: 1} for expert in range(counts.num_experts)]
+        if given.get("dim") in (None, 0, [], [0]) and isinstance(vector, list) and vector == every:
+            return dict(counts.bindings)
+    return None
 
 
 def _of_vector(name: str | None, vector: list[Total], given: dict[str, Any]) -> Any:
@@ -156,6 +184,18 @@ def _of_vector(name: str | None, vector: list[Total], given: dict[str, Any]) -> 
         front, back = given["pad"]
         return [{} for _ in range(front)] + vector + [{} for _ in range(back)]
     return None
+
+
+def _written(vector: Any, part: Any, given: dict[str, Any]) -> list[Total] | None:
+    """A vector over a part of which another is written."""
+    bounds = (given["start"], given["end"], given["step"])
+    if given["dim"] != 0 or not all(bound is None or isinstance(bound, int) for bound in bounds):
+        return None
+    if not isinstance(vector, list) or not isinstance(part, list) or len(vector[slice(*bounds)]) != len(part):
+        return None
+    whole = list(vector)
+    whole[slice(*bounds)] = part
+    return whole
 
 
 def _combined(left: Any, right: Any, sign: int) -> Any:

@@ -55,16 +55,27 @@ num_experts, last_expert, top_k = Var("num_experts"), Var("last_expert"), Var("t
 any_ids = either(sorted_ids, flat_ids)
 all_ids = either(any_ids, Var("ids", rank=2))
 counted = either(
-    optional(lambda ids: aten.to(ids, exact), any_ids), aten.reshape(aten.to(Var("ids", rank=2), exact), ANY)
+    optional(lambda ids: aten.to(ids, exact), all_ids), aten.reshape(aten.to(Var("ids", rank=2), exact), ANY)
 )
 numbers = either(aten.arange(num_experts, dtype=ANY), aten.arange(0, num_experts, dtype=ANY))
 one_hot = either(aten.one_hot(any_ids, num_experts), aten.eq(aten.unsqueeze(any_ids, Last(1)), numbers))
+zero_each = either(
+    aten.zeros(ANY, dtype=exact), aten.full(ANY, 0, dtype=exact), aten.new_zeros(ANY, ANY, dtype=exact),
+    aten.zeros_like(ANY, dtype=exact), aten.full_like(ANY, 0, dtype=exact),
+)  # fmt: skip
+one_each = either(
+    aten.ones(ANY, dtype=ANY), aten.full(ANY, 1, dtype=ANY), aten.new_ones(ANY, ANY, dtype=ANY),
+    aten.ones_like(ANY, dtype=ANY), aten.full_like(ANY, 1, dtype=ANY),
+)  # fmt: skip
 counts = either(
+    aten.scatter_add(zero_each, 0, any_ids, one_each),
+    aten.index_add(zero_each, 0, any_ids, one_each),
+    aten.index_put(zero_each, [any_ids], one_each, True),
     # Bins one wide, up to E: an id E would be counted with the last expert.
     As("counts_beyond", aten.histc(counted, num_experts, 0, num_experts)),
     As("counts_beyond", aten.bincount(any_ids, None, num_experts)),
     aten.histc(counted, num_experts, 0, last_expert),
-    aten.sum(optional(lambda hot: aten.to(hot, ANY), one_hot), [0]),
+    aten.sum(optional(lambda hot: aten.to(hot, exact), one_hot), [0]),
 )
 counts = optional(lambda many: aten.to(many, OneOfValues(torch.int32, torch.int64)), counts)
 offsets = either(
@@ -100,6 +111,14 @@ def grouped_mm(matrices: Pattern) -> Pattern:
     return call(*names, args=(rows, matrices, offsets))
 
 
+#: the number of each row's expert, or what that expert has, once for each of its rows
+owner = either(
+    sorted_ids,
+    aten.repeat_interleave(numbers, counts, output_size=ANY),
+    aten.repeat_interleave(numbers, counts, 0, output_size=ANY),
+    aten.repeat_interleave(counts, output_size=ANY),
+)
+
 no_expert, below = aten.ge(sorted_ids, num_experts), aten.lt(sorted_ids, num_experts)
 some_expert = either(below, aten.logical_and(below, aten.ge(sorted_ids, 0)))
 
@@ -127,7 +146,8 @@ PIECES: tuple[Piece, ...] = (
     ExpertLinear(SORTED, grouped_mm(transposed), "sort_grouped_mm"),
     ExpertLinear(SORTED, grouped_mm(weight), "sort_grouped_mm", transposed=True),
     ExpertRow(SORTED, aten.index(Var("param"), [clamped(sorted_ids)])),
-    ExpertRow(SORTED, aten.index(Var("param"), [sorted_ids]), by_id=True),
+    ExpertRow(SORTED, aten.index(Var("param"), [owner]), by_id=True),
+    ExpertRow(SORTED, aten.repeat_interleave(Var("param", rank=(2, 3)), counts, 0, output_size=ANY), by_id=True),
     Mask(SORTED, aten.masked_fill(rows, aten.unsqueeze(no_expert, Last(-1)), 0)),
     Mask(SORTED, aten.where(aten.unsqueeze(some_expert, Last(-1)), rows, aten.scalar_tensor(0, dtype=ANY))),
 )

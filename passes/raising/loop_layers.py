@@ -12,7 +12,7 @@ from moe_fx.passes.raising.not_negative import is_not_negative
 from moe_fx.passes.raising.pieces_taken import writes_whole_rows
 from moe_fx.passes.raising.region import Region, misfit
 from moe_fx.passes.raising.slot_by_slot import merge_slots
-from moe_fx.passes.raising.steps import merge_steps
+from moe_fx.passes.raising.steps import in_order, merge_steps
 from moe_fx.passes.raising.tables import Slots, counts_zero, ids_of_mask, read_table
 from moe_fx.passes.raising.walk import Walk
 from torch.fx import Node
@@ -111,10 +111,10 @@ def _told_by_table(steps: list[tuple[Node, Match]]) -> Miss | None:
 
 def _all_experts(regions: list[Region], experts: list[int | Node], root: Node) -> Region | Miss:
     """The steps of a loop, one expert each, as one layer."""
-    merged = merge_steps(regions)
+    numbers = [expert for expert in experts if isinstance(expert, int)]
+    merged = merge_steps(in_order(regions, numbers) if len(numbers) == len(experts) else regions)
     if isinstance(merged, Miss):
         return merged
-    numbers = [expert for expert in experts if isinstance(expert, int)]
     merged = dataclasses.replace(merged, visits=[tuple(sorted(numbers))] if numbers else [])
     wrong = misfit(merged)
     if wrong is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from moe_fx.passes.raising.axes import EXPERT, ONE, PLACE, SLOT, Place, aligned, axes_of, size_of
-from moe_fx.passes.raising.counts import EXACT
+from moe_fx.passes.raising.counts import EXACT, largest_count
 from moe_fx.passes.raising.outside import Outside
 from moe_fx.passes.raising.pieces import arange
 from moe_fx.passes.raising.routing import selection_of
@@ -166,6 +166,11 @@ class OneHotRows:
         tokens = size_of(tuple(token for token in self.walk.tokens if token not in self.groups), self.sizes)
         every = tokens * self.top_k
         if known_at_least(capacity, every):
+            return True
+        # The largest number of rows that an expert has, of all tokens.
+        known = largest_count(capacity, node.graph, bound) if not self.groups and "ids" in bound else None
+        if known is not None and "counted_once" not in known:
+            self.walk.bindings = known
             return True
         ids, classes = bound.get("ids"), bound.get("num_classes", 0)
         if isinstance(ids, Node) and selection_of(ids, classes).distinct:

@@ -19,14 +19,15 @@ from moe_fx.passes.raising.counts import Counts, Total
 from moe_fx.passes.raising.each_expert import OWN, specific
 from moe_fx.passes.raising.region import Region
 from moe_fx.passes.raising.steps import merge_steps
+from moe_fx.passes.raising.through import cut_from
 from moe_fx.passes.raising.walk import Walk
 from moe_fx.passes.raising.writer import Value
 from torch.fx import Node
 
 from moe_fx.matcher import Miss, arguments, op_name
-from moe_fx.shapes import same_shape, shape_of
+from moe_fx.shapes import known_equal, same_shape, shape_of
 
-__all__ = ["FAR", "Joined", "cut_of", "join", "joined", "part_of_one"]
+__all__ = ["FAR", "Cut", "Joined", "cut", "join", "joined", "part_of_one"]
 
 #: a mismatch within an expert's part says more than any outside
 FAR = 10**5
@@ -53,6 +54,12 @@ def joined(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
 
 def join(walk: Walk, node: Node, place: Place, parts: Sequence[Joined], chain: set[Node]) -> Value | Miss | None:
     """Parts of every expert, as the results of one; ``chain`` are the calls that join them."""
+    # The rows of an expert that has none may be joined as they are.
+    left = [part.value for part in parts if cut_from(part.value) is not None]
+    if len(left) < len(parts):
+        parts = [part for part in parts if part.value not in left]
+        cut_by = {each.args[0] for each in left if isinstance(each.args[0], Node) and op_name(each) is None}
+        chain = {*chain, *left, *cut_by}
     values = [part.value for part in parts]
     if not all(same_shape((shape_of(value) or ())[1:], features(place)) for value in values):
         return None
@@ -62,16 +69,16 @@ def join(walk: Walk, node: Node, place: Place, parts: Sequence[Joined], chain: s
     cuts: dict[Node, Cut] = {}
     for part, nodes in zip(parts, own, strict=True):
         value, read = part.value, {*nodes, *([part.at] if part.at is not None else [])}
-        mine = {each: cut for each in read if (cut := _cut(each, counts)) is not None}
+        mine = {each: found for each in read if (found := cut(each, counts)) is not None}
         cuts |= mine
-        experts = {cut.expert for cut in mine.values()}
+        experts = {found.expert for found in mine.values()}
         if len(experts) != 1:
             return walk.miss("rows of one expert, between sums of how many rows the experts have", value)
         (expert,) = experts
-        bounds += [(expert, cut.start, cut.end) for cut in mine.values()]
+        bounds += [(expert, found.start, found.end) for found in mine.values()]
         if part.end is not None:
             bounds.append((expert, counts.total(part.start), counts.total(part.end)))
-        sources = {each: cut.source for each, cut in mine.items()}
+        sources = {each: found.source for each, found in mine.items()}
         region = part_of_one(node, value, expert, sources, nodes, chain)
         if isinstance(region, Miss):
             return walk.note(dataclasses.replace(region, bindings=counts.bindings, depth=FAR))
@@ -125,15 +132,8 @@ class Cut:
     end: Total
 
 
-def cut_of(node: Node) -> Node | None:
-    """What a value may be one expert's rows of."""
-    if op_name(node) == "aten::slice":
-        return arguments(node)["self"]
-    split = node.args[0] if node.target is operator.getitem else None
-    return arguments(split)["self"] if op_name(split) == "aten::split_with_sizes" else None
-
-
-def _cut(node: Node, counts: Counts) -> Cut | None:
+def cut(node: Node, counts: Counts) -> Cut | None:
+    """Which rows of which expert a value is, if it is cut from sorted rows; None for any other."""
     if op_name(node) == "aten::slice":
         given = arguments(node)
         start, end = counts.total(given["start"] or 0), counts.total(given["end"])
@@ -170,8 +170,9 @@ def _parts(node: Node) -> list[Joined] | None:
     """What is joined, each with where it begins and ends if that is said."""
     if op_name(node) == "aten::cat":
         given = arguments(node)
-        return [Joined(part) for part in given["tensors"]] if given["dim"] == 0 else None
-    parts: list[Joined] = []
+        parts = [Joined(part) for part in given["tensors"] if not known_equal((shape_of(part) or (1,))[0], 0)]
+        return parts if given["dim"] == 0 and len(parts) > 1 else None
+    parts = []
     for step in _chain(node):
         given = arguments(step)
         if given["dim"] != 0 or given["step"] != 1:

@@ -14,9 +14,10 @@ from moe_fx.passes.raising import grouped
 from moe_fx.passes.raising.axes import SLOT, SORTED_ROW
 from moe_fx.passes.raising.endings import token_axes
 from moe_fx.passes.raising.loops import adds
-from moe_fx.passes.raising.parts import Joined, cut_of, join
+from moe_fx.passes.raising.parts import Joined, join
 from moe_fx.passes.raising.region import Region, misfit, read_outside
 from moe_fx.passes.raising.registry import known_pieces
+from moe_fx.passes.raising.through import cut_from
 from moe_fx.passes.raising.walk import Walk
 from torch.fx import Node
 
@@ -37,7 +38,7 @@ def parts_added(root: Node) -> Region | Miss | None:
     while isinstance(found := match(STEP, node), Match):
         steps.insert(0, (node, found))
         node = found["base"]
-    wholes = {cut_of(found["at"]) for _, found in steps}
+    wholes = {cut_from(found["at"]) for _, found in steps}
     if (
         len(steps) < 2
         or len(wholes) > 1

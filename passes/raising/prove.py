@@ -11,7 +11,7 @@ import torch
 from moe_fx.passes.raising.memory import written_in_place
 from moe_fx.passes.raising.negatives import may_be_negative
 from moe_fx.passes.raising.region import Region
-from moe_fx.passes.raising.routing import Selection, foreign_slot, selection_of
+from moe_fx.passes.raising.routing import CHOOSING, Selection, ancestors, foreign_slot, selection_of
 from moe_fx.passes.raising.rows_of_linears import several_rows_at_once
 from torch.fx import Node
 
@@ -19,6 +19,7 @@ from moe_fx.check import CheckResult, check_layer
 from moe_fx.matcher import Miss, op_name
 from moe_fx.pipeline import Work
 from moe_fx.program import Program
+from moe_fx.shapes import tensor_of
 
 __all__ = ["Proof", "prove"]
 
@@ -80,10 +81,16 @@ def _unlike_ids(work: Work, region: Region, ids: Node, selection: Selection) -> 
     # What some of the experts are traced for is compared, and never run: fewer experts than ids may name.
     if region.distinct and region.top_k > 1 and not selection.distinct and not work.partial:
         return Miss("ids that are certainly distinct for each token", f"{ids.name}, which may repeat", ids)
-    if not region.slots and region.top_k == 1 and selection.chooser is None:
+    if not region.slots and region.top_k == 1 and selection.chooser is None and not _chosen(ids):
         # Adapters that requests name are the same equation, and no experts.
         return Miss("an expert chosen by scores, or a routing weight", f"{ids.name}, which is given", ids)
     return None
+
+
+def _chosen(ids: Node) -> bool:
+    """Whether ids are computed from what scores chose, such as that of a group and that within it."""
+    choices = [each for each in ancestors(ids) if op_name(each) in CHOOSING | {"aten::argmin"}]
+    return any((value := tensor_of(each.args[0])) is not None and value.is_floating_point() for each in choices)
 
 
 def _foreign(region: Region, ids: Node, selection: Selection) -> Miss | None:

@@ -16,6 +16,7 @@ from moe_fx.passes.raising.anchors import anchors_behind, anchors_near, is_ancho
 from moe_fx.passes.raising.choices_left import choices_left
 from moe_fx.passes.raising.disguises import one_slot_at, region_at
 from moe_fx.passes.raising.experts_first import drop_unread
+from moe_fx.passes.raising.lengths import joined_lengths
 from moe_fx.passes.raising.one_slot import ends_of_one_slot
 from moe_fx.passes.raising.prove import Proof, prove
 from moe_fx.passes.raising.region import Region
@@ -28,7 +29,7 @@ from torch.fx import Node
 from moe_fx.experts import experts
 from moe_fx.matcher import Miss, op_name
 from moe_fx.pipeline import Layer, Work
-from moe_fx.program import Program, StackedWeight
+from moe_fx.program import Program, StackedWeight, assuming
 from moe_fx.report import describe_miss, module_of
 from moe_fx.rewrite import PROVENANCE, Emitter, FakeValues, drop_dead_code, erase_dead, replace
 from moe_fx.shapes import known_equal, same_shape, shape_of, tensor_of
@@ -41,6 +42,11 @@ UNKNOWN_FORM = "experts"
 
 def raise_layers(work: Work) -> None:
     """Replace the layers found; file a miss for what looks like one and is not proven."""
+    with assuming(joined_lengths(work.program.graph)):
+        _raise_all(work)
+
+
+def _raise_all(work: Work) -> None:
     graph = work.program.graph
     covered: set[Node] = set()
     near: list[tuple[Miss, Node, set[Node]]] = []

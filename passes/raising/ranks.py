@@ -116,10 +116,11 @@ class Ranks(OneHotRows):
             self.walk.bind(found)
             return Rank(row=1)
         if op_name(node) == "aten::index" and len(node.args[1]) == 1:
-            return Rank(first=1) if self._own(node.args[1][0], place) and self._begins(node.args[0]) else None
+            return Rank(first=1) if self.own(node.args[1][0], place) and self._begins(node.args[0]) else None
         return None
 
-    def _own(self, index: Any, place: Place) -> bool:
+    def own(self, index: Any, place: Place) -> bool:
+        """Whether a value is the number of each slot's own expert."""
         return self.read(index, place) == Rank(ids=1) or self.ids(index, place)
 
     def _begins(self, node: Any) -> bool:

@@ -54,7 +54,7 @@ class Selection:
 
 def selection_of(ids: Node, num_experts: int) -> Selection:
     """Follow ids back to the op that chose them."""
-    node, clamped, moved, dropped = ids, False, False, False
+    node, clamped, moved, dropped, turned = ids, False, False, False, False
     element: object = None  # which of several results the ids are
     while True:
         name = op_name(node)
@@ -64,6 +64,8 @@ def selection_of(ids: Node, num_experts: int) -> Selection:
             moved = True
         elif name == "aten::to" and not _holds(node, num_experts):
             return Selection(None, clamped, False)
+        elif name == "aten::transpose" and len(shape_of(node) or ()) == 2:
+            turned = not turned
         elif name in MOVING:
             # Slicing, casting and adding dimensions of size 1 keep a token's ids together.
             before, after = shape_of(node.args[0]) or (0,), shape_of(node) or (0,)
@@ -92,13 +94,12 @@ def selection_of(ids: Node, num_experts: int) -> Selection:
     given = arguments(node)
     scores = shape_of(given["self"])
     dim = given.get("dim", -1)
-    over_experts = (
-        scores is not None and isinstance(dim, int) and dim % len(scores) == len(scores) - 1
-        and scores[-1] == num_experts
-    )  # fmt: skip
+    over_experts = scores is not None and isinstance(dim, int) and scores[dim] == num_experts
+    if over_experts:  # they must be chosen along the dimension that holds a token's ids
+        moved |= dim % len(scores) != len(scores) - (2 if turned and len(scores) == 2 else 1)
     several = op_name(node) in ("aten::topk", "aten::sort", "aten::argsort")
     k = shape_of(ids)
-    one = k is not None and k[-1] == 1
+    one = k is not None and known_equal(k[-1], 1)
     if dropped:
         return Selection(node, False, one)
     return Selection(node, clamped or over_experts, over_experts and ((several and not moved) or one))

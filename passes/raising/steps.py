@@ -20,10 +20,15 @@ from moe_fx.matcher import Miss, op_name
 from moe_fx.rewrite import same_graph
 from moe_fx.shapes import same_shape, shape_of, tensor_of
 
-__all__ = ["merge_steps"]
+__all__ = ["in_order", "merge_steps"]
 
 aten = torch.ops.aten
 Shapes = dict[Node, tuple[int, ...]]
+
+
+def in_order(regions: Sequence[Region], experts: Sequence[int]) -> list[Region]:
+    """Steps in the order of their experts, whose parameters are stacked in it, however a loop goes through them."""
+    return [region for _, region in sorted(zip(experts, regions, strict=True), key=lambda step: step[0])]
 
 
 def merge_steps(regions: Sequence[Region]) -> Region | Miss:
@@ -59,7 +64,8 @@ def _not_alike(column: Sequence[Node]) -> Miss | None:
         value = tensor_of(node)
         if value is None or first is None or value.dtype != first.dtype or not same_shape(value.shape, first.shape):
             return Miss(f"a tensor like {column[0].name} for each expert", node.name, node)
-    if not all(isinstance(size, int) for size in shape_of(column[0]) or ("",)):
+    shape = shape_of(column[0])
+    if shape is None or not all(isinstance(size, int) for size in shape):
         return Miss("parameters of fixed sizes", column[0].name, column[0])
     return None
 

@@ -25,7 +25,7 @@ from moe_fx.passes.raising.grouped import sorted_ids
 from moe_fx.passes.raising.loops import all_places, expert_of, literal, places
 from moe_fx.passes.raising.parts import FAR, part_of_one
 from moe_fx.passes.raising.region import Region
-from moe_fx.passes.raising.steps import merge_steps
+from moe_fx.passes.raising.steps import in_order, merge_steps
 from moe_fx.passes.raising.walk import Walk
 from moe_fx.passes.raising.writer import Value
 from torch.fx import Node
@@ -91,7 +91,7 @@ def written(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
             return walk.note(dataclasses.replace(region, bindings=dict(walk.bindings), depth=FAR))
         regions.append(region)
     regions, tables = _by_table(regions, experts)
-    merged = merge_steps(regions)
+    merged = merge_steps(in_order(regions, experts))
     if isinstance(merged, Miss):
         return walk.note(dataclasses.replace(merged, bindings=dict(walk.bindings), depth=FAR))
     if len(set(experts)) < len(experts):

@@ -10,6 +10,7 @@ from styles import (
     bins_of_groups,
     bins_of_modules,
     choices,
+    cut_and_joined,
     dense_beside,
     dispatcher,
     found_rows,
@@ -20,11 +21,13 @@ from styles import (
     one_after_another,
     one_hot,
     one_of_them,
+    other_orders,
     put_and_stacked,
     routing_map,
     rows_put,
     spelled_otherwise,
     stacked,
+    turned_and_numbered,
 )
 from styles.base import STYLES, Style
 
@@ -40,6 +43,7 @@ __all__ = [
     "bins_of_groups",
     "bins_of_modules",
     "choices",
+    "cut_and_joined",
     "dense_beside",
     "dispatcher",
     "found_rows",
@@ -50,9 +54,11 @@ __all__ = [
     "one_after_another",
     "one_hot",
     "one_of_them",
+    "other_orders",
     "put_and_stacked",
     "routing_map",
     "rows_put",
     "spelled_otherwise",
     "stacked",
+    "turned_and_numbered",
 ]
