@@ -1,6 +1,7 @@
 """The lowering fused on a CPU: its references, what it writes, and what it says where it cannot be used."""
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -296,6 +297,10 @@ def test_there_is_a_tile_for_every_product():
                             large = fused_tiles.large_tile_of(product, slots / experts)
                             # What is widened in registers is the left operand.
                             assert large.swap or kind not in ("widened", "int4")
+                        for gathered in (False, True) if two and kind in ("plain", "dynamic") else ():
+                            # Rows are the left operand of gate and up in one.
+                            joined = replace(product, joined=True)
+                            assert not fused_tiles.large_tile_of(joined, slots / experts, gathered).swap
                     if kind in ("widened", "int4") and fused_tiles.loads_by_descriptor(kind, slots, experts, True):
                         block = fused_tiles.block_of_rows(kind, slots, experts, True)
                         assert (kind, two, block) in fused_tiles.IN_REGISTERS or block == 128

@@ -168,10 +168,16 @@ def test_few_slots_for_fewer_experts(tokens, form):
     Layer(form, torch.bfloat16, tokens=tokens, experts=2).check()
 
 
-@pytest.fixture(params=[True, False], ids=["half tiles", "whole tiles"])
-def half(request, monkeypatch):
-    def chosen(product, rows):
-        return replace(fused_tiles.LARGE[product.kind, product.two][-1][1], half=request.param)
+@pytest.fixture(params=["half tiles", "whole tiles", "one tile after another"])
+def tiles(request, monkeypatch):
+    def chosen(product, rows, gathered):
+        joined, large = fused_tiles.JOINED, fused_tiles.LARGE
+        tile = (joined[product.kind] if product.joined else large[product.kind, product.two])[-1][1]
+        if request.param == "one tile after another" and product.kind in joined:
+            if not product.two:
+                return fused_tiles.SHORT
+            return fused_tiles.JOINED_SORTED if product.joined and product.kind == "dynamic" else tile
+        return replace(tile, persistent=0, half=request.param == "half tiles")
 
     monkeypatch.setattr(fused_large, "large_tile_of", chosen)
 
@@ -179,7 +185,7 @@ def half(request, monkeypatch):
 @pytest.mark.parametrize("gated", ["none", "gate_up", "up_gate", "two"])
 @pytest.mark.parametrize("sort", [True, False], ids=["sorted", "gathered"])
 @pytest.mark.parametrize("form", ["none", "int8", "int8 dynamic", "float8", "float8 dynamic", "int4"])
-def test_many_rows_per_expert(form, sort, gated, half, monkeypatch):
+def test_many_rows_per_expert(form, sort, gated, tiles, monkeypatch):
     calls = []
     monkeypatch.setattr(fused_large, "SORT_ABOVE", 0 if sort else 1 << 30)
     monkeypatch.setattr(fused_launch, "run_large", lambda *each: calls.append(each) or fused_large.run_large(*each))

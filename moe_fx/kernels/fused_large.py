@@ -31,10 +31,10 @@ def takes_descriptors(
     )
 
 
-def _descriptor(matrix: torch.Tensor, rows: int, columns: int) -> Any:
+def _descriptor(tensor: torch.Tensor, *block: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor.from_tensor(matrix.reshape(-1, matrix.shape[-1]), [rows, columns])
+    return TensorDescriptor.from_tensor(tensor, list(block))
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -60,14 +60,20 @@ def large_gemm(
     slots, tile_expert, tile_group, tile_count = routing.tiles
     given = operands(projection, routing.ids)
     bits, pairs = bits_of(projection, rows.dtype), in_pairs(projection, rows.dtype, routing.block)
+    product = product_of(projection, rows, routing)
     if tile is None:
-        tile = large_tile_of(product_of(projection, rows, routing), routing.ids.numel() / routing.num_experts)
+        tile = large_tile_of(product, routing.ids.numel() / routing.num_experts, gather)
     block_m, block_k = routing.block, _step(projection, rows, pairs)
     stored, other_stored = given.weight, given.other
     if bits == 8 and pairs:
         stored, other_stored = stored.view(torch.int16), other_stored.view(torch.int16)
-    weight = _descriptor(stored, tile.block_n, block_k)
-    other = weight if given.other is given.weight else _descriptor(other_stored, tile.block_n, block_k)
+    joined = projection.gated if product.joined and not tile.swap else ""
+    if joined:
+        weight = other = _descriptor(stored.view(-1, given.width, stored.shape[-1]), 2, tile.block_n, block_k)
+    else:
+        weight = other = _descriptor(stored.flatten(0, 1), tile.block_n, block_k)
+        if given.other is not given.weight:
+            other = _descriptor(other_stored.flatten(0, 1), tile.block_n, block_k)
     left = rows if gather else _descriptor(rows, block_m, block_k)
     half = rows if gather else _descriptor(rows, block_m // 2, block_k)
     num_slots = routing.ids.numel()
@@ -84,7 +90,7 @@ def large_gemm(
         ACT=activation, SLOT=0 if slot is None else 1 if slot_before else 2, BIAS=bool(projection.bias),
         GATHER=gather, SORTED=sorted_rows, BITS=bits, PAIRS=pairs, PAIRS_APART=pairs_apart,
         GROUP=rows.shape[1] // given.scale.shape[-1] if bits == 4 else 0,
-        HALF=tile.half, PERSISTENT=bool(tile.persistent), ASM=not INTERPRETED, OVERLAP=overlaps(),
+        JOINED=joined, HALF=tile.half, PERSISTENT=bool(tile.persistent), ASM=not INTERPRETED, OVERLAP=overlaps(),
         BM=block_m, BN=tile.block_n, BK=block_k, GROUP_M=tile.group_m, SWAP=tile.swap,
         INT=rows.dtype is torch.int8, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -94,8 +100,10 @@ def large_gemm(
 def product_of(projection: Projection, rows: torch.Tensor, routing: Routing) -> Product:
     """What tiles are tuned for; widened beforehand, weights are "plain"."""
     given = operands(projection, routing.ids)
-    stored = projection.kind == "dynamic" or bits_of(projection, rows.dtype) > 0
-    return Product(projection.kind if stored else "plain", given.two, routing.block, given.width, rows.shape[1])
+    bits = bits_of(projection, rows.dtype)
+    kind = projection.kind if projection.kind == "dynamic" or bits else "plain"
+    joined = projection.gated in ("gate_up", "up_gate") and not bits
+    return Product(kind, given.two, routing.block, given.width, rows.shape[1], joined)
 
 
 def bits_of(projection: Projection, dtype: torch.dtype) -> int:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from math import inf, log2
 
 __all__ = [
-    "FEW_SLOTS", "LARGE", "SORT_ABOVE", "TILES", "TUNED", "TUNED_LARGE", "LargeTile", "Product", "Tile",
-    "block_of_digits", "block_of_rows", "large_product", "large_tile_of", "loads_by_descriptor", "parts_of",
-    "reads_apart", "tile_of", "widens_first",
+    "FEW_SLOTS", "JOINED", "JOINED_SORTED", "LARGE", "SORT_ABOVE", "TILES", "TUNED", "TUNED_LARGE", "LargeTile",
+    "Product", "Tile", "block_of_digits", "block_of_rows", "large_product", "large_tile_of", "loads_by_descriptor",
+    "parts_of", "reads_apart", "tile_of", "widens_first",
 ]  # fmt: skip
 
 #: up to how many slots each tile finds its rows by itself, without a routing kernel
@@ -156,7 +156,18 @@ LARGE: dict[tuple[str, bool], tuple[tuple[float, LargeTile], ...]] = {
     ("int4", False): ((640, LargeTile(128, 3, 4, swap=True, half=True)), (inf, LargeTile(128, 3, 4, swap=True))),
     ("int4", True): ((640, LargeTile(64, 3, 4, swap=True, half=True)), (inf, LargeTile(64, 3, 4, swap=True))),
 }  # fmt: skip
-#: the same of fewer rows, of weights that are widened in registers
+#: the same of gate and up that are multiplied as one
+JOINED: dict[str, tuple[tuple[float, LargeTile], ...]] = {
+    "plain": (
+        (96, LargeTile(64, 3, 4, half=True)), (640, LargeTile(128, 4, 8, half=True)),
+        (inf, LargeTile(128, 4, 8, persistent=1)),
+    ),
+    "dynamic": ((96, LargeTile(64, 3, 4, half=True)), (inf, LargeTile(128, 4, 8, persistent=1))),
+}  # fmt: skip
+#: and "dynamic", above so many rows per expert, if they are sorted
+JOINED_SORTED = LargeTile(64, 3, 4, persistent=2)
+JOINED_SORTED_ABOVE = 640
+#: tiles of fewer rows, of weights that are widened in registers
 IN_REGISTERS: dict[tuple[str, bool, int], LargeTile] = {
     ("widened", False, 32): LargeTile(128, 3, 4, swap=True),
     ("widened", False, 64): LargeTile(128, 3, 4, swap=True),
@@ -171,9 +182,10 @@ IN_REGISTERS: dict[tuple[str, bool, int], LargeTile] = {
 }
 #: the fewest rows per tile for which weights are
 REGISTERS_FROM = {"widened": 32, "int4": 16}
-#: for a single product of few steps along K, of which the beginning and the end overlap with other tiles' steps
+#: for a single product of few steps along K, of which the beginning and the end overlap with other tiles' steps; and
+#: above so many rows per expert, if they are sorted
 SHORT = LargeTile(128, 3, 4, persistent=2)
-SHORT_STEPS = 16
+SHORT_STEPS, SHORT_ABOVE = 16, 320
 #: inner size from which on rows are copied into the order of the tiles, to be loaded by descriptors as well
 SORT_ABOVE = 4096
 
@@ -265,6 +277,7 @@ class Product:
     Attributes:
         kind, two: as in TILES. rows: per tile; of large tiles, per expert, rounded to a power of two.
         outputs, inputs: of one expert's weight (of gate or of up).
+        joined: large tiles multiply gate and up, halves of one weight, as one.
     """
 
     kind: str
@@ -272,6 +285,7 @@ class Product:
     rows: int
     outputs: int
     inputs: int
+    joined: bool = False
 
 
 #: what moe_fx.kernels.tuning found, ahead of the tables
@@ -294,14 +308,19 @@ def large_product(product: Product, rows: float) -> Product:
     return replace(product, rows=1 << max(round(log2(rows)), 0))
 
 
-def large_tile_of(product: Product, rows: float) -> LargeTile:
-    """The large tile of a product with so many rows per expert."""
+def large_tile_of(product: Product, rows: float, gathered: bool = False) -> LargeTile:
+    """The large tile of a product with so many rows per expert; ``gathered``: these are not sorted."""
     known = TUNED_LARGE.get(large_product(product, rows))
     if known is not None:
         return known
     if (product.kind, product.two, product.rows) in IN_REGISTERS:
         return IN_REGISTERS[product.kind, product.two, product.rows]
     sizes = {"plain": 2, "dynamic": 1}
-    if not product.two and product.inputs * sizes.get(product.kind, inf) <= SHORT_STEPS * 128:
-        return SHORT
-    return next(tile for most, tile in LARGE[product.kind, product.two] if rows <= most)
+    if not product.two and product.kind in sizes:
+        short = product.inputs * sizes[product.kind] <= SHORT_STEPS * 128
+        if short or (rows > SHORT_ABOVE and not gathered):
+            return SHORT
+    if product.joined and product.kind == "dynamic" and rows > JOINED_SORTED_ABOVE and not gathered:
+        return JOINED_SORTED
+    table = JOINED[product.kind] if product.joined else LARGE[product.kind, product.two]
+    return next(tile for most, tile in table if rows <= most)

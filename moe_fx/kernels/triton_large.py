@@ -11,7 +11,7 @@ The definition is :func:`moe_fx.kernels.fused_experts.slot_linear_reference`.
 
 from __future__ import annotations
 
-from moe_fx.kernels.triton_epilogue import activated, gated, of_columns, rescaled
+from moe_fx.kernels.triton_epilogue import activated, column_halves, gated, of_columns, rescaled
 from moe_fx.kernels.triton_gemm import tile_place
 from moe_fx.kernels.triton_or_none import after_previous, before_next, jit, tl
 from moe_fx.kernels.triton_rows import store_columns
@@ -48,6 +48,23 @@ def _large_products(
         if TWO:
             acc_up = dot(rows, weights_up, acc_up, SWAP, False)
     return acc, acc_up
+
+
+@jit()
+def _joined_products(
+    a, a_ptrs, w, row, both, column, there, K, acc, GATHER: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):
+    """The same of gate and up that are halves of one weight: one product, of which a matrix instruction makes twice as
+    many columns and reads the rows once.
+    """
+    tl.assume(K > 0)
+    for k0 in range(0, K, BK):
+        if GATHER:
+            rows = tl.load(a_ptrs + k0, mask=there[:, None], other=0.0)
+        else:
+            rows = a.load([row, k0])
+        acc = dot(rows, tl.reshape(w.load([both, column, k0]), (2 * BN, BK)), acc, False, False)
+    return acc
 
 
 @jit()
@@ -114,18 +131,25 @@ def _large_tile(
     S, N, K, row_div, a_stride, w_rows, gate_row, up_row, last, row, pid_n, expert,
     ALPHA: tl.constexpr, LIMIT: tl.constexpr, FMT: tl.constexpr, TWO: tl.constexpr, ACT: tl.constexpr,
     SLOT: tl.constexpr, BIAS: tl.constexpr, GATHER: tl.constexpr, SORTED: tl.constexpr, BITS: tl.constexpr,
-    PAIRS: tl.constexpr, GROUP: tl.constexpr, PAIRS_APART: tl.constexpr, ASM: tl.constexpr, OVERLAP: tl.constexpr,
+    PAIRS: tl.constexpr, GROUP: tl.constexpr, PAIRS_APART: tl.constexpr, JOINED: tl.constexpr, HALVES: tl.constexpr,
+    ASM: tl.constexpr, OVERLAP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr, INT: tl.constexpr,
 ):  # fmt: skip
-    """The BM places from ``row`` on, times the columns of ``pid_n``."""
+    """The BM places from ``row`` on, times the columns of ``pid_n``; HALVES: which are stored in two parts."""
     m = tl.arange(0, BM)
     slot = tl.load(slots + row + m)
     there = slot < S
     source = (slot // row_div).to(tl.int64)
     first = expert * w_rows + pid_n * BN
-    acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.int32 if INT else tl.float32)
+    COLUMNS: tl.constexpr = 2 * BN if JOINED != "" else BN
+    acc = tl.zeros((BN, BM) if SWAP else (BM, COLUMNS), tl.int32 if INT else tl.float32)
     acc_up = acc
-    if PAIRS:
+    if JOINED != "":
+        a_ptrs = a
+        if GATHER:
+            a_ptrs = a + source[:, None] * a_stride + tl.arange(0, BK)[None, :]
+        acc = _joined_products(a, a_ptrs, w, row, 2 * expert, pid_n * BN, there, K, acc, GATHER, BN, BK)
+    elif PAIRS:
         acc, acc_up = _pair_products(
             a, w, u, w_scale, u_scale, row, first + gate_row, first + up_row, last, K, acc, acc_up,
             TWO, BITS, GROUP, GROUP != 0 and BM <= 32, ASM, BN, BK,
@@ -143,22 +167,37 @@ def _large_tile(
     if SWAP:
         acc = tl.trans(acc)
         acc_up = tl.trans(acc_up)
+    if JOINED == "gate_up":
+        acc, acc_up = column_halves(acc)
+    elif JOINED == "up_gate":
+        acc_up, acc = column_halves(acc)
     column = tl.minimum(pid_n * BN + tl.arange(0, BN), N - 1)
     scale_at = row + m if SORTED == "in" else source
     row_scale = tl.load(a_scale + scale_at, mask=there, other=0.0) if FMT == "dynamic" else 1.0
     weight = tl.load(slot_weight + slot, mask=there, other=0.0).to(tl.float32) if SLOT != 0 else 1.0
+    # Without bias, a row's scale and its routing weight are one number.
+    ONE: tl.constexpr = FMT == "dynamic" and SLOT != 0 and not BIAS
+    if ONE:
+        row_scale = row_scale * weight
+    LEFT: tl.constexpr = 0 if ONE else SLOT
     e = expert.to(tl.int64) * w_rows
     scale, bias = of_columns(w_scale + e, w_bias + e, column + gate_row, FMT, BIAS)
-    acc = rescaled(acc, row_scale, scale, bias, weight, FMT == "dynamic", FMT, SLOT, BIAS)
+    acc = rescaled(acc, row_scale, scale, bias, weight, FMT == "dynamic", FMT, LEFT, BIAS)
     if TWO:
         scale, bias = of_columns(u_scale + e, u_bias + e, column + up_row, FMT, BIAS)
-        acc_up = rescaled(acc_up, row_scale, scale, bias, weight, FMT == "dynamic", FMT, SLOT, BIAS)
-        acc = gated(acc, acc_up, ACT, ALPHA, LIMIT)
+        acc_up = rescaled(acc_up, row_scale, scale, bias, weight, FMT == "dynamic", FMT, LEFT, BIAS)
+        acc = gated(acc, acc_up, ACT, ALPHA, LIMIT, ASM)
     else:
-        acc = activated(acc, ACT)
+        acc = activated(acc, ACT, ASM)
     place = row + m if SORTED == "out" else slot
+    to = out + place.to(tl.int64) * N
     result = acc.to(out.dtype.element_ty)
-    store_columns(out + place.to(tl.int64) * N, pid_n * BN, result, there, N, PAIRS_APART)
+    if HALVES:
+        low, high = column_halves(result)
+        store_columns(to, pid_n * BN, low, there, N, PAIRS_APART)
+        store_columns(to, pid_n * BN + BN // 2, high, there, N, PAIRS_APART)
+    else:
+        store_columns(to, pid_n * BN, result, there, N, PAIRS_APART)
 
 
 @jit(do_not_specialize=("S",))
@@ -168,8 +207,8 @@ def large_gemm_kernel(
     S, N, K, row_div, a_stride, w_rows, gate_row, up_row, last,
     ALPHA: tl.constexpr, LIMIT: tl.constexpr, FMT: tl.constexpr, TWO: tl.constexpr, ACT: tl.constexpr,
     SLOT: tl.constexpr, BIAS: tl.constexpr, GATHER: tl.constexpr, SORTED: tl.constexpr, BITS: tl.constexpr,
-    PAIRS: tl.constexpr, GROUP: tl.constexpr, PAIRS_APART: tl.constexpr, HALF: tl.constexpr, PERSISTENT: tl.constexpr,
-    ASM: tl.constexpr, OVERLAP: tl.constexpr,
+    PAIRS: tl.constexpr, GROUP: tl.constexpr, PAIRS_APART: tl.constexpr, JOINED: tl.constexpr, HALF: tl.constexpr,
+    PERSISTENT: tl.constexpr, ASM: tl.constexpr, OVERLAP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr, INT: tl.constexpr,
 ):  # fmt: skip
     """As expert_gemm_kernel, for rows and weights of one dtype; or for weights of BITS, which are widened in registers.
@@ -179,6 +218,7 @@ def large_gemm_kernel(
     if a_scale is (otherwise it goes with the rows before they were sorted). w, u: descriptors of [E * w_rows, K] in
     blocks [BN, BK], of weights or (PAIRS) of words of two; rows then have their even inputs first, as the result has
     its even columns if PAIRS_APART. GROUP: how many inputs share a scale of int4. last: the last row of w or u.
+    JOINED: "gate_up" or "up_gate": w is a descriptor of [2 * E, N, K] in blocks [2, BN, BK], gate and up in that order.
     PERSISTENT: as many programs as run at once, each taking many tiles; otherwise one for each.
     """
     after_previous(OVERLAP)
@@ -186,13 +226,14 @@ def large_gemm_kernel(
     num_n = tl.cdiv(N, BN)
     total = tl.load(tile_count) * num_n
     if PERSISTENT:
+        # Stored in two parts, a tile takes fewer registers beside what is loaded of the next one.
         for tile in tl.range(pid, total, tl.num_programs(0), flatten=True):
             pid_m, pid_n = tile_place(tile, num_n, tile_group, GROUP_M)
             _large_tile(
                 a, w, u, out, a_scale, w_scale, u_scale, w_bias, u_bias, slot_weight, slots,
                 S, N, K, row_div, a_stride, w_rows, gate_row, up_row, last, pid_m * BM, pid_n,
                 tl.load(tile_expert + pid_m), ALPHA, LIMIT, FMT, TWO, ACT, SLOT, BIAS, GATHER, SORTED, BITS, PAIRS,
-                GROUP, PAIRS_APART, ASM, False, BM, BN, BK, SWAP, INT,
+                GROUP, PAIRS_APART, JOINED, True, ASM, False, BM, BN, BK, SWAP, INT,
             )  # fmt: skip
     else:
         if pid >= total:
@@ -204,13 +245,13 @@ def large_gemm_kernel(
                 _large_tile(
                     a_half, w, u, out, a_scale, w_scale, u_scale, w_bias, u_bias, slot_weight, slots,
                     S, N, K, row_div, a_stride, w_rows, gate_row, up_row, last, pid_m * BM, pid_n, expert,
-                    ALPHA, LIMIT, FMT, TWO, ACT, SLOT, BIAS, GATHER, SORTED, BITS, PAIRS, GROUP, PAIRS_APART, ASM,
-                    OVERLAP, BM // 2, BN, BK, SWAP, INT,
+                    ALPHA, LIMIT, FMT, TWO, ACT, SLOT, BIAS, GATHER, SORTED, BITS, PAIRS, GROUP, PAIRS_APART, JOINED,
+                    False, ASM, OVERLAP, BM // 2, BN, BK, SWAP, INT,
                 )  # fmt: skip
                 return
         _large_tile(
             a, w, u, out, a_scale, w_scale, u_scale, w_bias, u_bias, slot_weight, slots,
             S, N, K, row_div, a_stride, w_rows, gate_row, up_row, last, pid_m * BM, pid_n, expert,
-            ALPHA, LIMIT, FMT, TWO, ACT, SLOT, BIAS, GATHER, SORTED, BITS, PAIRS, GROUP, PAIRS_APART, ASM, OVERLAP,
-            BM, BN, BK, SWAP, INT,
+            ALPHA, LIMIT, FMT, TWO, ACT, SLOT, BIAS, GATHER, SORTED, BITS, PAIRS, GROUP, PAIRS_APART, JOINED, False,
+            ASM, OVERLAP, BM, BN, BK, SWAP, INT,
         )  # fmt: skip

@@ -56,6 +56,8 @@ INT4 = [(64, 3, 4, 1, 2), (64, 3, 2, 1, 2), (32, 4, 2, 1, 2), (128, 3, 4, 1, 2),
         (64, 3, 4, 1, 1), (128, 3, 8, 0, 1)]  # fmt: skip
 LARGE_TWO = [LargeTile(128, 4, 8), LargeTile(128, 4, 8, swap=True), LargeTile(128, 4, 8, half=True),
              LargeTile(128, 4, 8, swap=True, half=True), LargeTile(64, 3, 4, half=True)]  # fmt: skip
+LARGE_JOINED = [LargeTile(128, 4, 8), LargeTile(128, 4, 8, persistent=1), LargeTile(128, 4, 8, half=True),
+                LargeTile(64, 3, 4, persistent=2), LargeTile(64, 3, 4, half=True)]  # fmt: skip
 LARGE_ONE = [LargeTile(256, 4, 8), LargeTile(256, 4, 8, half=True), LargeTile(128, 3, 4, half=True),
              LargeTile(128, 3, 4, persistent=2), LargeTile(256, 4, 8, persistent=1)]  # fmt: skip
 
@@ -83,7 +85,7 @@ def candidates(product: Product) -> list[Tile]:
 def large_candidates(product: Product) -> list[LargeTile]:
     if product.kind in ("widened", "int4"):
         return IN_REGISTERS_TWO if product.two else IN_REGISTERS_ONE
-    return LARGE_TWO if product.two else LARGE_ONE
+    return LARGE_JOINED if product.joined else LARGE_TWO if product.two else LARGE_ONE
 
 
 def seconds(calls: Sequence[Callable[[], Any]]) -> float:
