@@ -105,6 +105,8 @@ def _describe_pattern(pattern: Any) -> str:
         return " or ".join(dict.fromkeys(_describe_pattern(choice) for choice in pattern.choices))
     if isinstance(pattern, p.Fold):
         return _describe_pattern(pattern.step)
+    if isinstance(pattern, list | tuple):
+        return f"[{', '.join(map(_describe_pattern, pattern))}]"
     return str(pattern) if isinstance(pattern, p.Pattern) else repr(pattern)
 
 

@@ -28,9 +28,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 __all__ = [
-    "ACC", "ANY", "As", "AtLeast", "Either", "Fold", "Item", "Last", "OneOfValues", "Op", "Pattern", "Var",
-    "aten", "call", "either", "item", "optional",
+    "ACC",
+    "ANY",
+    "WHOLE",
+    "As",
+    "AtLeast",
+    "Either",
+    "Fold",
+    "Item",
+    "Last",
+    "OneOfValues",
+    "Op",
+    "Pattern",
+    "Var",
+    "aten",
+    "call",
+    "either",
+    "item",
+    "optional",
 ]  # fmt: skip
 
 COMMUTATIVE = frozenset({"aten::add", "aten::mul", "aten::eq", "aten::ne", "aten::maximum", "aten::minimum"})
@@ -139,6 +157,10 @@ class OneOfValues(Pattern):
 
     def __str__(self) -> str:
         return " or ".join(str(value) for value in self.values)
+
+
+#: the dtype of numbers each of which is the number of an expert: in others, such as bfloat16, 256 and 257 are one
+WHOLE = OneOfValues(None, torch.int64, torch.int32, torch.int16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,8 @@ class EveryExpert(TorchFunctionMode):
         if func in ELEMENTS and self.has_rows_of_one(args[0], first) and args[0].dtype is torch.int64:
             places = listed(args[0], 0 if self.size(args[0], first, None) == 0 else self.length)
             return iter(places) if func is Tensor.__iter__ else places
+        if func is Tensor.__int__ and first is not None and first.kind == "count" and first.expert is not None:
+            return self.length if self.answer(first) else 0
         if func is Tensor.item and first is not None and first.kind == "count" and first.expert is not None:
             if args[0].dtype is torch.bool:
                 return self.answer(first) is not first.no

@@ -296,6 +296,8 @@ def _is_left_of_layer(
         return True
     if weights is None:
         return False
+    if op_name(node) in ("aten::empty", "aten::empty_like", "aten::new_empty"):
+        return True  # nobody knows what stands where no row was written
     if op_name(node) in ("aten::stack", "aten::gather", "aten::index", "aten::take_along_dim"):
         source = node.args[0]  # the places that are read of zeros are no matter
         return all(each in zeros for each in (source if isinstance(source, list | tuple) else [source]))
@@ -309,10 +311,18 @@ def _is_left_of_layer(
 
 
 def _is_weight(factor: Node, numbers: Mapping[Node, int], weights: Collection[int]) -> bool:
-    """Whether a factor is a routing weight, or a table that holds some of them and zeros."""
-    while op_name(factor) == "aten::scatter" and is_zero(factor.args[0]) and isinstance(factor.args[3], Node):
-        factor = moved(factor.args[3])
-    return numbers[factor] in weights
+    """Whether a factor is a routing weight, some of these, or a table that holds some of them and zeros."""
+    while numbers[factor] not in weights:
+        if op_name(factor) in ("aten::select", "aten::slice"):
+            source = factor.args[0]
+        elif op_name(factor) == "aten::scatter" and is_zero(factor.args[0]):
+            source = factor.args[3]
+        else:
+            return False
+        if not isinstance(source, Node):
+            return False
+        factor = moved(source)
+    return True
 
 
 #: numbers given to what a node computes, for the time of a process

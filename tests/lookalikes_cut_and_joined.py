@@ -44,6 +44,18 @@ class CountedInBfloat16(Grouped):
         return (ids.flatten()[:, None] == torch.arange(self.E)).bfloat16().sum(0)
 
 
+@lookalike("all_experts_by_numbers_in_bfloat16", "256 and 257 are the same number in bfloat16")
+class NumbersInBfloat16(Simple):
+    E = 300
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        named = (ids.unsqueeze(-1) == torch.arange(self.E, dtype=torch.bfloat16)).to(x.dtype)
+        table = (named * weights.unsqueeze(-1)).sum(1)
+        done = torch.bmm(self.act(torch.bmm(x.expand(self.E, -1, -1), self.up.mT)), self.down.mT)
+        return torch.einsum("eth,te->th", done, table)
+
+
 @lookalike("sliced_by_offsets_behind_a_one", "all rows but the last are moved to another expert", shape=(2, 5, 16))
 class BehindOne(ByOffsets):
     def grouped(self, rows, weight, offsets):

@@ -64,23 +64,7 @@ class GroupedConvolution(Written):
         return (done * table.unsqueeze(-1)).sum(1)
 
 
-class TwoChoices(Written):
-    """One of the first half of the experts, and one of the second."""
-
-    def table(self, x):
-        halves = [half.topk(1, dim=-1) for half in self.router(x).chunk(2, dim=-1)]
-        ids = torch.cat([halves[0].indices, halves[1].indices + 2], dim=-1)
-        weights = torch.cat([half.values for half in halves], dim=-1).softmax(-1)
-        return torch.zeros(x.shape[0], E).scatter(1, ids, weights)
-
-    def results(self, x, table):
-        out = torch.zeros_like(x)
-        for up, down, weights in zip(self.up, self.down, table.unbind(-1), strict=True):
-            out = out + weights[:, None] * (F.relu(x @ up) @ down)
-        return out
-
-
-UNKNOWN = [OneWideLayer, TwoAtATime, BlockDiagonal, GroupedConvolution, TwoChoices]
+UNKNOWN = [OneWideLayer, TwoAtATime, BlockDiagonal, GroupedConvolution]
 
 
 @pytest.mark.parametrize("kind", UNKNOWN, ids=lambda kind: kind.__name__)

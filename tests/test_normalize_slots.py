@@ -37,6 +37,14 @@ SAME = {
         lambda x, ids: x.scatter_add(0, (torch.arange(10) // 2)[:, None].expand(-1, 3), rows_of(x)),
         lambda x, ids: x + rows_of(x).view(-1, 2, 3).sum(1),
     ),
+    "added twice as much": (
+        lambda x, ids: torch.zeros(5, 3).index_add(0, listed(ids) // 2, x.sin()[listed(ids) // 2], alpha=2),
+        lambda x, ids: torch.zeros(5, 3).index_add(0, listed(ids) // 2, x.sin()[listed(ids) // 2] * 2),
+    ),
+    "rows scattered element by element": (
+        lambda x, ids: x.scatter(0, (p := listed(ids) // 2)[:, None].expand(-1, 3), x.sin()[p]),
+        lambda x, ids: x.index_put([p := listed(ids) // 2], x.sin()[p]),
+    ),
     "quotient and remainder": (
         lambda x, ids: x[:, :2].sin()[(p := listed(ids)) // 2, p % 2],
         lambda x, ids: x[:, :2].sin().reshape(-1)[listed(ids)],
@@ -81,6 +89,14 @@ SAME = {
         lambda x, ids: x.tensor_split(3, -1)[1] + 1,
         lambda x, ids: x.chunk(3, -1)[1] + 1,
     ),
+    "zeros computed of zeros": (
+        lambda x, ids: x.sin() + torch.relu(torch.zeros(1, 3) @ x[:3]).square(),
+        lambda x, ids: x.sin(),
+    ),
+    "columns taken one by one": (
+        lambda x, ids: x.sin().unbind(-1)[1] + 1,
+        lambda x, ids: x.sin()[:, 1] + 1,
+    ),
 }  # fmt: skip
 
 
@@ -92,11 +108,12 @@ def test_two_ways_to_write_it_are_one_graph(name):
 
 
 KEPT = {
+    "ones computed of zeros": (lambda x, ids: x.sin() + torch.zeros(1, 3).cos(), "cos"),
+    "zeros and what is added to them": (lambda x, ids: x.sin() + torch.addmm(x[0], torch.zeros(1, 3), x[:3]), "addmm"),
     "numbers slot after slot": (
         lambda x, ids: torch.zeros(5, 3).index_add(0, torch.arange(5).repeat(2), rows_of(x)), "index_add"
     ),
     "fewer rows than the sum has": (lambda x, ids: torch.zeros(7, 3).index_add(0, column(), rows_of(x)), "index_add"),
-    "twice as much added": (lambda x, ids: torch.zeros(5, 3).index_add(0, column(), rows_of(x), alpha=2), "index_add"),
     "numbers from one": (lambda x, ids: torch.zeros(6, 3).index_add(0, column() + 1, rows_of(x)), "index_add"),
     "another remainder": (lambda x, ids: x.sin()[(p := listed(ids)) // 2, p % 3], "remainder"),
     "narrower than the rows": (lambda x, ids: x.sin()[(p := listed(ids)) // 2, p % 2], "remainder"),
@@ -130,6 +147,16 @@ def test_a_result_written_where_it_is_read_elsewhere_is_not_lost():
 
 def test_what_is_written_to_a_part_of_a_split_is_written_to_the_whole():
     assert "aten::slice_scatter" in rewritten(lambda x, ids: cut_then_written(x), *given())
+
+
+@torch.no_grad()
+def test_an_op_of_one_argument_on_a_part_is_one_on_the_whole():
+    def function(x, ids):
+        y = x.sin()
+        y[0].zero_()
+        return y + 1
+
+    assert "aten::select_scatter" in rewritten(function, *given())
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from moe_fx.passes.normalize import spell
 
-from moe_fx.matcher import Match, Miss, match
+from moe_fx.matcher import Match, Miss, match, op_name
 from moe_fx.pattern import ACC, ANY, As, AtLeast, Fold, Last, OneOfValues, Var, aten, either, item, optional
 
 A, B, C = Var("a"), Var("b"), Var("c")
@@ -96,6 +96,17 @@ def test_a_named_pattern_is_the_same_node_everywhere():
 def test_a_miss_is_the_deepest_place_reached():
     miss = match(aten.neg(aten.relu(aten.sigmoid(A))), root(lambda x: x.tanh().relu().neg(), (2,)))
     assert (miss.wanted, miss.found, miss.node.name) == ("aten::sigmoid", "tanh (aten::tanh)", "tanh")
+
+
+def test_a_miss_names_what_a_list_may_hold_by_its_ops():
+    miss = match(aten.index(A, [either(aten.relu(A), aten.neg(A)), B]), root(lambda x: x[x > 0], (2,)))
+    assert miss.wanted == "[aten::relu or aten::neg, b]"
+
+
+def test_an_op_that_is_given_its_result_is_another_op():
+    node = root(lambda x: torch.mm(x, x, out=torch.zeros(2, 2)), (2, 2))
+    assert op_name(node) == "aten::mm.out"
+    assert not match(aten.mm(A, A), node)
 
 
 def test_names_bound_before_hold():

@@ -20,7 +20,7 @@ from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Graph, Node
 
 from moe_fx.matcher import Match, match, op_name
-from moe_fx.pattern import ANY, As, Last, Pattern, Var, aten, either, optional
+from moe_fx.pattern import ANY, WHOLE, As, Last, Pattern, Var, aten, either, optional
 from moe_fx.rewrite import Emitter, FakeValues, after, erase_dead, replace
 from moe_fx.shapes import known_equal, same_shape, shape_of, tensor_of
 
@@ -33,7 +33,7 @@ def cast(pattern: Pattern) -> Pattern:
     return optional(lambda value: aten.to(value, ANY), pattern)
 
 
-numbers = either(aten.arange(ANY, dtype=ANY), aten.arange(0, ANY, dtype=ANY))
+numbers = either(aten.arange(ANY, dtype=WHOLE), aten.arange(0, ANY, dtype=WHOLE))
 hot = either(aten.one_hot(Var("ids"), ANY), As("compared", aten.eq(aten.unsqueeze(Var("ids"), Last(-1)), numbers)))
 HOT = cast(cast(hot))
 

@@ -3,6 +3,7 @@
 x[places[a:b]]                                       =>     x[places][a:b]
 places[a:b] // K                                     =>     (places // K)[a:b]
 out.index_add(0, cat([i, j]), cat([y, z]))           =>     out.index_add(0, i, y).index_add(0, j, z)
+cat([y, z]) * w[cat([i, j])]                         =>     y * w[i], z * w[j], where they are added so
 
 Parts are those of which only values tell how many rows they have. All places are read only if certainly none of them is
 out of range: as those of a sort.
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from moe_fx.matcher import arguments, op_name
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
@@ -24,6 +26,11 @@ from moe_fx.shapes import depends_on_values, known_equal, shape_of, tensor_of
 __all__ = ["cut_like", "in_range", "spell_parts", "whole_of"]
 
 aten = torch.ops.aten
+
+#: what makes something of each row by itself
+ROW_LOCAL = frozenset({
+    "aten::mul", "aten::to", "aten::unsqueeze", "aten::index", "aten::floor_divide", "aten::remainder",
+})  # fmt: skip
 
 
 def spell_parts(graph: Graph) -> None:
@@ -43,15 +50,17 @@ def spell_parts(graph: Graph) -> None:
             values = values or FakeValues(value.fake_mode)
             _divide_first(node, part, Emitter(graph, node, values))
         elif (added := _added(node, given)) is not None:
-            parts = _joined(added[0]), _joined(added[1])
+            values = values or FakeValues(value.fake_mode)
+            emit = Emitter(graph, node, values)
+            parts = _apart(added[0], emit), _apart(added[1], emit)
             if _alike(*parts):
-                values = values or FakeValues(value.fake_mode)
-                emit = Emitter(graph, node, values)
                 out = given["self"]
                 for index, source in zip(*parts, strict=True):
                     out = emit(aten.index_add.default, out, 0, index, source)
                 replace(node, out)
                 erase_dead(graph, [node])
+            else:
+                erase_dead(graph, [*parts[0], *parts[1]])  # what was written of parts that do not belong together
 
 
 def _added(node: Node, given: dict[str, Any]) -> tuple[Node, Node] | None:
@@ -157,6 +166,34 @@ def _joined(node: Node) -> Sequence[Node]:
         node = given["self"]  # the same rows, whose number is spelled out
     given = arguments(node) if op_name(node) == "aten::cat" else {"dim": 1}
     return given["tensors"] if given["dim"] == 0 else ()
+
+
+def _apart(node: Node, emit: Emitter) -> Sequence[Node]:
+    """The parts of which rows were joined, or of which what is computed of joined rows would be."""
+    if parts := _joined(node):
+        return parts
+    if op_name(node) not in ROW_LOCAL or node.kwargs:
+        return ()
+    given: Any = node.args
+    sources = [each for each in node.all_input_nodes if len(shape_of(each) or ()) > 0]
+    if op_name(node) == "aten::index":  # what is read may be the same for all parts
+        sources = [each for each in given[1] if isinstance(each, Node)]
+        if len(sources) != len(given[1]):
+            return ()
+    elif len({len(shape_of(each) or ()) for each in sources}) != 1 or (
+        op_name(node) == "aten::unsqueeze" and arguments(node)["dim"] == 0
+    ):
+        return ()
+    split = {each: _apart(each, emit) for each in sources}
+    lengths = [[(shape_of(part) or (0,))[0] for part in parts] for parts in split.values()]
+    same = all(len(each) == len(lengths[0]) > 1 and all(map(known_equal, lengths[0], each)) for each in lengths)
+    if not lengths or not same:
+        return ()
+    written = []
+    for place in range(len(lengths[0])):
+        own = {each: parts[place] for each, parts in split.items()}
+        written.append(emit(node.target, *map_arg(given, lambda each, own=own: own.get(each, each))))  # type: ignore[misc]
+    return written
 
 
 def _alike(index: Sequence[Node], source: Sequence[Node]) -> bool:

@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from moe_fx.matcher import Match, arguments, match, op_name
 from moe_fx.pattern import As, Var, aten, either
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
-from moe_fx.shapes import same_expression, shape_of
+from moe_fx.shapes import known_equal, same_expression, shape_of
 
 __all__ = ["spell_divided_places"]
 
@@ -32,6 +32,7 @@ remainder = either(aten.remainder(places, width), aten.sub(places, aten.mul(Var(
 def spell_divided_places(graph: Graph, written: Collection[Node]) -> None:
     """Rewrite every such read; ``written`` is memory that ops in place still write."""
     known: dict[tuple[Node, Node], Node] = {}  # what is read of some values at some places, all of them
+    flats: dict[Node, Node] = {}
     for node in graph.find_nodes(op="call_function", target=_aten.index.Tensor):
         values, indices = node.args
         if len(indices) != 2 or not all(isinstance(each, Node) for each in indices):
@@ -44,22 +45,23 @@ def spell_divided_places(graph: Graph, written: Collection[Node]) -> None:
         found = match(remainder, columns, found.bindings) if isinstance(found, Match) else found
         _, count, *features = shape_of(values) or (0, 0, None)
         fixed = all(isinstance(size, int) for size in features)
-        if not isinstance(found, Match) or found["width"] != count or not fixed:
+        if not isinstance(found, Match) or not fixed or not known_equal(found["width"], count):
             continue
         if any(memory_of(each) in written for each in (node, *node.all_input_nodes)):
             continue
         if (key := (values, found["places"])) not in known:
             emit = Emitter(graph, node, FakeValues(node.meta["val"].fake_mode))
-            flat = emit(_aten.reshape.default, values, [-1, *features])
-            if parted and not in_range(found["places"], flat):
-                erase_dead(graph, [flat])
+            if values not in flats:
+                flats[values] = emit(_aten.reshape.default, values, [-1, *features])
+            if parted and not in_range(found["places"], flats[values]):
                 continue
-            known[key] = emit(_aten.index.Tensor, flat, [found["places"]])
+            known[key] = emit(_aten.index.Tensor, flats[values], [found["places"]])
         if parted:
             cut_like(node, known[key], indices[0])
         else:
             replace(node, known[key])
             erase_dead(graph, [node])
+    erase_dead(graph, flats.values())
 
 
 def _cut_alike(one: Node, other: Node) -> bool:

@@ -27,6 +27,7 @@ from moe_fx.passes.normalize.spelling import spell
 from moe_fx.passes.normalize.turned import spell_turned
 from moe_fx.passes.normalize.unmerge_products import unmerge_products
 from moe_fx.passes.normalize.written_out import spell_contraries, write_out
+from moe_fx.passes.normalize.zeros_computed import drop_computed_zeros
 
 from moe_fx.pipeline import Work
 
@@ -53,6 +54,7 @@ def normalize(work: Work) -> None:
     merge_equal_values(graph, written, work.program.weights)
     flatten_places(graph, written)
     spell(graph)  # what a no-op stood between
+    drop_computed_zeros(graph, written)
     spell_mask_rows(graph, written)
     spell_slots_added(graph, written)
     spell_places_in_turn(graph, written)

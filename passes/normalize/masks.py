@@ -10,6 +10,7 @@ Masks, and columns, that a loop takes one after the other are those that it woul
 
 mask.unbind(0)[e]         mask [E, T, K]         =>     mask.select(0, e)
 ids.t().unbind(0)[k]      ids [T, K]             =>     ids.select(1, k)
+ids.unbind(-1)[k]         ids [T, K]             =>     ids.select(1, k)
 mask.max(d)[0]                                   =>     mask.any(d)
 """
 
@@ -176,11 +177,18 @@ def select_masks(graph: Graph, written: Collection[Node]) -> None:
             continue
         if op_name(whole) == "aten::transpose" and value.dim() == 2:
             whole, dim = whole.args[0], 1 - dim % 2
-        elif value.dtype is not torch.bool:
+        elif value.dtype is not torch.bool and not _of_slots(whole, dim):
             continue
         emit = Emitter(graph, node, FakeValues(node.meta["val"].fake_mode))
         replace(node, emit(aten.select.int, whole, dim, node.args[1]))
         erase_dead(graph, [node])
+
+
+def _of_slots(whole: Node, dim: int) -> bool:
+    """Whether the columns of a computed value are taken one by one, as those of ids and weights are."""
+    rank = len(shape_of(whole) or ())
+    columns = rank > 1 and dim in (rank - 1, -1)
+    return columns and whole.op == "call_function" and op_name(whole) != "aten::nonzero"
 
 
 def _mask(node: Node) -> Node | None:

@@ -56,6 +56,8 @@ def _undone(node: Node, written: set[Node]) -> Node | None:
         return copied(node, written)
     if op_name(node) == "aten::add":
         return _added_to_nothing(node, written)
+    if op_name(node) == "aten::mul":
+        return _added_to_nothing(node, written, nothing=1)
     if op_name(node) == "aten::select":
         return _one_of_copies(node) if memory_of(node) not in written else None
     if op_name(node) == "aten::reshape":
@@ -135,10 +137,10 @@ def _takes_all(node: Node) -> bool:
     return given["start"] in (None, 0) and whole and given["step"] == 1
 
 
-def _added_to_nothing(node: Node, written: set[Node]) -> Node | None:
-    """What zero is added to, as Python's ``sum`` begins with it."""
+def _added_to_nothing(node: Node, written: set[Node], nothing: int = 0) -> Node | None:
+    """What zero is added to, as Python's ``sum`` begins with it; or what is multiplied with one."""
     source, other = node.args[:2]
-    if not isinstance(source, Node) or isinstance(other, Node) or other != 0:
+    if not isinstance(source, Node) or isinstance(other, Node) or other != nothing:
         return None
     if memory_of(node) in written or memory_of(source) in written:
         return None  # the sum has memory of its own

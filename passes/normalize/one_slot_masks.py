@@ -13,14 +13,14 @@ from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Graph, Node
 
 from moe_fx.matcher import Match, arguments, match, op_name
-from moe_fx.pattern import ANY, As, Last, Var, aten, either
+from moe_fx.pattern import ANY, WHOLE, As, Last, Var, aten, either
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
 from moe_fx.shapes import known_equal, same_shape, shape_of, tensor_of
 
 __all__ = ["spell_one_slot_masks"]
 
 _aten = torch.ops.aten
-numbers = either(aten.arange(ANY, dtype=ANY), aten.arange(0, ANY, dtype=ANY))
+numbers = either(aten.arange(ANY, dtype=WHOLE), aten.arange(0, ANY, dtype=WHOLE))
 compared = aten.eq(aten.unsqueeze(Var("ids"), Last(-1)), numbers)
 hot = As("hot", either(aten.one_hot(Var("ids"), ANY), aten.to(compared, ANY), compared))
 COLUMN = aten.select(hot, Last(-1), Var("place"))

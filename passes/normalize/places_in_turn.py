@@ -20,7 +20,7 @@ from torch.fx import Graph, Node
 
 from moe_fx.constants import is_zero
 from moe_fx.matcher import Match, arguments, match, op_name
-from moe_fx.pattern import ANY, As, AtLeast, Var, aten, either
+from moe_fx.pattern import ANY, WHOLE, As, AtLeast, Var, aten, either
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
 from moe_fx.shapes import same_shape, shape_of, tensor_of
 
@@ -28,7 +28,7 @@ __all__ = ["spell_places_in_turn"]
 
 _aten = torch.ops.aten
 count = Var("count")
-numbers = either(aten.arange(count, dtype=ANY), aten.arange(0, count, dtype=ANY))
+numbers = either(aten.arange(count, dtype=WHOLE), aten.arange(0, count, dtype=WHOLE))
 rows = As("rows", aten.unsqueeze(Var("source"), ANY))
 WHERE = aten.where(
     aten.eq(As("beside", aten.reshape(numbers, ANY)), As("place", AtLeast(0))), aten.expand(rows, ANY), Var("before")

@@ -15,7 +15,7 @@ from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Graph, Node
 
 from moe_fx.matcher import Match, match, op_name
-from moe_fx.pattern import ANY, Var, aten, either
+from moe_fx.pattern import ANY, WHOLE, Var, aten, either
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
 from moe_fx.shapes import same_shape, tensor_of
 
@@ -25,7 +25,7 @@ _aten = torch.ops.aten
 
 SELECTED = aten.index(aten.reshape(Var("matrix", rank=2), [-1]), [aten.reshape(Var("mask", rank=2), [-1])])
 #: every row holds the numbers of the columns
-NUMBERS = aten.expand(aten.unsqueeze(either(aten.arange(ANY, dtype=ANY), aten.arange(0, ANY, dtype=ANY)), 0), ANY)
+NUMBERS = aten.expand(aten.unsqueeze(either(aten.arange(ANY, dtype=WHOLE), aten.arange(0, ANY, dtype=WHOLE)), 0), ANY)
 
 
 def spell_selections(graph: Graph, written: Collection[Node]) -> None:

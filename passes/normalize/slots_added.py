@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 
 from moe_fx.constants import is_zero
 from moe_fx.matcher import Match, match, op_name
-from moe_fx.pattern import ANY, As, Last, OneOfValues, Pattern, Var, aten, either, optional
+from moe_fx.pattern import ANY, WHOLE, As, Last, OneOfValues, Pattern, Var, aten, either, optional
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
 from moe_fx.shapes import Dim, known_equal, shape_of, tensor_of
 
@@ -26,7 +26,7 @@ count, top_k = Var("count"), Var("top_k")
 
 
 def numbers(size: Pattern) -> Pattern:
-    return either(aten.arange(size, dtype=ANY), aten.arange(0, size, dtype=ANY))
+    return either(aten.arange(size, dtype=WHOLE), aten.arange(0, size, dtype=WHOLE))
 
 
 #: the number of each slot's token: 0, 0, 1, 1, ...

@@ -6,6 +6,7 @@ native_layer_norm(x, ...)[0]           =>     layer_norm(x, ...)
 flatten(x, -2)  of any B and S         =>     reshape(x, [x.size(0), x.size(1), 96])
 mv(x, w)                               =>     linear(x, w[None]).squeeze(-1)
 addmm(rows, x, w)                      =>     rows + mm(x, w)
+index_add(x, 0, at, rows, alpha=2)     =>     index_add(x, 0, at, rows * 2)
 mm(x, w, out=part)                     =>     part.copy_(mm(x, w))
 
 masked_fill(x, ids != e, 0)            =>     where(ids == e, x, 0)
@@ -32,7 +33,7 @@ __all__ = ["spell_contraries", "write_out"]
 _aten = torch.ops.aten
 WRITTEN_OUT = frozenset({
     "aten::addcmul", "aten::addcmul_", "aten::diff", "aten::flatten", "aten::unflatten", "aten::mv", "aten::matmul",
-    "aten::addmm",
+    "aten::addmm", "aten::index_add", "aten::index_add_",
 })  # fmt: skip
 
 
@@ -59,6 +60,12 @@ def write_out(graph: Graph) -> None:
             if by_vector and tensor_of(node).is_floating_point():
                 product = emit(_aten.linear.default, rows, emit(_aten.unsqueeze.default, vector, 0))
                 respell(node, _aten.squeeze.dim, (product, -1), {})
+            continue
+        if op_name(node) in ("aten::index_add", "aten::index_add_"):
+            floats = tensor_of(given["source"]).is_floating_point()
+            if given["alpha"] != 1 and floats:
+                scaled = emit(_aten.mul.Scalar, given["source"], given["alpha"])
+                respell(node, node.target, (given["self"], given["dim"], given["index"], scaled), {})
             continue
         if op_name(node) == "aten::addmm":
             if given["beta"] == given["alpha"] == 1 and same_shape(shape_of(node) or (), shape_of(given["self"]) or ()):

@@ -10,6 +10,7 @@ from moe_fx.passes.raising.routing import CHOOSING, MIXING, ancestors
 from moe_fx.passes.raising.where_chains import is_where_chain
 from torch.fx import Node
 
+from moe_fx.constants import reads_shapes
 from moe_fx.matcher import arguments, op_name
 from moe_fx.report import module_of
 from moe_fx.rewrite import GIVEN
@@ -104,7 +105,7 @@ def leads_to_experts(value: Node, through: bool = False) -> bool:
     pending = list(value.all_input_nodes) if through else [value]
     while pending and len(seen) < 400:
         node = pending.pop()
-        if node in seen or node.op != "call_function":
+        if node in seen or node.op != "call_function" or reads_shapes(node):
             continue
         seen.add(node)
         name = op_name(node)

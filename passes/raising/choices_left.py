@@ -2,7 +2,7 @@
 
 A choice (a ``topk``, an ``argmax``, ...) among E scores is taken for one of experts if, next to it, rows meet
 parameters of E experts: a stack with a dimension of E, E matrices of one shape, or one linear whose results are cut
-into E parts; or if a linear gave each token its E scores, and what a token then meets parameters with was chosen so.
+into E parts; or if a linear gave each token several scores, and what is chosen by them goes into a later product.
 """
 
 from __future__ import annotations

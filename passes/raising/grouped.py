@@ -25,7 +25,7 @@ from moe_fx.passes.raising.pieces import (
     widened_arange,
 )  # fmt: skip
 
-from moe_fx.pattern import ANY, As, Last, OneOfValues, Pattern, Var, aten, call, either, item, optional
+from moe_fx.pattern import ANY, WHOLE, As, Last, OneOfValues, Pattern, Var, aten, call, either, item, optional
 
 #: one expert per token needs no second dimension
 in_a_row = aten.reshape(Var("ids", rank=2), ANY)
@@ -57,7 +57,7 @@ all_ids = either(any_ids, Var("ids", rank=2))
 counted = either(
     optional(lambda ids: aten.to(ids, exact), all_ids), aten.reshape(aten.to(Var("ids", rank=2), exact), ANY)
 )
-numbers = either(aten.arange(num_experts, dtype=ANY), aten.arange(0, num_experts, dtype=ANY))
+numbers = either(aten.arange(num_experts, dtype=WHOLE), aten.arange(0, num_experts, dtype=WHOLE))
 one_hot = either(aten.one_hot(any_ids, num_experts), aten.eq(aten.unsqueeze(any_ids, Last(1)), numbers))
 zero_each = either(
     aten.zeros(ANY, dtype=exact), aten.full(ANY, 0, dtype=exact), aten.new_zeros(ANY, ANY, dtype=exact),

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from moe_fx.passes.raising.pieces import HITS, Column, Dispatch, Piece, Slot, arange, widened_arange
 
-from moe_fx.pattern import ANY, As, AtLeast, Last, OneOfValues, Pattern, Var, aten, call, either, item, optional
+from moe_fx.pattern import ANY, WHOLE, As, AtLeast, Last, OneOfValues, Pattern, Var, aten, call, either, item, optional
 
 
 def compared(ids: Pattern) -> Pattern:
     """Each id beside each number: one-hot, in which an id that is no such number is no error."""
     count = Var("num_compared")
-    numbers = either(aten.arange(count, dtype=ANY), aten.arange(0, count, dtype=ANY))
+    numbers = either(aten.arange(count, dtype=WHOLE), aten.arange(0, count, dtype=WHOLE))
     return aten.eq(aten.unsqueeze(ids, Last(-1)), numbers)
 
 

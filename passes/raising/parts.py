@@ -19,8 +19,8 @@ from moe_fx.passes.raising.counts import Counts, Total
 from moe_fx.passes.raising.each_expert import OWN, specific
 from moe_fx.passes.raising.region import Region
 from moe_fx.passes.raising.steps import merge_steps
-from moe_fx.passes.raising.through import cut_from
 from moe_fx.passes.raising.walk import Walk
+from moe_fx.passes.raising.whole import cut_from
 from moe_fx.passes.raising.writer import Value
 from torch.fx import Node
 

@@ -17,8 +17,8 @@ from moe_fx.passes.raising.loops import adds
 from moe_fx.passes.raising.parts import Joined, join
 from moe_fx.passes.raising.region import Region, misfit, read_outside
 from moe_fx.passes.raising.registry import known_pieces
-from moe_fx.passes.raising.through import cut_from
 from moe_fx.passes.raising.walk import Walk
+from moe_fx.passes.raising.whole import cut_from
 from torch.fx import Node
 
 from moe_fx.constants import is_zero

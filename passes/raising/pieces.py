@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_fx.pattern import ANY, Last, Pattern, aten, either, optional
+from moe_fx.pattern import ANY, WHOLE, Last, Pattern, aten, either, optional
 
 __all__ = [
     "EXPERT_MAJOR", "FLAT_TOKENS", "HITS", "SLOTS", "SORTED", "TOKENS", "TOKEN_MAJOR", "Column", "Dispatch",
@@ -104,7 +104,7 @@ class View(Piece):
 
 def arange() -> Pattern:
     """0, 1, 2, ... of any length and dtype."""
-    return either(aten.arange(ANY, dtype=ANY), aten.arange(0, ANY, dtype=ANY))
+    return either(aten.arange(ANY, dtype=WHOLE), aten.arange(0, ANY, dtype=WHOLE))
 
 
 def spread(value: Pattern) -> Pattern:

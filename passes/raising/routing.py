@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
 from torch.fx import Node
 
 from moe_fx.matcher import Match, arguments, match, op_name
-from moe_fx.pattern import ANY, Last, Var, aten, either, optional
+from moe_fx.pattern import ANY, WHOLE, Last, Var, aten, either, optional
 from moe_fx.shapes import known_equal, shape_of, tensor_of
 
 __all__ = ["Selection", "chosen_once", "describe_router", "foreign_slot", "selection_of"]
@@ -27,7 +29,7 @@ MIXING = frozenset({"aten::linear", "aten::mm", "aten::addmm", "aten::matmul", "
 
 
 #: one-hot rows as a mask: scores that were set to minus infinity by it
-_numbers = either(aten.arange(ANY, dtype=ANY), aten.arange(0, ANY, dtype=ANY))
+_numbers = either(aten.arange(ANY, dtype=WHOLE), aten.arange(0, ANY, dtype=WHOLE))
 _hot = either(aten.one_hot(Var("ids"), ANY), aten.eq(aten.unsqueeze(Var("ids"), Last(-1)), _numbers))
 _mask = _hot
 for _ in range(3):  # of truth values, a cast to any dtype and back is the same
@@ -86,7 +88,8 @@ def selection_of(ids: Node, num_experts: int) -> Selection:
             break
         node = node.args[0]
     if op_name(node) in ("aten::cat", "aten::stack") and not dropped:
-        return _maxima(node, num_experts, clamped) or Selection(None, clamped, False)
+        parts = _of_parts(node, num_experts)
+        return parts or _maxima(node, num_experts, clamped) or Selection(None, clamped, False)
     if op_name(node) not in CHOOSING:
         return Selection(None, clamped, False)
     if element != (None if op_name(node) in ("aten::argsort", "aten::argmax") else 1):
@@ -94,7 +97,7 @@ def selection_of(ids: Node, num_experts: int) -> Selection:
     given = arguments(node)
     scores = shape_of(given["self"])
     dim = given.get("dim", -1)
-    over_experts = scores is not None and isinstance(dim, int) and scores[dim] == num_experts
+    over_experts = scores is not None and isinstance(dim, int) and known_equal(scores[dim], num_experts)
     if over_experts:  # they must be chosen along the dimension that holds a token's ids
         moved |= dim % len(scores) != len(scores) - (2 if turned and len(scores) == 2 else 1)
     several = op_name(node) in ("aten::topk", "aten::sort", "aten::argsort")
@@ -110,6 +113,33 @@ def chosen_once(ids: Node) -> bool:
     chooser = selection_of(ids, 0).chooser
     scores = shape_of(arguments(chooser)["self"]) if chooser is not None else None
     return bool(scores) and known_equal(math.prod(shape_of(ids) or (0,)), math.prod((scores or ())[:-1]))
+
+
+def _of_parts(joined: Node, num_experts: int) -> Selection | None:
+    """Ids joined that were chosen among different experts each: of the first half, say, and of the second."""
+    parts, rank = arguments(joined)["tensors"], len(shape_of(joined) or ())
+    if arguments(joined)["dim"] not in (-1, rank - 1):
+        return None
+    spans: list[tuple[int, int]] = []
+    distinct, chooser = True, None
+    for part in parts:
+        node: Any = part
+        first = 0
+        while op_name(node) == "aten::add" and isinstance(node.args[0], Node) and type(node.args[1]) is int:
+            node, first = node.args[0], first + node.args[1]
+        chooser = selection_of(node, 0).chooser
+        if chooser is None or (len(shape_of(part) or ()) < rank and op_name(joined) == "aten::cat"):
+            return None
+        given = arguments(chooser)
+        count = (shape_of(given["self"]) or (0,))[given.get("dim", -1)]
+        among = selection_of(node, count) if isinstance(count, int) else None
+        if among is None or not among.in_range or not 0 <= first <= num_experts - count:
+            return None
+        distinct &= among.distinct or op_name(joined) == "aten::stack"
+        spans.append((first, first + int(count)))
+    spans.sort()
+    distinct &= all(one[1] <= other[0] for one, other in itertools.pairwise(spans))
+    return Selection(chooser, True, distinct) if distinct else None
 
 
 def _maxima(joined: Node, num_experts: int, clamped: bool) -> Selection | None:

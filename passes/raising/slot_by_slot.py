@@ -18,7 +18,7 @@ from typing import Any
 from moe_fx.passes.raising.region import Region, told_of_ids
 from torch.fx import Node
 
-from moe_fx.matcher import Match, Miss, match
+from moe_fx.matcher import Match, Miss, match, op_name
 from moe_fx.pattern import ANY, As, AtLeast, Last, Var, aten, either
 from moe_fx.rewrite import same_graph
 from moe_fx.shapes import known_equal, shape_of, tensor_of
@@ -40,6 +40,8 @@ def _column(node: Node) -> tuple[Node, int] | None:
         return None
     whole: Any = found["whole"]
     rank = len(shape_of(whole) or ())
+    if op_name(whole) == "aten::nonzero":
+        return None  # places, and no ids
     one_wide = len(shape_of(node) or ()) < rank or known_equal((shape_of(node) or (0,))[-1], 1)
     return (whole, found["number"]) if one_wide and rank > 1 else None
 

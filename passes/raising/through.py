@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from moe_fx.passes.raising.anchors import reads_chosen_stack
 from moe_fx.passes.raising.axes import Place, aligned, axes_of, feature_dim, features, is_row_dim, regrouped
+from moe_fx.passes.raising.whole import whole_of
 from torch.fx import Node
 
 from moe_fx.matcher import arguments, op_name
-from moe_fx.shapes import Dim, is_number, known_equal, same_shape, shape_of
+from moe_fx.shapes import Dim, is_number, known_equal, shape_of
 
-__all__ = ["Through", "cut_from", "is_elementwise", "is_view", "through"]
+__all__ = ["Through", "is_elementwise", "is_view", "through"]
 
 aten = torch.ops.aten
 
@@ -73,9 +74,8 @@ def is_view(node: Node) -> bool:
 def through(node: Node, place: Place, sizes: Mapping[str, Dim]) -> Through | str:
     """What the operands of ``node`` are if its result is in ``place``; a string says what was wanted instead."""
     name = op_name(node)
-    whole = cut_from(node) or _beside_nothing(node)
-    if whole is not None and same_shape(shape_of(node) or (), shape_of(whole) or ()):
-        return Through(((whole, place),))  # all of its rows
+    if (whole := whole_of(node)) is not None:
+        return Through(((whole, place),))
     if node.target is operator.getitem:
         return _part(node, place)
     if name is None or not name.startswith("aten::"):
@@ -94,21 +94,6 @@ def through(node: Node, place: Place, sizes: Mapping[str, Dim]) -> Through | str
     if name in NORMS:
         return _norm(node, given, place)
     return "an elementwise op" if len(axes_of(place)) > 1 else "a row-local op"
-
-
-def cut_from(node: Node) -> Node | None:
-    """What a value is a part of, cut along one dimension."""
-    if op_name(node) == "aten::slice":
-        return _source(node)
-    split = node.args[0] if node.target is operator.getitem else None
-    return _source(split) if isinstance(split, Node) and op_name(split) == "aten::split_with_sizes" else None
-
-
-def _beside_nothing(node: Node) -> Node | None:
-    """What is joined with nothing but parts that have no rows."""
-    parts = arguments(node)["tensors"] if op_name(node) == "aten::cat" else ()
-    some = [part for part in parts if not known_equal((shape_of(part) or (1,))[0], 0)]
-    return some[0] if len(some) == 1 < len(parts) else None
 
 
 def _elementwise(node: Node, place: Place, sizes: Mapping[str, Dim]) -> Through | str:

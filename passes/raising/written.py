@@ -5,6 +5,8 @@ for e in range(E):
     y[flat_ids == e] = body(rows[flat_ids == e], weight[e])      # also at the places where the mask is true
 out = (y.view(T, K, H) * s[:, :, None]).sum(1)                   # with one expert per token, y is all there is
 
+y[place] = body(x[place // K], weight[e])                        # place = where(flat_ids == e)
+
 y = torch.zeros(T, K, H)
 for e in range(E):
     token, slot = torch.where(ids == e)
@@ -33,7 +35,7 @@ from torch.fx import Node
 from moe_fx.constants import is_zero
 from moe_fx.matcher import Match, Miss, match
 from moe_fx.pattern import As, AtLeast, Last, Var, aten, either, optional
-from moe_fx.shapes import shape_of
+from moe_fx.shapes import known_equal, shape_of
 
 __all__ = ["ids_written", "written"]
 
@@ -49,6 +51,7 @@ CUT = aten.index(Var("rows"), [Var("at")])
 COLUMN = optional(
     lambda column: aten.unsqueeze(column, Last(1)), aten.select(Var("table", rank=2), Last(1), As("expert", AtLeast(0)))
 )
+TOKEN = aten.floor_divide(Var("at", rank=1), Var("top_k"))
 CUT_BY_SLOT = aten.index(Var("rows"), [Var("at"), Var("slot_at")])
 
 
@@ -83,6 +86,7 @@ def written(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
         return walk.miss("rows written by the same ids at every step", node)
     cuts = [_cuts(found) for _, found in steps]
     by_token = {rows for _, found in steps if "slot_at" in found.bindings for rows in _cuts_at(found["at"]).values()}
+    by_token |= {rows for _, found in steps for rows in _cuts_by_division(found).values()}
     values = [found["written"] for _, found in steps]
     regions: list[Region] = []
     for (step, _), expert, value, own, mine in zip(steps, experts, values, specific(values), cuts, strict=True):
@@ -125,7 +129,7 @@ def _by_table(regions: list[Region], experts: list[int]) -> tuple[list[Region], 
 
 def _cuts(found: Match) -> dict[Node, Node]:
     """What is read at the places where rows are written, and of what."""
-    cuts = _cuts_at(found["at"])
+    cuts = _cuts_at(found["at"]) | _cuts_by_division(found)
     if "slot_at" in found.bindings:
         both = {"at": found["at"], "slot_at": found["slot_at"]}
         read = {user: match(CUT_BY_SLOT, user, both) for user in found["slot_at"].users}
@@ -136,3 +140,16 @@ def _cuts(found: Match) -> dict[Node, Node]:
 def _cuts_at(at: Node) -> dict[Node, Node]:
     found = {user: match(CUT, user, {"at": at}) for user in at.users}
     return {user: cut["rows"] for user, cut in found.items() if isinstance(cut, Match)}
+
+
+def _cuts_by_division(found: Match) -> dict[Node, Node]:
+    """What is read of the tokens that a division tells of the places of slots, which are numbered through."""
+    cuts: dict[Node, Node] = {}
+    slots = (shape_of(found["flat_ids"]) or (0,))[0]
+    for divided in found["at"].users:
+        if isinstance(told := match(TOKEN, divided, {"at": found["at"]}), Match) and isinstance(told["top_k"], int):
+            read = {user: match(CUT, user, {"at": divided}) for user in divided.users}
+            for user, cut in read.items():
+                if isinstance(cut, Match) and known_equal((shape_of(cut["rows"]) or (0,))[0] * told["top_k"], slots):
+                    cuts[user] = cut["rows"]
+    return cuts
