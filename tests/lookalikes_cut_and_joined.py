@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from lookalikes_put_and_stacked import LOOKALIKES, lookalike
 from styles.base import Simple
-from styles.cut_and_joined import ByOffsets, FastMoE, Padded
+from styles.cut_and_joined import FastMoE, Padded
 from styles.turned_and_numbered import Added, AnySlot, Remainder, Turned
 
 __all__ = ["LOOKALIKES", "lookalike"]
@@ -56,13 +56,17 @@ class NumbersInBfloat16(Simple):
         return torch.einsum("eth,te->th", done, table)
 
 
-@lookalike("sliced_by_offsets_behind_a_one", "all rows but the last are moved to another expert", shape=(2, 5, 16))
-class BehindOne(ByOffsets):
-    def grouped(self, rows, weight, offsets):
-        ends = torch.ones(self.E + 1, dtype=offsets.dtype)
-        ends[1:] = offsets
-        parts = [F.linear(rows[ends[e] : ends[e + 1]], weight[e]) for e in range(self.E)]
-        return F.pad(torch.cat(parts), (0, 0, 1, 0))
+@lookalike(
+    "sliced_by_counts_from_the_second_row_on", "all rows but the last are moved to another expert", shape=(2, 5, 16)
+)
+class FromTheSecond(FastMoE):
+    def grouped(self, rows, number, counts):
+        parts, base, rows = [], 1, torch.cat([rows, rows[:1]])
+        for e in range(self.E):
+            many = counts[e].item()
+            parts.append(F.linear(rows[base : base + many], self.weights[number][e]))
+            base += many
+        return torch.cat(parts) + torch.repeat_interleave(self.biases[number], counts, dim=0)
 
 
 @lookalike("sliced_by_twice_as_many_counts", "each expert is given twice as many rows as it has", shape=(2, 5, 16))

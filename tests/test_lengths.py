@@ -12,6 +12,9 @@ from moe_fx.pipeline import Work
 from moe_fx.program import ExportedWork, assuming
 from moe_fx.shapes import known_equal
 
+#: before, torch.export does not trace slices by elements of a tensor
+pytestmark = pytest.mark.skipif(torch.__version__ < "2.13", reason="torch.export of 2.13 or later")
+
 
 def counted(ids):
     return torch.bincount(ids.flatten(), minlength=3)

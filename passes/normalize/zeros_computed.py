@@ -25,21 +25,25 @@ KEEPING = frozenset({
     "aten::relu", "aten::silu", "aten::gelu", "aten::tanh", "aten::square", "aten::abs", "aten::neg", "aten::elu",
     "aten::leaky_relu", "aten::hardswish", "aten::mish", "aten::dropout",
 })  # fmt: skip
-PRODUCTS = frozenset({"aten::mul", "aten::mm", "aten::matmul", "aten::bmm", "aten::linear"})
+MATRIX_PRODUCTS = frozenset({"aten::mm", "aten::matmul", "aten::bmm", "aten::linear"})
+PRODUCTS = MATRIX_PRODUCTS | {"aten::mul"}
 
 
 def drop_computed_zeros(graph: Graph, written: Collection[Node]) -> None:
     """Drop what is added so; ``written`` is memory that ops in place still write."""
     zeros: set[Node] = set()
+    multiplied: set[Node] = set()  # those that went through a matrix, as rows go through an expert
     for node in list(graph.nodes):
         value = tensor_of(node)
         if value is None or any(memory_of(each) in written for each in (node, *node.all_input_nodes)):
             continue
         if _is_zero(node, zeros):
             zeros.add(node)
+            if op_name(node) in MATRIX_PRODUCTS or not multiplied.isdisjoint(map(moved, node.all_input_nodes)):
+                multiplied.add(node)
         elif op_name(node) == "aten::add" and len(node.args) == 2 and not node.kwargs:
             for base, added in (node.args, node.args[::-1]):
-                dead = isinstance(added, Node) and moved(added) in zeros and not is_zero(added)
+                dead = isinstance(added, Node) and moved(added) in multiplied
                 if not dead or not isinstance(base, Node) or tensor_of(base) is None:
                     continue
                 if tensor_of(base).dtype == value.dtype and same_shape(shape_of(base) or (), value.shape):

@@ -62,7 +62,7 @@ class CountedByIndexAdd(SplitAndPadded):
         return torch.zeros(self.E, dtype=torch.long).index_add(0, flat, torch.ones_like(flat))
 
 
-@style("sorted_rows_sliced_by_offsets_one_projection_at_a_time", **BATCHED)
+@style("sorted_rows_sliced_by_offsets_one_projection_at_a_time", torch="2.13", **BATCHED)
 class ByOffsets(Stacked):
     """A grouped_mm of one's own: offsets with a zero in front, slices, and the results joined; three of them."""
 
