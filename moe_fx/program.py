@@ -4,7 +4,7 @@ Non-public torch API used here: the constructor of ``torch.export.ExportedProgra
 signature: nothing public builds a program from an edited graph and new parameters without tracing it again),
 tried on torch 2.11, 2.13 and 2.15; and the name of ``torch._functorch.predispatch._add_batch_dim``, the call by which
 torch.export keeps that a vmap is entered, tried on torch 2.13 (there is one of that name in 2.11 and 2.15). And where a
-shape environment keeps what ``torch._check`` was told, tried on torch 2.13.
+shape environment keeps what ``torch._check`` was told, tried on torch 2.13 and 2.15.
 """
 
 from __future__ import annotations
