@@ -212,6 +212,8 @@ def _same_but_for(idle: Idle, layers: tuple[Layer, Layer], outlines: tuple[Outli
     def numbers(layer: Layer, outline: Outline) -> list[int]:
         operands: list[Node] = []
         for operand in pytree.tree_leaves(layer.node.args[:5]):
+            if op_name(operand) == "aten::slice":
+                operand = operand.args[0]  # which of a longer stack's experts are visited is compared below
             parts = arguments(operand)["tensors"] if op_name(operand) == "aten::stack" else [operand]
             apart = len(parts) == experts
             operands += [part for expert, part in enumerate(parts) if not (apart and idle(expert))]

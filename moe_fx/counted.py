@@ -67,6 +67,12 @@ class Count(torch.SymInt):
     def item(self) -> Count:
         return self
 
+    def __int__(self) -> int:
+        raise ExportError(
+            "int() of how many rows an expert has: what tolist() answers is a number already (of counts in a floating "
+            "dtype, as torch.histc makes them, take counts.long().tolist())"
+        )
+
     def __bool__(self) -> bool:
         return bool(self != 0)
 

@@ -12,14 +12,17 @@ import torch.nn.functional as F
 from moe_fx.meaning import (
     BINS,
     CHOICES,
+    ELEMENTS,
     EQUALS,
     NEGATIONS,
     POSITIVE,
+    PRODUCTS,
     READS,
     RESHAPES,
     RUNNING,
     SCATTERS,
     SORTS,
+    SUMS,
     TOTALS,
     Meaning,
     Tensor,
@@ -65,7 +68,8 @@ class Known:
         if first.kind == "mask" and ((func is torch.where and len(args) == 1) or func in NONZERO):
             return dataclasses.replace(first, kind="rows")
         if first.kind == "rows":
-            return first if func in READS and _of_every_row(args[1]) else None
+            columns = func in ELEMENTS and result.dim() < args[0].dim()
+            return first if columns or (func in READS and _of_every_row(args[1])) else None
         if first.kind == "mask" and func in TOTALS[:2] and args[0].is_floating_point():
             return None  # weights of either sign may add up to anything
         if first.kind == "mask" and func in TOTALS and (result.dim() == 0 or first.expert is None):
@@ -73,8 +77,8 @@ class Known:
         if first.kind == "mask" and func in POSITIVE and literal == 0:
             signed = func not in POSITIVE[-3:] and args[0].is_floating_point()
             return dataclasses.replace(first, positive=True) if signed else first
-        if first.kind == "mask" and func in TOTALS[2:4]:
-            return first  # over the slots of a token
+        if first.kind == "mask" and (func in TOTALS[2:4] or result.dtype is torch.int64):
+            return first if func in TOTALS else None  # over the slots of a token
         if first.kind != "count":
             return None
         if func in READS and first.expert is None:
@@ -102,7 +106,7 @@ class Known:
         if func is Tensor.__getitem__ and isinstance(args[1], tuple) and self.is_table(args[0]):
             *rows, expert = args[1]
             every = rows in ([slice(None)] * (args[0].dim() - 1), [...])
-            return self.of_expert(self.origin(args[0]), expert) if every and isinstance(expert, int) else None
+            return self.of_expert(self.named(args[0]), expert) if every and isinstance(expert, int) else None
         if func in READS and len(args) == 2 and (by := self.of(args[1])) is not None and by.expert is not None:
             return dataclasses.replace(by, kind="rows") if by.kind in ("mask", "rows") else None
         if func in BINS and result.dim() == 1:
@@ -154,6 +158,10 @@ class Known:
             last = dim in (-1, args[0].dim() - 1) or (dim is None and func not in (torch.argmax, Tensor.argmax))
             if last and isinstance(args[0].shape[-1], int) and (place is None or isinstance(result, tuple)):
                 self._ranges.append((result if place is None else result[place], args[0].shape[-1]))
+        elif func in (*PRODUCTS, *SUMS) and isinstance(result, Tensor) and not result.is_floating_point():
+            most = [each if isinstance(each, int) else (self.range(each) or 0) - 1 for each in args[:2]]
+            if not kwargs and min(most) >= 0:
+                self._ranges.append((result, (most[0] * most[1] if func in PRODUCTS else most[0] + most[1]) + 1))
         elif func in READS and isinstance(result, Tensor) and (count := self.range(args[0])) is not None:
             self._ranges.append((result, count))
             if any(args[1] is order and self.origin(args[0]) is ids for order, ids in self._orders):
@@ -178,6 +186,10 @@ class Known:
 
     def origin(self, tensor: Tensor) -> Tensor:
         return next((origin for view, origin in self._views if view is tensor), tensor)
+
+    def named(self, table: Tensor) -> Tensor:
+        """The ids that a mask by token and expert was made of; any other table itself."""
+        return self.origin(next((ids for mask, ids in self._masks if mask is table), table))
 
     def of_expert(self, source: Tensor, expert: int) -> Meaning:
         return Meaning("mask", source, expert)

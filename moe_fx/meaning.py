@@ -41,6 +41,8 @@ CHOICES: dict[Any, int | None] = dict.fromkeys(
     (torch.topk, Tensor.topk, torch.max, Tensor.max, torch.sort, Tensor.sort), 1
 )
 CHOICES |= dict.fromkeys((torch.argmax, Tensor.argmax, torch.argsort, Tensor.argsort))
+PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__)
+SUMS = (torch.add, Tensor.add, Tensor.__add__)
 READS = (Tensor.__getitem__, Tensor.select, torch.select)
 
 

@@ -34,7 +34,7 @@ from moe_fx.meaning import (
     Tensor,
 )
 from moe_fx.shapes import depends_on_values, known_equal
-from moe_fx.tracing import NONZERO, Number, Places, Row, is_vector
+from moe_fx.tracing import NONZERO, Number, Places, Row, is_vector, with_fake
 
 __all__ = ["EveryExpert", "NothingJoined"]
 
@@ -81,6 +81,8 @@ class EveryExpert(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if (other := with_fake(func, args, kwargs)) is not None:
+            return other()
         first = self.known.of(args[0]) if args else None
         counted = first is not None and first.kind == "count" and is_counts(args[0], first)
         vector = func in NONZERO and (is_vector(args[0]) or (counted and isinstance(args[0].shape[0], int)))
@@ -93,7 +95,8 @@ class EveryExpert(TorchFunctionMode):
             return iter(numbers) if func is Tensor.__iter__ else numbers
         if func in READS and counted and first.ends is not None and isinstance(args[1], int):
             return self.numbers(args[0], first)[args[1]]
-        if func in ELEMENTS and self.has_rows_of_one(args[0], first) and args[0].dtype is torch.int64:
+        elements = func in ELEMENTS and args[0].dtype is torch.int64 and kwargs.get("dim", (*args, 0)[1]) == 0
+        if elements and self.has_rows_of_one(args[0], first):
             places = listed(args[0], 0 if self.size(args[0], first, None) == 0 else self.length)
             return iter(places) if func is Tensor.__iter__ else places
         if func is Tensor.__int__ and first is not None and first.kind == "count" and first.expert is not None:

@@ -15,7 +15,7 @@ from torch.fx.node import map_arg
 from moe_fx.constants import is_zero, moved
 from moe_fx.experts import experts
 from moe_fx.matcher import op_name
-from moe_fx.shapes import same_shape
+from moe_fx.shapes import same_shape, shape_of
 
 __all__ = [
     "EXPERTS_FIRST", "GIVEN", "Emitter", "FakeValues", "Outline", "after", "drop_dead_code", "erase_dead",
@@ -234,14 +234,20 @@ def outline(
     numbers: dict[Node, int] = {}
     yielded: list[int] = []
     asserted: set[int] = set()
+    same: dict[Node, Node] = {}
     for node in graph.nodes:
         value, alone = node.meta.get("val"), node.meta.get(WITHOUT_PARAMETERS)
         if alone is not None and idle(alone):
             numbers[node] = numbers[node.args[0]]
             zeros |= {node} if node.args[0] in zeros else set()
             continue
-        if weights is not None and (base := _added_zeros(node, zeros)) is not None:
-            numbers[node] = numbers[base]
+        base = _added_zeros(node, zeros) if weights is not None else None
+        if base is None and weights is not None and op_name(node) == "aten::reshape":
+            # In its own shape again, what was reshaped for a layer is what it was.
+            same[node] = same.get(node.args[0], node.args[0])
+            base = same[node] if same_shape(shape_of(same[node]) or (), shape_of(node) or ("",)) else None
+        if base is not None:
+            numbers[node], same[node] = numbers[base], same.get(base, base)
             zeros |= {node} if base in zeros else set()
             continue
         if _is_left_of_layer(node, zeros, numbers, weights):

@@ -15,12 +15,31 @@ from torch.overrides import TorchFunctionMode
 from moe_fx.counted import plain_slices
 from moe_fx.errors import ExportError
 from moe_fx.kernels import each_expert
+from moe_fx.kernels.grouped_mm import grouped_mm
 
-__all__ = ["NONZERO", "EachExpert", "Number", "Places", "Row", "is_vector"]
+__all__ = ["NONZERO", "EachExpert", "Number", "Places", "Row", "is_vector", "with_fake"]
 
 assert each_expert is not None  # importing it registers the op
 
 NONZERO = (torch.Tensor.nonzero, torch.nonzero)
+#: ``torch.nn.functional.grouped_mm``, and what it was before it had a public name
+GROUPED = ("grouped_mm", "_grouped_mm")
+
+
+def with_fake(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
+    """What stands for an op that runs eagerly, and that torch.export cannot trace in this dtype; None for any other.
+
+    That is a grouped product in other dtypes than bfloat16 (torch 2.11 to 2.13), of rows and one matrix per group.
+    """
+    if getattr(func, "__name__", "") not in GROUPED or not all(isinstance(arg, torch.Tensor) for arg in args):
+        return None
+    operands = dict(zip(("rows", "matrices", "offs"), args, strict=False)) | kwargs
+    rows, matrices, offsets = (operands.pop(name, None) for name in ("rows", "matrices", "offs"))
+    whole = offsets is not None and matrices is not None and rows.dim() == 2 and matrices.dim() == 3
+    plain = whole and all(other is None for other in operands.values())
+    if not plain or rows.dtype is torch.bfloat16 or rows.dtype != matrices.dtype:
+        return None
+    return lambda: grouped_mm(rows, matrices, offsets)
 
 
 class Number(int):
@@ -155,6 +174,8 @@ class EachExpert(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if (other := with_fake(func, args, kwargs)) is not None:
+            return other()
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
             args = (args[0], plain_slices(args[1]), *args[2:])
         if func in NONZERO and is_vector(args[0]):

@@ -29,17 +29,6 @@ class Written(torch.nn.Module):
         return self.results(x, self.table(x))
 
 
-class OneWideLayer(Written):
-    """All experts are one feed-forward layer, whose hidden units are masked."""
-
-    def __init__(self):
-        super().__init__()
-        self.all_up, self.all_down = torch.nn.Linear(H, E * WIDE), torch.nn.Linear(E * WIDE, H)
-
-    def results(self, x, table):
-        return self.all_down(F.relu(self.all_up(x)) * table.repeat_interleave(WIDE, 1))
-
-
 class TwoAtATime(Written):
     def results(self, x, table):
         out = torch.zeros_like(x)
@@ -64,7 +53,7 @@ class GroupedConvolution(Written):
         return (done * table.unsqueeze(-1)).sum(1)
 
 
-UNKNOWN = [OneWideLayer, TwoAtATime, BlockDiagonal, GroupedConvolution]
+UNKNOWN = [TwoAtATime, BlockDiagonal, GroupedConvolution]
 
 
 @pytest.mark.parametrize("kind", UNKNOWN, ids=lambda kind: kind.__name__)

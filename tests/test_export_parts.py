@@ -166,3 +166,13 @@ REFUSALS = {
 def test_refuses_what_does_not_just_leave_idle_experts_out(kind):
     with pytest.raises(moe_fx.ExportError, match=REFUSALS[kind]):
         exported(kind())
+
+
+class MadeInts(Infer):
+    def numbers(self, counts):
+        return [int(count) for count in counts.tolist()]
+
+
+def test_a_number_of_rows_made_an_int_is_told_of():
+    with pytest.raises(moe_fx.ExportError, match=r"int\(\) of how many rows an expert has: what tolist\(\) answers"):
+        exported(MadeInts())

@@ -6,6 +6,7 @@ from test_gpu_fused import FORMATS, Layer, most, poison, pytestmark  # noqa: F40
 from toys import Gathered
 
 import moe_fx
+from moe_fx.kernels import fused_token
 from moe_fx.kernels.fused_experts import fused_experts_reference
 from moe_fx.kernels.fused_projection import Projection
 from moe_fx.kernels.fused_token import run_token, takes_token, token_product
@@ -49,6 +50,21 @@ def test_sums_over_any_number_of_slots(form, top_k, how):
     layer = Layer(form, torch.bfloat16, tokens=3, top_k=top_k, how=how)
     ours, plain = relative_errors(layer)
     assert ours < allowed(form, plain)
+
+
+@pytest.mark.parametrize("tokens", [2, 5])
+@pytest.mark.parametrize("form", [*PLAIN[:2], *WHOLE[:2], FLOAT8], ids=repr)
+def test_slots_that_take_the_same_columns_in_turn_make_the_same_to_the_bit(form, tokens, monkeypatch):
+    layer = Layer(form, torch.bfloat16, tokens=tokens, top_k=3, hidden=192, inner=320, how="ids of no expert")
+    results = []
+    for together in (False, True):
+        monkeypatch.setattr(fused_token, "reads_together", lambda *_, chosen=together: chosen)
+        poison()
+        with opaque():
+            results.append(
+                run_token(layer.tokens, layer.ids, layer.slot, *projections(layer), 6, "silu", 1, 1, False, layer.dtype)
+            )
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -307,7 +307,7 @@ def test_routing(experts, slots, block):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-@pytest.mark.parametrize("width", [1, 100, 2880, 14336])
+@pytest.mark.parametrize("width", [1, 100, 768, 2880, 5120, 14336])
 @pytest.mark.parametrize("count", [33, 1040])
 def test_quantized_rows_to_the_bit(count, width, dtype):
     rows = torch.randn(count, width, device="cuda").bfloat16()

@@ -105,6 +105,10 @@ NOT_OF_ONE_TOKEN = (
     "sorted_split_by_differences_of_ends",
     "rows_of_experts_with_norms_of_their_own",
     "weighted_units_of_all_experts_matmul",
+    "wide_ffn_cut_by_expert",
+    "wide_ffn_of_plain_matrices",
+    "wide_ffn_times_repeated_weights_with_bias",
+    "wide_gated_ffn_times_expanded_weights",
 )
 
 

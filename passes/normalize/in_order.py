@@ -26,6 +26,7 @@ from moe_fx.passes.normalize.some_slot import spell_some_slot
 from moe_fx.passes.normalize.spelling import spell
 from moe_fx.passes.normalize.turned import spell_turned
 from moe_fx.passes.normalize.unmerge_products import unmerge_products
+from moe_fx.passes.normalize.wide_linears import spell_wide_linears
 from moe_fx.passes.normalize.written_out import spell_contraries, write_out
 from moe_fx.passes.normalize.zeros_computed import drop_computed_zeros
 
@@ -47,12 +48,13 @@ def normalize(work: Work) -> None:
     spell_selected_rows(graph, written)
     select_masks(graph, written)
     spell_turned(graph, written)
-    spell_some_slot(graph, written)
     spell_one_slot_masks(graph, written)
+    spell_some_slot(graph, written)
     flatten_masks(graph, written)
     drop_no_ops(graph, written)
     merge_equal_values(graph, written, work.program.weights)
     flatten_places(graph, written)
+    spell_wide_linears(graph, written)
     spell(graph)  # what a no-op stood between
     drop_computed_zeros(graph, written)
     spell_mask_rows(graph, written)

@@ -5,6 +5,8 @@ masked_scatter(out, mask[..., None], rows of these)     =>     index_put(out, [m
 
 w[mask][:, k]             w [T, K]                    =>     w[:, k][mask]
 
+arange(T)[mask]           mask [T]                    =>     where(mask)[0]
+
 at = where(mask)[0];  rows = f(x[mask])
 out[at] = rows                                        =>     out[mask] = rows
 
@@ -14,6 +16,7 @@ x[at // K]                                            =>     x.repeat_interleave
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection
 from typing import Any
 
@@ -22,13 +25,17 @@ from moe_fx.passes.normalize.functional import memory_of
 from moe_fx.passes.normalize.masks import columns_of
 from torch.fx import Graph, Node
 
-from moe_fx.matcher import arguments, op_name
-from moe_fx.rewrite import Emitter, FakeValues, after, erase_dead, replace
+from moe_fx.matcher import Match, arguments, match, op_name
+from moe_fx.pattern import Var, aten, either
+from moe_fx.rewrite import Emitter, FakeValues, after, erase_dead, replace, respell
 from moe_fx.shapes import depends_on_values, known_equal, same_shape, shape_of, tensor_of
 
 __all__ = ["spell_mask_rows", "spell_selected_rows"]
 
 _aten = torch.ops.aten
+
+
+_NUMBERS = aten.index(either(aten.arange(Var("count")), aten.arange(0, Var("count"))), [Var("mask", rank=1)])
 
 
 def spell_selected_rows(graph: Graph, written: Collection[Node]) -> None:
@@ -48,6 +55,10 @@ def spell_mask_rows(graph: Graph, written: Collection[Node]) -> None:
     repeated: dict[tuple[Node, int], Node] = {}
     of_columns: dict[tuple[Node, int], Node] = {}
     for node in list(graph.nodes):
+        if isinstance(found := match(_NUMBERS, node), Match) and not _is_written(node, written):
+            _list(node, found["mask"])
+            _write_by(found["mask"], node)
+            continue
         columns = columns_of(node)
         if (0 not in columns and op_name(node) != "aten::select") or _is_written(node, written):
             continue
@@ -64,6 +75,17 @@ def _is_written(node: Node, written: Collection[Node]) -> bool:
     for _ in range(4):  # the elements selected, their mask made wide, and what it was made of
         read |= {each for source in read for each in source.all_input_nodes}
     return any(memory_of(each) in written for each in read)
+
+
+def _list(node: Node, mask: Node) -> None:
+    """The numbers of rows that a mask chooses, as the places where it is true."""
+    numbers: Any = node.args[0]
+    if tensor_of(mask).dtype is not torch.bool or not same_shape(shape_of(numbers) or (), shape_of(mask) or ()):
+        return
+    with node.graph.inserting_before(node):
+        where = node.graph.call_function(_aten.where.default, (mask,))
+    where.meta["val"] = [tensor_of(node)]
+    respell(node, operator.getitem, (where, 0), {})
 
 
 def _select_rows(node: Node, narrow: dict[Node, tuple[Node, Any]]) -> None:
@@ -140,11 +162,34 @@ def _put_rows(node: Node, narrow: dict[Node, tuple[Node, Any]]) -> None:
 def _write_by(mask: Node, places: Node) -> None:
     """Rows that were read by a mask are written by it, and not at its places: of these there may be as many."""
     read = [user for user in mask.users if op_name(user) == "aten::index" and user.args[1] == [mask]]
+
+    def as_many(rows: Node) -> bool:
+        count = (shape_of(rows) or (0,))[0]
+        return depends_on_values(count) and any(known_equal((shape_of(each) or (0,))[0], count) for each in read)
+
     for user in list(places.users):
-        if op_name(user) == "aten::index_put" and arguments(user)["indices"] == [places]:
-            count = (shape_of(arguments(user)["values"]) or (0,))[0]
-            if depends_on_values(count) and any(known_equal((shape_of(each) or (0,))[0], count) for each in read):
-                user.update_arg(1, [mask])
+        given = arguments(user) if op_name(user) == "aten::index_put" else {}
+        if given and given["indices"] == [places] and as_many(given["values"]):
+            user.update_arg(1, [mask])
+        for added in _added_at(user):
+            given = arguments(added)
+            if as_many(given["src"]) and same_shape((shape_of(given["src"]) or ())[1:], added.meta["val"].shape[1:]):
+                respell(added, _aten.index_put.default, (given["self"], [mask], given["src"], True), {})
+
+
+def _added_at(column: Node) -> list[Node]:
+    """The sums of rows whose elements are added at such places, each as wide as a row."""
+    if op_name(column) != "aten::unsqueeze" or (shape_of(column) or ())[1:] != (1,):
+        return []
+    wide = [user for user in column.users if op_name(user) == "aten::expand"]
+    sums = [user for index in wide for user in index.users if op_name(user) == "aten::scatter_add"]
+    return [
+        each
+        for each in sums
+        if arguments(each)["dim"] in (0, -2)
+        and arguments(each)["index"] in wide
+        and same_shape(tensor_of(arguments(each)["index"]).shape[1:], each.meta["val"].shape[1:])
+    ]
 
 
 def _repeat_rows(places: Node, repeated: dict[tuple[Node, int], Node], written: Collection[Node]) -> None:

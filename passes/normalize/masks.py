@@ -138,8 +138,9 @@ def _flatten_places(node: Node, columns: dict[Any, Node], used: Collection[Node]
         if op_name(user) == "aten::index_put":
             user.meta["val"] = rows.meta["val"]
             emit = Emitter(graph, user.next, values)
+            whole = mask.args[0] if by_number else mask
             sizes = [
-                size if isinstance(size, int) else emit(aten.sym_size.int, mask, at) for at, size in enumerate(shape)
+                size if isinstance(size, int) else emit(aten.sym_size.int, whole, at) for at, size in enumerate(shape)
             ]
             user.replace_all_uses_with(back := emit(aten.reshape.default, user, sizes), lambda each: each is not back)
     erase_dead(graph, dead)
@@ -219,7 +220,8 @@ def _flatten(node: Node, mask: Node, by_number: bool, emit: Emitter) -> None:
     made.meta.update(node.meta)
     if op_name(node) == "aten::index_put":
         made.meta["val"] = rows.meta["val"]
-        sizes = [size if isinstance(size, int) else emit(aten.sym_size.int, mask, at) for at, size in enumerate(shape)]
+        whole = mask.args[0] if by_number else mask  # the same for every expert
+        sizes = [size if isinstance(size, int) else emit(aten.sym_size.int, whole, at) for at, size in enumerate(shape)]
         made = emit(aten.reshape.default, made, sizes)
     replace(node, made)
     erase_dead(emit.graph, [node])

@@ -1,6 +1,6 @@
 """All places where a table holds something, sorted by its columns and cut by their counts: column after column.
 
-order = nonzero(table).sort(0)[1][:, 1]
+order = nonzero(table).sort(0)[1][:, 1]               # or nonzero(table)[:, 1].sort()[1]
 token = nonzero(table)[order, 0]                      => token_e = where(table[:, e] != 0)[0], for each column e
 rows = x[token].split((table > 0).sum(0).tolist())    => rows_e = x[token_e]
 out.index_add(0, token, cat(f_e(rows_e)) * weight)    => out.index_add(0, token_e, f_e(rows_e) * table[token_e, e])
@@ -19,7 +19,7 @@ from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Graph, Node
 
 from moe_fx.matcher import Match, arguments, match, op_name
-from moe_fx.pattern import ANY, As, Last, OneOfValues, Var, aten, call, either, item, optional
+from moe_fx.pattern import ANY, As, Last, OneOfValues, Pattern, Var, aten, call, either, item, optional
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, only_asserted, replace
 from moe_fx.shapes import known_equal, same_shape, shape_of, tensor_of
 
@@ -28,11 +28,32 @@ __all__ = ["spell_nonzero_lists"]
 _aten = torch.ops.aten
 
 table = Var("table", rank=2)
-ordered = As("sorted", aten.sort(aten.nonzero(table), 0))
-order = As("order", aten.select(item(ordered, 1), 1, 1))
-token = As("token", aten.index(aten.select(aten.nonzero(table), 1, 0), [order]))
-column = As("column", item(aten.split_with_sizes(item(ordered, 0), [1, 1], Last(1)), 1))
-weights = As("weights", aten.gather(As("looked_up", aten.index(table, [token])), 1, column))
+first = OneOfValues(0, -1)
+turned = aten.transpose(table, OneOfValues(0, -2), OneOfValues(1, -1))
+
+
+def listed(whole: Any, dim: int) -> Pattern:
+    """Where a table holds something, along one of its dimensions."""
+    return either(aten.select(aten.nonzero(whole), 1, dim), item(aten.where(whole), dim))
+
+
+def in_order(dim: int) -> Pattern:
+    """The same, sorted by columns; of a table that is turned around, it is so already."""
+    rows = aten.select(aten.index(aten.nonzero(table), [order]), 1, dim)
+    return either(aten.index(listed(table, dim), [order]), rows, listed(turned, 1 - dim))
+
+
+ordered = aten.sort(aten.nonzero(table), 0)
+by_column = either(*(aten.sort(listed(table, 1), dim=first, **how) for how in ({}, {"stable": ANY})))
+numbers = either(*(aten.argsort(listed(table, 1), dim=first, **how) for how in ({}, {"stable": ANY})))
+order = As("order", either(aten.select(item(ordered, 1), 1, 1), item(by_column, 1), numbers))
+token = As("token", in_order(0))
+column = item(aten.split_with_sizes(item(ordered, 0), [1, 1], Last(1)), 1)
+number = As("looked_up", aten.index(table, [token, either(item(by_column, 0), in_order(1))]))
+weights = As("weights", either(
+    aten.gather(As("looked_up", aten.index(table, [token])), 1, column),
+    aten.unsqueeze(number, Last(1)), aten.reshape(number, [-1, 1]),
+))  # fmt: skip
 weighted = As("weighted", aten.mul(As("joined", aten.cat(ANY, 0)), weights))
 added = optional(lambda rows: aten.to(rows, Var("dtype")), weighted)
 #: core ATen knows the second only
@@ -55,18 +76,24 @@ def spell_nonzero_lists(graph: Graph, written: Collection[Node]) -> None:
 
 def _splits(found: Match, root: Node, columns: Any) -> list[Node] | None:
     """The calls that cut the rows read; None where the list is read in any other way."""
-    inner = {root, found["looked_up"]}
+    inner = {root, *_told(found)}
     readers = [user for user in found["token"].users if user not in inner]
     cut = [user for reader in readers for user in reader.users if not only_asserted(user)]
     plain = all(op_name(reader) == "aten::index" and reader.args[1] == [found["token"]] for reader in readers)
     # Nothing else may go by the order that the sort chose.
-    alone = all(
-        only_asserted(user) or user is found[reader]
-        for value, reader in (("order", "token"), ("looked_up", "weights"), ("weights", "weighted"))
-        for user in found[value].users
-    )
+    outside = {user for node in inner - {root, found["token"]} for user in node.users if not only_asserted(user)}
+    alone = outside <= {*found.nodes, root}
     by_counts = all(op_name(split) == "aten::split_with_sizes" and _by_counts(split, found, columns) for split in cut)
     return cut if cut and plain and alone and by_counts else None
+
+
+def _told(found: Match) -> set[Node]:
+    """What goes by the order of the list, up to the weights."""
+    told = {found["token"], *([found["order"]] if "order" in found.bindings else [])}
+    for node in sorted(found.nodes):
+        if node < found["weighted"] and not told.isdisjoint(node.all_input_nodes):
+            told.add(node)
+    return told
 
 
 def _by_counts(split: Node, found: Match, columns: Any) -> bool:

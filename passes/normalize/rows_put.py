@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from moe_fx.passes.normalize.functional import memory_of
+from moe_fx.passes.normalize.spelling import spell
 from torch.fx import Graph, Node
 
 from moe_fx.constants import is_zero
@@ -77,7 +78,7 @@ class Rows:
     def _flat(self, emit: Emitter, base: Node) -> Any:
         shape = shape_of(base.args[0]) or () if op_name(base) == "aten::reshape" else ()
         flat = len(shape) == 2 and known_equal(shape[-1], tensor_of(base).shape[-1])
-        return base.args[0] if flat else emit(_aten.reshape.default, base, [-1, self.wide[-1]])
+        return base.args[0] if flat else emit(_aten.reshape.default, base, [-1, tensor_of(base).shape[-1]])
 
     def _added(self, emit: Emitter, base: Node) -> Node:
         values: Any = self.values
@@ -93,7 +94,9 @@ class Rows:
 
     def _factor(self, emit: Emitter, factor: Node) -> Node:
         """The rows of a factor at the places that rows were put."""
-        if self.wide is not None:
+        if self.wide is not None and op_name(factor) == "aten::unsqueeze" and known_equal(shape_of(factor)[-1], 1):
+            factor = emit(_aten.unsqueeze.default, emit(_aten.reshape.default, factor.args[0], [-1]), -1)
+        elif self.wide is not None:
             factor = emit(_aten.reshape.default, factor, [-1, tensor_of(factor).shape[-1]])
         with emit.graph.inserting_before(emit.before):
             read = emit.graph.call_function(_aten.index.Tensor, (factor, [self.at]))
@@ -123,6 +126,8 @@ def spell_rows_put(graph: Graph, written: Collection[Node]) -> None:
         made.add(sums[-1])
         replace(node, sums[-1])
         erase_dead(graph, [node, *filter(None, sums)])
+    if made:
+        spell(graph)  # a single token's rows, in another shape, have spellings of their own
 
 
 def mask_of(at: Any) -> Node | None:

@@ -59,10 +59,15 @@ def _hot(positive: Node) -> Node | None:
     if op_name(positive) not in ("aten::gt", "aten::ne") or positive.args[1] != 0:
         return None
     hot: Any = positive.args[0]
-    source = moved(hot)
+    source: Any = moved(hot)
     while op_name(source) == "aten::select":
         source = moved(source.args[0])
-    return hot if op_name(source) == "aten::one_hot" else None
+    while op_name(source) == "aten::to" and tensor_of(source).dtype is not torch.bool:
+        source = source.args[0]
+    while op_name(hot) == "aten::to" and tensor_of(hot).dtype is not torch.bool:
+        hot = hot.args[0]
+    noughts_and_ones = op_name(source) == "aten::one_hot" or tensor_of(source).dtype is torch.bool
+    return hot if noughts_and_ones else None
 
 
 def _summed(total: Node) -> Node | None:

@@ -133,7 +133,7 @@ def is_cut_linear(value: Node) -> bool:
     """Whether a value is what one linear makes of every token, cut by a further dimension: perhaps by expert."""
     cut, node = False, value
     for _ in range(12):
-        if op_name(node) in ("aten::linear", "aten::addmm", "aten::mm"):
+        if op_name(node) in ("aten::linear", "aten::addmm", "aten::mm", "aten::matmul"):
             return cut
         pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
         cut |= op_name(node) == "aten::reshape" and len(shape_of(node) or ()) > len(shape_of(node.args[0]) or ())
@@ -220,7 +220,8 @@ def reads_chosen_stack(node: Node) -> bool:
 def reads_stack(node: Node) -> bool:
     """Whether an operand is a stack of matrices, seen through views and casts."""
     while op_name(node) in STEPS and isinstance(node.args[0], Node):
-        if op_name(node) == "aten::index" and _is_cut_in_stack(node.args[0]):
+        chosen = node.args[0] if op_name(node) == "aten::index" else node
+        if _is_cut_in_stack(chosen):
             return True
         node = node.args[0]
     return _is_stack(node)

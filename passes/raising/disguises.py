@@ -42,8 +42,7 @@ def region_at(root: Node) -> tuple[Region | Miss, set[Node]] | None:
     for loop in loops.LOOPS:
         step = match(loop.step, root)
         if isinstance(step, Match):
-            # The steps of a loop are found from its last one.
-            if any(isinstance(match(loop.step, user), Match) for user in root.users):
+            if _goes_on(root, loop):  # the steps of a loop are found from its last one
                 return None
             layer = loop_of_steps(root, loop)
             if isinstance(layer, Region):
@@ -64,6 +63,15 @@ def region_at(root: Node) -> tuple[Region | Miss, set[Node]] | None:
     if found is None and near is not None and near.depth > 1 and _adds_rows_of_an_expert(root):
         return near, {root}
     return found
+
+
+def _goes_on(step: Node, loop: loops.Loop) -> bool:
+    """Whether another step follows, and nothing else reads what there is so far."""
+    for user in step.users:
+        found = match(loop.step, user)
+        if isinstance(found, Match) and set(step.users) <= {user, *found.nodes}:
+            return True
+    return False
 
 
 def _adds_rows_of_an_expert(root: Node) -> bool:

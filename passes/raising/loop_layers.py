@@ -41,10 +41,18 @@ def loop_of_steps(root: Node, loop: loops.Loop) -> Region | Miss:
     if base is not None and not all(isinstance(found["expert"], int) for _, found in steps):
         return Miss("a sum that starts with zeros", f"{node.name}, which need not be zero", node)
     reads = {root, *(step for step, _ in steps), *(each for _, found in steps for each in found.nodes)}
-    for inner in [*([node] if base is None else []), *(step for step, _ in steps[:-1])]:
+    for place, inner in reversed([*([(-1, node)] if base is None else []), *enumerate(each for each, _ in steps[:-1])]):
         if any(user not in reads for user in inner.users):
             users = ", ".join(user.name for user in inner.users)
-            return Miss("a sum that nothing in the loop reads", f"{inner.name}, read by {users}", inner)
+            read = Miss("a sum that nothing in the loop reads", f"{inner.name}, read by {users}", inner)
+            # It may be the result of a layer before, to which this one's is added.
+            behind = _layer(root, loop, inner, steps[place + 1 :]) if place >= 0 else read
+            return behind if isinstance(behind, Region) else read
+    return _layer(root, loop, base, steps)
+
+
+def _layer(root: Node, loop: loops.Loop, base: Node | None, steps: list[tuple[Node, Match]]) -> Region | Miss:
+    """The layer whose steps these are, each of which adds to the one before."""
     regions: list[Region] = []
     for last, found in steps:
         region = _step(last, found, loop)

@@ -166,7 +166,8 @@ def misfit(region: Region) -> Miss | None:
     fixed = all(isinstance(count, int) for count in counts)
     experts = min(counts) if fixed and region.visits else counts[0]
     # Of those that a loop never comes to, a longer parameter may hold something.
-    longer = fixed and bool(region.visits) and all(max(visited) < experts for visited in region.visits)
+    longer = fixed and bool(region.visits)
+    longer = longer and all(max(visited) < experts or len(visited) == experts for visited in region.visits)
     for param, count in zip(region.params, counts, strict=True):
         if not isinstance(experts, int) or not (known_equal(count, experts) or longer):
             shown = param[0] if isinstance(param, tuple) else param

@@ -91,7 +91,8 @@ def selection_of(ids: Node, num_experts: int) -> Selection:
         parts = _of_parts(node, num_experts)
         return parts or _maxima(node, num_experts, clamped) or Selection(None, clamped, False)
     if op_name(node) not in CHOOSING:
-        return Selection(None, clamped, False)
+        of_groups = _of_groups(node, num_experts) if not dropped and not moved and not turned else None
+        return of_groups or Selection(None, clamped, False)
     if element != (None if op_name(node) in ("aten::argsort", "aten::argmax") else 1):
         return Selection(None, clamped, False)  # the values, not the places
     given = arguments(node)
@@ -113,6 +114,38 @@ def chosen_once(ids: Node) -> bool:
     chooser = selection_of(ids, 0).chooser
     scores = shape_of(arguments(chooser)["self"]) if chooser is not None else None
     return bool(scores) and known_equal(math.prod(shape_of(ids) or (0,)), math.prod((scores or ())[:-1]))
+
+
+def _of_groups(ids: Node, num_experts: int) -> Selection | None:
+    """Ids ``group * size + within``: experts chosen within a group that was chosen for the token."""
+    operands: Any = ids.args[:2] if op_name(ids) == "aten::add" and not ids.kwargs and len(ids.args) == 2 else ()
+    for first, within in (operands, operands[::-1]) if operands else ():
+        size = _chosen_among(within)
+        among = selection_of(within, size) if size is not None else None
+        shape = shape_of(first) or ()
+        if (
+            among is None
+            or not among.in_range
+            or len(shape) != len(shape_of(ids) or ())
+            or not known_equal(shape[-1], 1)
+        ):
+            continue
+        group: Any = first
+        while op_name(group) in ("aten::unsqueeze", "aten::reshape"):
+            group = group.args[0]
+        group, factor = group.args[:2] if op_name(group) == "aten::mul" else (group, 1)
+        groups = _chosen_among(group) if type(factor) is int and factor >= 0 else None
+        inside = groups is not None and size is not None and (groups - 1) * factor + size <= num_experts
+        return Selection(None, inside and selection_of(group, groups or 0).in_range, among.distinct)
+    return None
+
+
+def _chosen_among(ids: Any) -> int | None:
+    """Among how many ids were chosen."""
+    chooser = selection_of(ids, 0).chooser if isinstance(ids, Node) else None
+    given = arguments(chooser) if chooser is not None else {}
+    count = (shape_of(given["self"]) or (0,))[given.get("dim", -1)] if given else None
+    return count if isinstance(count, int) else None
 
 
 def _of_parts(joined: Node, num_experts: int) -> Selection | None:

@@ -9,6 +9,7 @@ from styles import (
     bins_in_turn,
     bins_of_groups,
     bins_of_modules,
+    by_columns,
     choices,
     cut_and_joined,
     dense_beside,
@@ -24,11 +25,13 @@ from styles import (
     one_of_them,
     other_orders,
     put_and_stacked,
+    residual_stream,
     routing_map,
     rows_put,
     spelled_otherwise,
     stacked,
     turned_and_numbered,
+    wide,
 )
 from styles.base import STYLES, Style
 
@@ -43,6 +46,7 @@ __all__ = [
     "bins_in_turn",
     "bins_of_groups",
     "bins_of_modules",
+    "by_columns",
     "choices",
     "cut_and_joined",
     "dense_beside",
@@ -58,9 +62,11 @@ __all__ = [
     "one_of_them",
     "other_orders",
     "put_and_stacked",
+    "residual_stream",
     "routing_map",
     "rows_put",
     "spelled_otherwise",
     "stacked",
     "turned_and_numbered",
+    "wide",
 ]
