@@ -315,6 +315,19 @@ def test_weights_are_read_for_each_slot_where_few_are_read_twice():
     assert fused_tiles.reads_apart("plain", 4.7 * megabytes, 4, 8, 128)
     assert fused_tiles.reads_apart("int4", 91 * megabytes, 2, 2, 8)
     assert not fused_tiles.reads_apart("int4", 91 * megabytes, 4, 2, 8)
+    assert fused_tiles.reads_apart("plain", 6.3 * megabytes, 4, 8, 64)
+    assert not fused_tiles.reads_apart("plain", 6.3 * megabytes, 8, 8, 64)
+
+
+def test_slots_take_the_same_columns_in_turn_where_they_share_many_weights():
+    megabytes = 1e6
+    assert not fused_tiles.reads_together("plain", 176 * megabytes, 1, 2, 8)  # one token shares nothing
+    assert not fused_tiles.reads_together("plain", 4.7 * megabytes, 4, 8, 128)
+    assert fused_tiles.reads_together("plain", 6.3 * megabytes, 4, 8, 64)
+    # 22 MB read anew: int4, whose weights take longer to unpack than to read, goes on slot by slot.
+    assert fused_tiles.reads_together("plain", 44 * megabytes, 2, 2, 8)
+    assert not fused_tiles.reads_together("int4", 44 * megabytes, 2, 2, 8)
+    assert fused_tiles.reads_together("int4", 91 * megabytes, 2, 2, 8)
 
 
 def test_tuned_tiles_are_saved_loaded_and_used(tmp_path, monkeypatch):

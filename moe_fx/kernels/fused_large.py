@@ -148,7 +148,7 @@ def run_large(
     del read  # what was widened is freed
     scale = ids
     if down.kind == "dynamic":
-        inner, scale = quantize_rows(inner, down.tensors[0].dtype, slots, num_slots)
+        inner, scale = quantize_rows(inner, down.tensors[0].dtype, slots, num_slots, for_large=True)
     result = large_gemm(
         inner, scale, as_read(down, dtype, routing), routing, 1, gather=False, sorted_rows="in", dtype=dtype,
         slot=None if slot_before else slot,
@@ -182,7 +182,7 @@ def _widens(projection: Projection, dtype: torch.dtype, routing: Routing) -> boo
 def rows_for(projection: Projection, rows: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows as a projection multiplies them, and their scale; ids where there is none."""
     if projection.kind == "dynamic":
-        return quantize_rows(rows, projection.tensors[0].dtype)
+        return quantize_rows(rows, projection.tensors[0].dtype, for_large=True)
     return rows, ids
 
 

@@ -13,7 +13,7 @@ from math import inf, log2
 __all__ = [
     "FEW_SLOTS", "JOINED", "JOINED_SORTED", "LARGE", "SORT_ABOVE", "TILES", "TUNED", "TUNED_LARGE", "LargeTile",
     "Product", "Tile", "block_of_digits", "block_of_rows", "large_product", "large_tile_of", "loads_by_descriptor",
-    "parts_of", "reads_apart", "tile_of", "widens_first",
+    "parts_of", "reads_apart", "reads_together", "tile_of", "widens_first",
 ]  # fmt: skip
 
 #: up to how many slots each tile finds its rows by itself, without a routing kernel
@@ -166,7 +166,7 @@ JOINED: dict[str, tuple[tuple[float, LargeTile], ...]] = {
 }  # fmt: skip
 #: and "dynamic", above so many rows per expert, if they are sorted
 JOINED_SORTED = LargeTile(64, 3, 4, persistent=2)
-JOINED_SORTED_ABOVE = 640
+JOINED_SORTED_ABOVE = 96
 #: tiles of fewer rows, of weights that are widened in registers
 IN_REGISTERS: dict[tuple[str, bool, int], LargeTile] = {
     ("widened", False, 32): LargeTile(128, 3, 4, swap=True),
@@ -209,7 +209,9 @@ BLOCKS_IN_REGISTERS = {
 DIGITS_BELOW = 2.5
 
 #: up to how many bytes, or int4 slots for each expert that is hit, the experts' weights are read for each slot anew
-REPEATED_BYTES, REPEATED_INT4 = 18e6, 1.4
+REPEATED_BYTES, REPEATED_INT4 = 60e6, 1.4
+#: from how many of these bytes on the slots take the same columns one after the other, so that L2 has what they share
+TOGETHER_ABOVE, TOGETHER_ABOVE_INT4 = 16e6, 24e6
 
 #: up to how many programs a product is parted, a tile among how many, and how many steps of the loop are left to each
 PARTED_BELOW, MOST_PARTS, LEAST_STEPS = 528, 8, 4
@@ -227,12 +229,21 @@ def block_of_digits(tokens: int, num_slots: int, num_experts: int) -> int | None
     return 4 if num_slots <= DIGITS_BELOW * _hit(num_slots, num_experts) else None
 
 
+def _hit_by_tokens(tokens: int, top_k: int, num_experts: int) -> float:
+    """How many experts are hit by tokens that choose evenly. Those of one token are distinct."""
+    return num_experts * (1 - (1 - min(top_k / num_experts, 1)) ** tokens)
+
+
 def reads_apart(kind: str, stored: float, tokens: int, top_k: int, num_experts: int) -> bool:
     """Whether it is faster to read an expert's weights, of ``stored`` bytes, for each slot than to gather its slots."""
-    # A token's experts are distinct: of one token, no weight is read twice.
-    hit = num_experts * (1 - (1 - min(top_k / num_experts, 1)) ** tokens)
-    slots = tokens * top_k
+    hit, slots = _hit_by_tokens(tokens, top_k, num_experts), tokens * top_k
     return slots <= REPEATED_INT4 * hit if kind == "int4" else (slots - hit) * stored <= REPEATED_BYTES
+
+
+def reads_together(kind: str, stored: float, tokens: int, top_k: int, num_experts: int) -> bool:
+    """Whether slots that read weights for themselves share so many that they had better do so at the same time."""
+    again = (tokens * top_k - _hit_by_tokens(tokens, top_k, num_experts)) * stored
+    return again > (TOGETHER_ABOVE_INT4 if kind == "int4" else TOGETHER_ABOVE)
 
 
 def parts_of(programs: int, steps: int) -> int:

@@ -15,7 +15,7 @@ import torch
 
 from moe_fx.formats.per_channel import LARGEST_ACTIVATION, SMALLEST_SCALE
 from moe_fx.kernels.fused_projection import Projection, operands
-from moe_fx.kernels.fused_tiles import reads_apart
+from moe_fx.kernels.fused_tiles import reads_apart, reads_together
 from moe_fx.kernels.triton_blocks import BLOCK_INPUTS
 from moe_fx.kernels.triton_or_none import INTERPRETED, overlapped, overlaps
 from moe_fx.kernels.triton_token import token_kernel
@@ -66,8 +66,13 @@ def takes_token(
         return False
     if rows == {"plain"} and kinds != {"plain"}:
         return tokens == top_k == 1 and kinds <= {"plain", "widened"} and not any(each.digits for each in projections)
+    return reads_apart(*_read(projections, num_experts), tokens, top_k, num_experts)
+
+
+def _read(projections: tuple[Projection, ...], num_experts: int) -> tuple[str, float]:
+    """What is read of each expert: of which kind, how many bytes."""
     stored = sum(tensor.numel() * tensor.element_size() for each in projections for tensor in each.tensors)
-    return reads_apart("int4" if "int4" in kinds else "plain", stored / num_experts, tokens, top_k, num_experts)
+    return "int4" if any(each.kind == "int4" for each in projections) else "plain", stored / num_experts
 
 
 def _rows_as(projection: Projection) -> str:
@@ -92,13 +97,14 @@ def token_product(
     rows: torch.Tensor, extra: torch.Tensor | None, projection: Projection, ids: torch.Tensor, num_experts: int,
     row_div: int, dtype: torch.dtype, *, summed: bool = False, then: Projection | None = None,
     activation: str = "none", alpha: float = 0.0, limit: float = 0.0, slot: torch.Tensor | None = None,
-    slot_before: bool = False, tile: TokenTile | None = None,
+    slot_before: bool = False, together: bool = False, tile: TokenTile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """For each slot, its row (``slot // row_div``) times its expert's weights, and the epilogue.
 
     Args:
         then: the projection that the result is for, which decides how it is left.
         extra: what such a call left beside ``rows``, if they are its result.
+        together: all rows of one column tile are made one after the other, then those of the next.
 
     Returns:
         ``[T*K, N]`` of ``dtype``, or ``[T, N]``, the sums over each token's slots, if ``summed``; and ``extra``.
@@ -136,7 +142,7 @@ def token_product(
         SUM=summed, SLOTS=slots, SP=padded, BN=tile.block_n, BK=block_k, VEC=1 if projection.transposed else 16 // size,
         ROWS=rows_as, MADE=extra is not None, GROUP=inputs // given.scale.shape[-1] if int4 else 0,
         MOST=1 << (tiles - 1).bit_length() if rows_as == "float8" else 1, BOUND=LARGEST_ACTIVATION[torch.float8_e4m3fn],
-        SMALLEST=SMALLEST_SCALE, OUT=leaves, HALF=dtype is torch.float16, STAGES=tile.stages,
+        SMALLEST=SMALLEST_SCALE, OUT=leaves, HALF=dtype is torch.float16, STAGES=tile.stages, TOGETHER=together,
         num_warps=tile.warps,
     )  # fmt: skip
     return out, left
@@ -147,10 +153,13 @@ def run_token(
     num_experts: int, activation: str, alpha: float, limit: float, slot_before: bool, out_dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
     """As :func:`moe_fx.kernels.fused_launch.run_experts`; right for any number of tokens."""
+    kind, stored = _read((up, down), num_experts)
+    together = reads_together(kind, stored, ids.shape[0], ids.shape[1], num_experts)
     inner, extra = token_product(
         tokens, None, up, ids, num_experts, ids.shape[1], tokens.dtype, then=down, activation=activation, alpha=alpha,
-        limit=limit, slot=slot if slot_before else None, slot_before=True,
+        limit=limit, slot=slot if slot_before else None, slot_before=True, together=together,
     )  # fmt: skip
     return token_product(
-        inner, extra, down, ids, num_experts, 1, out_dtype, summed=True, slot=None if slot_before else slot
-    )[0]
+        inner, extra, down, ids, num_experts, 1, out_dtype, summed=True, slot=None if slot_before else slot,
+        together=together,
+    )[0]  # fmt: skip

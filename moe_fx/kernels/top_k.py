@@ -27,24 +27,27 @@ def top_k_reference(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.T
 
 @jit(do_not_specialize=("R",))
 def top_k_kernel(scores, values, places, R, E, K: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr):
-    """One row per program. A score and its place are one number, of which the largest is the next to be chosen."""
+    """One row per program: the largest score that is left is chosen, of equal ones the first.
+
+    A warp finds the largest or the smallest of 32-bit integers by one instruction; of scores and places in 64 bits, by
+    some twenty.
+    """
     r = tl.program_id(0).to(tl.int64)
     if r >= R:
         return
     e = tl.arange(0, EP)
     score = tl.load(scores + r * E + e, mask=e < E, other=0.0).to(tl.float32)
     # Floats as integers of the same order, in which -0 is less than 0, and any NaN the largest: as torch.topk has it.
+    # None of them is the lowest integer.
     bits = score.to(tl.int32, bitcast=True)
     order = tl.where(score == score, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
-    lowest = -0x7FFFFFFFFFFFFFFF
-    left = tl.where(e < E, (order.to(tl.int64) << 32) | (EP - 1 - e).to(tl.int64), lowest)
+    left = tl.where(e < E, order, -0x80000000)
     j = tl.arange(0, KP)
     chosen = tl.zeros((KP,), tl.int32)
     for i in tl.static_range(K):
-        best = tl.max(left, 0)
-        place = EP - 1 - (best & (EP - 1)).to(tl.int32)
+        place = tl.min(tl.where(left == tl.max(left, 0), e, EP), 0)
         chosen = tl.where(j == i, place, chosen)
-        left = tl.where(e == place, lowest, left)
+        left = tl.where(e == place, -0x80000000, left)
     tl.store(values + r * K + j, tl.load(scores + r * E + chosen, mask=j < K), mask=j < K)
     tl.store(places + r * K + j, chosen.to(tl.int64), mask=j < K)
 
@@ -54,7 +57,8 @@ def _launch(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     rows = scores.reshape(-1, count).contiguous()
     values = rows.new_empty((rows.shape[0], k))
     places = rows.new_empty((rows.shape[0], k), dtype=torch.int64)
-    padded = 1 << (count - 1).bit_length()
+    # At least a warp, whose threads are not asked in turn then.
+    padded = max(1 << (count - 1).bit_length(), 32)
     with torch.cuda.device_of(scores):
         # A grid of no programs is an error, and asking whether there are rows would fix their number in a graph.
         wrapped(top_k_kernel)[(rows.shape[0] + 1,)](

@@ -12,6 +12,10 @@ __all__ = [
     "split_pairs", "split_pairs_reference", "store_columns", "sum_slots", "sum_slots_reference",
 ]  # fmt: skip
 
+#: from how many rows in the order of tiles on the next kernel is not set up early: its programs, which go on from tile
+#: to tile, would stay where multiprocessors happened to be free first, and take up to 9 % longer
+MANY_ROWS = 1024
+
 
 def quantize_rows_reference(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """``rows [R, N]`` as int8 or float8_e4m3fn values and a float32 scale ``[R]``."""
@@ -28,7 +32,7 @@ def scale_of_largest(largest, BOUND: tl.constexpr, SMALLEST: tl.constexpr):
 
 
 @jit()
-def _steps(x, scale, BOUND: tl.constexpr, INT: tl.constexpr, ASM: tl.constexpr):
+def _steps(x, scale, INT: tl.constexpr, ASM: tl.constexpr):
     inverse = tl.math.div_rn(1.0, scale)
     steps = x * inverse
     if INT:
@@ -43,17 +47,21 @@ def _steps(x, scale, BOUND: tl.constexpr, INT: tl.constexpr, ASM: tl.constexpr):
         return tl.minimum(tl.maximum(steps, -128.0), 127.0)
     else:
         # x / scale, rounded once: a first guess and its remainder (Markstein 1990). A division takes 8 times as long.
-        steps = tl.fma(tl.fma(-steps, tl.broadcast_to(scale, steps.shape), x), inverse, steps)
-        return tl.minimum(tl.maximum(steps, -BOUND), BOUND)
+        # Beyond float8's largest it is by that rounding only, so that it needs no bound. -scale, since of -steps the
+        # compiler makes another product.
+        return tl.fma(tl.fma(steps, tl.broadcast_to(-scale, steps.shape), x), inverse, steps)
 
 
 @jit(do_not_specialize=("R", "S"))
 def quantize_rows_kernel(rows, values, scales, slots, R, S, N, stride, BOUND: tl.constexpr, SMALLEST: tl.constexpr,
-                         SLOTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr,
-                         OVERLAP: tl.constexpr):  # fmt: skip
-    """ROWS rows per program, rounded as :func:`quantize_rows_reference` does; SLOTS: only rows that are a slot's."""
+                         SLOTS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+                         ASM: tl.constexpr, OVERLAP: tl.constexpr, NEXT: tl.constexpr):  # fmt: skip
+    """ROWS rows per program, rounded as :func:`quantize_rows_reference` does; SLOTS: only rows that are a slot's.
+
+    PARTS of BLOCK columns hold a row. NEXT: the next kernel may be set up at once.
+    """
     after_previous(OVERLAP)
-    before_next(OVERLAP)
+    before_next(NEXT)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = r < R
     if SLOTS:
@@ -62,20 +70,34 @@ def quantize_rows_kernel(rows, values, scales, slots, R, S, N, stride, BOUND: tl
             return
     n = tl.arange(0, BLOCK)[None, :]
     at = r.to(tl.int64)[:, None]
-    mask = there[:, None] & (n < N)
-    x = tl.load(rows + at * stride + n, mask=mask, other=0.0).to(tl.float32)
-    scale = scale_of_largest(tl.abs(x), BOUND, SMALLEST)
+    parts = ()
+    largest = tl.zeros((ROWS, BLOCK), tl.int32)
+    for part in tl.static_range(PARTS):
+        column = part * BLOCK + n
+        x = tl.load(rows + at * stride + column, mask=there[:, None] & (column < N), other=0.0)
+        parts = parts + (x,)  # type: ignore[assignment]  # noqa: RUF005 (what Triton takes)
+        largest = tl.maximum(largest, tl.abs(x.to(tl.float32)).to(tl.int32, bitcast=True))
+    scale = scale_of_largest(largest.to(tl.float32, bitcast=True), BOUND, SMALLEST)
     tl.store(scales + r, scale, mask=there)
-    steps = _steps(x, scale[:, None], BOUND, values.dtype.element_ty == tl.int8, ASM)
-    tl.store(values + at * N + n, steps.to(values.dtype.element_ty), mask=mask)
+    for part in tl.static_range(PARTS):
+        column = part * BLOCK + n
+        steps = _steps(parts[part].to(tl.float32), scale[:, None], values.dtype.element_ty == tl.int8, ASM)
+        tl.store(values + at * N + column, steps.to(values.dtype.element_ty), mask=there[:, None] & (column < N))
+
+
+def _parts(width: int) -> int:
+    """Of how many parts, whose lengths are powers of two, a row is made without a rest; else 1, with one."""
+    return next((parts for parts in (3, 5, 7) if width % parts == 0 and (width // parts).bit_count() == 1), 1)
 
 
 def quantize_rows(
-    rows: torch.Tensor, dtype: torch.dtype, slots: torch.Tensor | None = None, num_slots: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
+    rows: torch.Tensor, dtype: torch.dtype, slots: torch.Tensor | None = None, num_slots: int = 0, *,
+    for_large: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """As :func:`quantize_rows_reference`, in one kernel; the last dimension must be dense.
 
-    Where ``slots`` int32 ``[R]`` is given, only rows whose slot is below ``num_slots`` are written.
+    Where ``slots`` int32 ``[R]`` is given, only rows whose slot is below ``num_slots`` are written. for_large: the next
+    kernel is one of large tiles, and not to be set up early (see MANY_ROWS).
     """
     count, width = rows.shape
     values = rows.new_empty((count, width), dtype=dtype)
@@ -84,12 +106,14 @@ def quantize_rows(
     # Of many rows a warp takes 4096 numbers, in one row or several: that warps need not wait for one another counts for
     # more than how many there are.
     many = count >= 1024
+    parts = _parts(width) if many else 1
     at_once = max(1, 4096 // block) if many else 1
     warps = min(max(1, block // 4096), 32) if many else 4 if block <= 2048 else 8 if block <= 4096 else 16
     overlapped(quantize_rows_kernel)[(-(-count // at_once),)](
         rows, values, scales, rows if slots is None else slots, count, num_slots, width, rows.stride(0),
-        BOUND=LARGEST_ACTIVATION[dtype], SMALLEST=SMALLEST_SCALE, SLOTS=slots is not None, ROWS=at_once, BLOCK=block,
-        ASM=not INTERPRETED, OVERLAP=overlaps(), num_warps=warps,
+        BOUND=LARGEST_ACTIVATION[dtype], SMALLEST=SMALLEST_SCALE, SLOTS=slots is not None, ROWS=at_once, PARTS=parts,
+        BLOCK=block if parts == 1 else width // parts, ASM=not INTERPRETED, OVERLAP=overlaps(),
+        NEXT=overlaps() and not for_large, num_warps=warps,
     )  # fmt: skip
     return values, scales
 
@@ -169,10 +193,10 @@ def sort_rows_reference(
 
 @jit(do_not_specialize=("S",))
 def sort_rows_kernel(rows, slots, tile_count, out, S, N, row_div, stride, PAIRS_APART: tl.constexpr,
-                     BM: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """BLOCK columns of one place of a tile per program."""
+                     BM: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr, NEXT: tl.constexpr):  # fmt: skip
+    """BLOCK columns of one place of a tile per program. NEXT: as in :func:`quantize_rows_kernel`."""
     after_previous(OVERLAP)
-    before_next(OVERLAP)
+    before_next(NEXT)
     r = tl.program_id(0)
     if r // BM >= tl.load(tile_count):
         return
@@ -196,7 +220,8 @@ def sort_rows(
     block = min(1 << (width - 1).bit_length(), 4096)
     overlapped(sort_rows_kernel)[(slots.numel(), -(-width // block))](
         rows, slots, tile_count, out, num_slots, width, row_div, rows.stride(0),
-        PAIRS_APART=pairs_apart, BM=slots.shape[1], BLOCK=block, OVERLAP=overlaps(), num_warps=4,
+        PAIRS_APART=pairs_apart, BM=slots.shape[1], BLOCK=block, OVERLAP=overlaps(),
+        NEXT=overlaps() and slots.numel() < MANY_ROWS, num_warps=4,
     )  # fmt: skip
     return out
 

@@ -94,7 +94,7 @@ def token_kernel(
     ASM: tl.constexpr, OVERLAP: tl.constexpr, SUM: tl.constexpr, SLOTS: tl.constexpr, SP: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, MADE: tl.constexpr, GROUP: tl.constexpr,
     MOST: tl.constexpr, BOUND: tl.constexpr, SMALLEST: tl.constexpr, OUT: tl.constexpr, HALF: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """out[s, n] for a slot s; if SUM, out[t, n], the sum of a token's SLOTS. SP: how many slots a program takes.
 
@@ -105,14 +105,19 @@ def token_kernel(
     kernel before left more than rows a: digits [*, 2 * K] with scales a_extra [*, K / 16], or the largest numbers of
     its ``tiles`` in a_extra [*, tiles]. OUT: what this one leaves, "plain", as "digits" or "digits apart" (the even
     columns first), or with "largest"; out_extra is then a_extra of the next. HALF: digits are of the result in float16,
-    not bfloat16.
+    not bfloat16. TOGETHER: the rows of one column tile come one after the other.
     """
     # The sum follows the kernel that makes its rows: which experts they are of was known before that.
     if not SUM:
         after_previous(OVERLAP)
     num_n = tl.cdiv(N, BN)
-    row = tl.program_id(0) // num_n
-    pid_n = tl.program_id(0) % num_n
+    if TOGETHER:
+        count = tl.num_programs(0) // num_n
+        row = tl.program_id(0) % count
+        pid_n = tl.program_id(0) // count
+    else:
+        row = tl.program_id(0) // num_n
+        pid_n = tl.program_id(0) % num_n
     s = tl.arange(0, SP)
     slot = row * SLOTS + s
     expert = tl.load(ids + slot, mask=s < SLOTS, other=-1).to(tl.int64)
