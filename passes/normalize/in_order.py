@@ -62,7 +62,8 @@ def normalize(work: Work) -> None:
     spell_places_in_turn(graph, written)
     unmerge_products(graph, written)
     spell_masked_copies(graph, written)
-    spell_rows_put(graph, written)
+    if spell_rows_put(graph, written):
+        merge_equal_values(graph, written, work.program.weights)  # what the sums read is one for all experts
     spell_divided_places(graph, written)
     spell_parts(graph)
     spell_nonzero_lists(graph, written)

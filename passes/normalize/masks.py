@@ -29,7 +29,7 @@ from moe_fx.matcher import arguments, op_name
 from moe_fx.rewrite import Emitter, FakeValues, after, erase_dead, only_asserted, replace, respell
 from moe_fx.shapes import same_shape, shape_of, tensor_of
 
-__all__ = ["columns_of", "flatten_masks", "flatten_places", "select_masks"]
+__all__ = ["columns_of", "flatten_masks", "flatten_places", "in_one", "select_masks"]
 
 aten = torch.ops.aten
 
@@ -209,10 +209,10 @@ def _flatten(node: Node, mask: Node, by_number: bool, emit: Emitter) -> None:
     given = arguments(node)
     source, rank = given["self"], len(shape_of(mask) or ())
     shape: tuple[Any, ...] = shape_of(source) or ()
-    rows = emit(aten.reshape.default, source, [-1, *shape[rank:]]) if shape[rank:] else _in_one(source, emit)
+    rows = emit(aten.reshape.default, source, [-1, *shape[rank:]]) if shape[rank:] else in_one(source, emit)
     if by_number:
         # The mask of one number is that of the same in one dimension.
-        flat = emit(mask.target, _in_one(mask.args[0], emit), mask.args[1])
+        flat = emit(mask.target, in_one(mask.args[0], emit), mask.args[1])
     else:
         flat = emit(aten.reshape.default, mask, [-1])
     with emit.graph.inserting_before(node):
@@ -227,7 +227,7 @@ def _flatten(node: Node, mask: Node, by_number: bool, emit: Emitter) -> None:
     erase_dead(emit.graph, [node])
 
 
-def _in_one(value: Node, emit: Emitter) -> Node:
+def in_one(value: Node, emit: Emitter) -> Node:
     """A value in one dimension; a column of it stays a column."""
     if op_name(value) == "aten::select":
         given, shape = arguments(value), shape_of(value.args[0]) or ()

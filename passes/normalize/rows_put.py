@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from moe_fx.passes.normalize.functional import memory_of
+from moe_fx.passes.normalize.masks import in_one
 from moe_fx.passes.normalize.spelling import spell
 from torch.fx import Graph, Node
 
@@ -95,7 +96,7 @@ class Rows:
     def _factor(self, emit: Emitter, factor: Node) -> Node:
         """The rows of a factor at the places that rows were put."""
         if self.wide is not None and op_name(factor) == "aten::unsqueeze" and known_equal(shape_of(factor)[-1], 1):
-            factor = emit(_aten.unsqueeze.default, emit(_aten.reshape.default, factor.args[0], [-1]), -1)
+            factor = emit(_aten.unsqueeze.default, in_one(factor.args[0], emit), -1)
         elif self.wide is not None:
             factor = emit(_aten.reshape.default, factor, [-1, tensor_of(factor).shape[-1]])
         with emit.graph.inserting_before(emit.before):
@@ -107,8 +108,8 @@ class Rows:
         return read
 
 
-def spell_rows_put(graph: Graph, written: Collection[Node]) -> None:
-    """Rewrite every such sum; ``written`` is memory that ops in place still write."""
+def spell_rows_put(graph: Graph, written: Collection[Node]) -> bool:
+    """Rewrite every such sum, and tell whether there was one; ``written`` is memory that ops in place still write."""
     made = set[Node]()
     for node in list(graph.nodes):
         found = _sum(node, made) if op_name(node) in ("aten::add", "aten::sum") else None
@@ -128,6 +129,7 @@ def spell_rows_put(graph: Graph, written: Collection[Node]) -> None:
         erase_dead(graph, [node, *filter(None, sums)])
     if made:
         spell(graph)  # a single token's rows, in another shape, have spellings of their own
+    return bool(made)
 
 
 def mask_of(at: Any) -> Node | None:

@@ -14,6 +14,7 @@ from moe_fx.passes.raising.parts import joined
 from moe_fx.passes.raising.parts_added import parts_added
 from moe_fx.passes.raising.region import Region, misfit
 from moe_fx.passes.raising.registry import known_pieces
+from moe_fx.passes.raising.routing import CHOOSING
 from moe_fx.passes.raising.selected import ids_selected, selected
 from moe_fx.passes.raising.slot_by_slot import slot_number
 from moe_fx.passes.raising.walk import Walk
@@ -24,12 +25,15 @@ from torch.fx import Node
 from moe_fx.constants import filled_with
 from moe_fx.kernels import each_expert
 from moe_fx.matcher import Match, Miss, arguments, match, op_name
+from moe_fx.rewrite import GIVEN
 from moe_fx.shapes import depends_on_values, known_equal, shape_of
 
 __all__ = ["one_slot_at", "region_at"]
 
 #: how deep a walk must have come from a product, of which there are many, to be worth a report
 FAR = 400
+#: what makes scores, by which experts are chosen and their results weighted
+SCORES = frozenset({"aten::softmax", "aten::log_softmax", "aten::sigmoid"})
 
 
 def region_at(root: Node) -> tuple[Region | Miss, set[Node]] | None:
@@ -47,6 +51,8 @@ def region_at(root: Node) -> tuple[Region | Miss, set[Node]] | None:
             layer = loop_of_steps(root, loop)
             if isinstance(layer, Region):
                 return layer, {root}
+            if not _meets_parameters(step["summed"]):
+                return None  # such as the sum of a token's routing weights
             misses.append(layer)
         elif near is None or step.depth > near.depth:
             near = step
@@ -63,6 +69,20 @@ def region_at(root: Node) -> tuple[Region | Miss, set[Node]] | None:
     if found is None and near is not None and near.depth > 1 and _adds_rows_of_an_expert(root):
         return near, {root}
     return found
+
+
+def _meets_parameters(value: Node) -> bool:
+    """Whether parameters have a part in a value, other than in the scores and the choices that it is made of."""
+    seen, pending = set[Node](), [value]
+    while pending:
+        node = pending.pop()
+        if node in seen or op_name(node) in CHOOSING | SCORES:
+            continue
+        if node.op in ("placeholder", "get_attr") and GIVEN not in node.meta:
+            return True
+        seen.add(node)
+        pending += node.all_input_nodes
+    return False
 
 
 def _goes_on(step: Node, loop: loops.Loop) -> bool:

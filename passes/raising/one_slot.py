@@ -11,8 +11,9 @@ return ys[torch.arange(T), ids] * s                          # or where a token'
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import Any
 
-from moe_fx.passes.raising.anchors import reads_chosen_stack
+from moe_fx.passes.raising.anchors import leads_to_experts, reads_chosen_stack
 from moe_fx.passes.raising.contraction import contraction
 from moe_fx.passes.raising.routing import CHOOSING
 from moe_fx.passes.raising.through import is_elementwise, is_view
@@ -42,12 +43,15 @@ def ends_of_one_slot(graph: Graph, covered: Collection[Node]) -> Iterator[Node]:
 
 
 def _chooses_result(node: Node) -> bool:
-    """Whether a value is read from a stack of several results."""
-    stack = node.args[0] if op_name(node) in ("aten::index", "aten::gather", "aten::take_along_dim") else None
+    """Whether a value is read from several results: a stack of them, or what all experts' stacked parameters make."""
+    stack: Any = node.args[0] if op_name(node) in ("aten::index", "aten::gather", "aten::take_along_dim") else None
+    if not isinstance(stack, Node) or stack.op != "call_function":
+        return False
     results = arguments(stack)["tensors"] if op_name(stack) == "aten::stack" else []
     computed = len(results) > 1 and all(
         each.op == "call_function" and len(shape_of(each) or ()) > 1 for each in results
     )
+    computed |= not results and len(shape_of(stack) or ()) > 2 and leads_to_experts(stack)
     return computed and not _is_chosen_by(node)
 
 

@@ -111,8 +111,13 @@ def told_of_ids(bindings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: bindings[name] for name in OF_IDS & bindings.keys()}
 
 
-def read_outside(interior: Collection[Node], ends: Collection[Node]) -> Miss | None:
-    """A value that exists only inside a layer, and is read elsewhere than in it and by its ``ends``."""
+def read_outside(
+    interior: Collection[Node], ends: Collection[Node], own: Collection[Node] | None = None
+) -> Miss | None:
+    """A value that exists only inside a layer, and is read elsewhere than in it and by its ``ends``.
+
+    ``own``: which of them a layer computes anew; others, such as where an expert has rows, may stay beside it.
+    """
 
     def serves(user: Node) -> bool:
         if user in interior or user in ends or only_asserted(user):
@@ -120,7 +125,7 @@ def read_outside(interior: Collection[Node], ends: Collection[Node]) -> Miss | N
         # Some ask for a size, on behalf of these.
         return bool(user.users) and reads_shapes(user) and all(serves(reader) for reader in user.users)
 
-    for node in interior:
+    for node in interior if own is None else own:
         for user in node.users:
             if not serves(user):
                 wanted = f"{node.name} to be read inside the layer only"

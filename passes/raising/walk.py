@@ -211,6 +211,16 @@ class Walk(Taking):
 
     # The layer
 
+    def _computed(self) -> set[Node]:
+        """What a layer computes with parameters, or with anything else that all rows share."""
+        fed = {*self.body.captured["p"], *self.body.captured["h"]}
+        computed = set()
+        for node in sorted(self.interior):
+            if node in fed or not fed.isdisjoint(node.all_input_nodes):
+                fed.add(node)
+                computed.add(node)
+        return computed
+
     def region(self, output: Value) -> Region | Miss:
         """Everything was found: check that it fits together."""
         step = self.own is not None
@@ -223,7 +233,7 @@ class Walk(Taking):
         if "ids" not in self.bindings and not nested:
             return self.miss("the ids of the experts", self.root, "none")
         self.settle_interior()
-        used = read_outside(self.interior, {self.root, *self.ending})
+        used = read_outside(self.interior, {self.root, *self.ending}, None if nested else self._computed())
         if used is not None:
             return replace(used, bindings=dict(self.bindings))
         if self.dense and not nested and not counts_zero(output.node, self.zeros):

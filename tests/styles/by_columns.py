@@ -188,3 +188,35 @@ class Named(Stacked):
             token, slot = (ids == e).nonzero().unbind(-1)
             out[token] += weights[token, slot].unsqueeze(-1) * self.expert(x[token], e)
         return out
+
+
+@style("rows_scattered_by_a_wide_mask_times_a_column_of_the_table", **BATCHED)
+class Weighted(Listed):
+    """A mask and a table of the same choice; each result in zeros of its own."""
+
+    def forward(self, x):
+        ids, weights = (each.view(*x.shape[:-1], self.K) for each in self.router(x.reshape(-1, H)))
+        table = x.new_zeros(*x.shape[:-1], self.E).scatter(-1, ids, weights)
+        chosen = torch.zeros_like(table, dtype=torch.bool).scatter(-1, ids, True)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            mask = chosen[..., e]
+            put = torch.zeros_like(x).masked_scatter(mask.unsqueeze(-1).expand_as(x), expert(x[mask]))
+            out = out + put * table[..., e].unsqueeze(-1)
+        return out
+
+
+@style("sum_of_weights_kept_beside_the_sum_of_rows")
+class KeptBeside(Listed):
+    """The same weights are added to the rows and to what the sum is divided by."""
+
+    def forward(self, x):
+        weights, ids = self.router.linear(x).log_softmax(-1).exp().topk(self.K, dim=-1)
+        total, norm = torch.zeros_like(x), x.new_zeros(x.shape[0], 1)
+        for e, expert in enumerate(self.experts):
+            for k in range(self.K):
+                token = torch.nonzero(ids[:, k] == e).flatten()
+                weight = weights[token, k].unsqueeze(1)
+                total.index_add_(0, token, weight * expert(x[token]))
+                norm.index_add_(0, token, weight)
+        return total / norm
