@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import torch
 from lookalikes_cut_and_joined import LOOKALIKES, lookalike
-from styles.base import BATCHED, H
+from styles.base import BATCHED, H, Hashed
 from styles.by_columns import Bins, Named, OfGroup, Selected, Sorted
 from styles.residual_stream import Normed, Several
+from styles.stacked import StackedAssign
 from styles.wide import Gated, Repeated, Wide
 
 __all__ = ["LOOKALIKES", "lookalike"]
@@ -104,6 +105,19 @@ class OneForTwo(Named):
             token, slot = torch.where(ids == e)
             out[token] += weights[token, slot].unsqueeze(-1) * self.expert(x[token], e)
         return out
+
+
+class Repeating(Hashed):
+    """One row of the table names an expert twice."""
+
+    def __init__(self, experts, k, hidden=H):
+        super().__init__(experts, k, hidden)
+        self.table[3, 1] = self.table[3, 0]
+
+
+@lookalike("rows_written_back_by_a_table_that_repeats", "of the two rows of a token's only one is kept")
+class OneOfTwo(StackedAssign):
+    route = Repeating
 
 
 class Carried(Normed):

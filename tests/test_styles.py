@@ -14,12 +14,6 @@ from torch.export import Dim
 
 import moe_fx
 
-#: styles that are not raised yet: left as they are
-NOT_YET = {
-    "stacked_index_assign_add_geglu": "ids from a table: not known to be distinct, and += keeps one row of a token",
-}
-
-
 #: decomposed, one for each spelling that decompositions have of their own; the rest is the exhaustive product
 SOME_DECOMPOSED = {
     "modulelist_where_index_add": "one-hot by comparison, and columns of nonzero cut out",
@@ -38,7 +32,7 @@ def products(names, some=SOME_DECOMPOSED):
 
 
 #: of tokens alone, which may be those of a batch of sequences
-OF_TOKENS = [name for name, item in STYLES.items() if len(item.shape) == 2 and name not in NOT_YET]
+OF_TOKENS = [name for name, item in STYLES.items() if len(item.shape) == 2]
 
 
 def given(shape, seed, model):
@@ -77,7 +71,7 @@ def check_raised(item, model, program):
         assert (after.module()(x).float() - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-@pytest.mark.parametrize("name", [name for name in STYLES if name not in NOT_YET])
+@pytest.mark.parametrize("name", STYLES)
 @torch.no_grad()
 def test_a_style_is_raised(name):
     check_raised(name, *exported(STYLES[name]))
@@ -85,7 +79,6 @@ def test_a_style_is_raised(name):
 
 #: not raised where a single token is exported: dimensions of size 1 are taken for one another
 NOT_OF_ONE_TOKEN = (
-    *NOT_YET,
     "all_experts_gather_arange_scatter_add_llama4",
     "bins_chunked_by_module_deepspeed",
     "bins_read_by_module_and_stacked",
@@ -196,7 +189,7 @@ def test_parameters_are_in_the_order_of_the_experts_without_the_numeric_check(na
         assert (after.module()(x) - model(x)).abs().max() <= 1e-5 * model(x).abs().max()
 
 
-@pytest.mark.parametrize("name", products(name for name in STYLES if name not in NOT_YET))
+@pytest.mark.parametrize("name", products(STYLES))
 @torch.no_grad()
 def test_a_style_is_raised_from_core_aten(name):
     model, program = exported(STYLES[name])
@@ -270,13 +263,6 @@ def test_a_vmap_that_torch_cannot_write_out_is_an_error_that_says_so():
     _, program = exported(replace(item, shape=(2, 3, 16), build=lambda: Block(item.build(), True)))
     with pytest.raises(moe_fx.ProgramError, match=r"without torch\.vmap: .* not by autocast \(expected scalar type"):
         moe_fx.transform(program)
-
-
-@pytest.mark.parametrize("name", NOT_YET)
-@torch.no_grad()
-def test_a_style_that_is_not_raised_yet_is_left_alone(name):
-    _, program = exported(STYLES[name])
-    assert nodes(moe_fx.transform(program)) == nodes(program)
 
 
 @pytest.mark.parametrize("name", LOOKALIKES)

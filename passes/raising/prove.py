@@ -6,6 +6,7 @@ Every condition is a function of its own; the first that fails is the reason why
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from moe_fx.passes.raising.memory import written_in_place
@@ -16,10 +17,10 @@ from moe_fx.passes.raising.rows_of_linears import several_rows_at_once
 from torch.fx import Node
 
 from moe_fx.check import CheckResult, check_layer
-from moe_fx.matcher import Miss, op_name
+from moe_fx.matcher import Miss, arguments, op_name
 from moe_fx.pipeline import Work
 from moe_fx.program import Program
-from moe_fx.shapes import tensor_of
+from moe_fx.shapes import same_shape, shape_of, tensor_of
 
 __all__ = ["Proof", "prove"]
 
@@ -44,6 +45,8 @@ def prove(work: Work, region: Region) -> Proof | Miss:
     ids = region.ids.args[0] if region.ids in region.views else region.ids
     assert isinstance(ids, Node)
     selection = selection_of(ids, region.num_experts)
+    if region.distinct and not selection.distinct:
+        selection.distinct = _distinct_in_table(work, ids)
     in_range = selection.in_range or not _skips(region) or "looked_up" in region.bindings
     conditions = (
         lambda: written_in_place(region, work.written),
@@ -85,6 +88,21 @@ def _unlike_ids(work: Work, region: Region, ids: Node, selection: Selection) -> 
         # Adapters that requests name are the same equation, and no experts.
         return Miss("an expert chosen by scores, or a routing weight", f"{ids.name}, which is given", ids)
     return None
+
+
+def _distinct_in_table(work: Work, ids: Node) -> bool:
+    """Whether ids are a row of one of the model's own tables, each of which holds different ones."""
+    node: Any = ids
+    while op_name(node) in ("aten::to", "aten::reshape", "aten::unflatten", "aten::clone"):
+        before = node.args[0]
+        if not same_shape((shape_of(before) or ())[-1:], (shape_of(node) or ("",))[-1:]):
+            return False
+        node = before
+    rows: Any = arguments(node)["indices"] if op_name(node) == "aten::index" else ()
+    table = _values(work.program, node.args[0]) if len(rows) == 1 and isinstance(node.args[0], Node) else None
+    if table is None or table.dim() != 2 or table.is_floating_point() or (tensor_of(rows[0]).dtype is torch.bool):
+        return False
+    return all(len(set(row)) == len(row) for row in table.tolist())
 
 
 def _chosen(ids: Node) -> bool:
