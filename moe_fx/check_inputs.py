@@ -50,7 +50,9 @@ class Sizes:
     def evaluate(self, value: Any) -> Any:
         """A size, or any nest of sizes and other literals, with its numbers filled in."""
         if isinstance(value, torch.SymInt):
-            return int(value.node.expr.subs(self.symbols))
+            # Of tokens that a mask chose, the sizes of what it chose them from tell nothing.
+            others = dict.fromkeys(value.node.expr.free_symbols - self.symbols.keys(), 3)
+            return int(value.node.expr.subs({**self.symbols, **others}))
         if isinstance(value, torch.Size | tuple | list):
             return (
                 type(value)(self.evaluate(element) for element in value)

@@ -11,6 +11,7 @@ from moe_fx.passes.normalize.dropped import spell_dropped_rows
 from moe_fx.passes.normalize.equal_values import merge_equal_values
 from moe_fx.passes.normalize.functional import functionalize
 from moe_fx.passes.normalize.literals import spell_literals
+from moe_fx.passes.normalize.looked_up import spell_looked_up
 from moe_fx.passes.normalize.mask_rows import spell_mask_rows, spell_selected_rows
 from moe_fx.passes.normalize.masked_copies import spell_masked_copies
 from moe_fx.passes.normalize.masks import flatten_masks, flatten_places, select_masks
@@ -55,6 +56,7 @@ def normalize(work: Work) -> None:
     merge_equal_values(graph, written, work.program.weights)
     flatten_places(graph, written)
     spell_wide_linears(graph, written)
+    spell_looked_up(graph, written)
     spell(graph)  # what a no-op stood between
     drop_computed_zeros(graph, written)
     spell_mask_rows(graph, written)

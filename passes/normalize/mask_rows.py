@@ -5,6 +5,8 @@ masked_scatter(out, mask[..., None], rows of these)     =>     index_put(out, [m
 
 w[mask][:, k]             w [T, K]                    =>     w[:, k][mask]
 
+w[at]                     w [T, 1]                    =>     w[:, 0][at][:, None]
+
 arange(T)[mask]           mask [T]                    =>     where(mask)[0]
 
 at = where(mask)[0];  rows = f(x[mask])
@@ -35,6 +37,8 @@ __all__ = ["spell_mask_rows", "spell_selected_rows"]
 _aten = torch.ops.aten
 
 
+#: what makes a column of a line, which is read as one anyway
+COLUMNS = frozenset({"aten::unsqueeze", "aten::reshape", "aten::sum", "aten::slice", "aten::any", "aten::index"})
 _NUMBERS = aten.index(either(aten.arange(Var("count")), aten.arange(0, Var("count"))), [Var("mask", rank=1)])
 
 
@@ -58,6 +62,9 @@ def spell_mask_rows(graph: Graph, written: Collection[Node]) -> None:
         if isinstance(found := match(_NUMBERS, node), Match) and not _is_written(node, written):
             _list(node, found["mask"])
             _write_by(found["mask"], node)
+            continue
+        if op_name(node) == "aten::index" and not _is_written(node, written):
+            _read_one_wide(node, of_columns)
             continue
         columns = columns_of(node)
         if (0 not in columns and op_name(node) != "aten::select") or _is_written(node, written):
@@ -118,6 +125,26 @@ def _select_rows(node: Node, narrow: dict[Node, tuple[Node, Any]]) -> None:
 def _of_rows(mask: Node) -> Node:
     """A mask of rows, which is expanded to their elements."""
     return mask.args[0] if op_name(mask) in ("aten::expand", "aten::expand_as") else mask  # type: ignore[return-value]
+
+
+def _read_one_wide(node: Node, known: dict[tuple[Node, int], Node]) -> None:
+    """What is read of a matrix of one column, as what is read of the column."""
+    whole, indices = arguments(node)["self"], arguments(node)["indices"]
+    shape, at = shape_of(whole) or (), shape_of(indices[0]) if len(indices) == 1 else None
+    if len(shape) != 2 or not known_equal(shape[1], 1) or at is None or len(at) != 1:
+        return
+    if op_name(whole) in COLUMNS or whole.op != "call_function":
+        return
+    values = FakeValues(tensor_of(node).fake_mode)
+    if (whole, 0) not in known:
+        known[whole, 0] = Emitter(node.graph, after(whole), values)(_aten.select.int, whole, 1, 0)
+    with node.graph.inserting_before(node):
+        read = node.graph.call_function(_aten.index.Tensor, (known[whole, 0], indices))
+    read.meta.update({key: value for key, value in node.meta.items() if key != "val"})
+    with values.fake_mode:
+        read.meta["val"] = tensor_of(node).new_empty(tensor_of(node).shape[:1])
+    replace(node, Emitter(node.graph, node, values)(_aten.unsqueeze.default, read, 1))
+    erase_dead(node.graph, [node])
 
 
 def _choose_of_column(node: Node, known: dict[tuple[Node, int], Node]) -> None:

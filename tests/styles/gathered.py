@@ -295,3 +295,25 @@ class ExpertsLastBmm(ExpertsLast):
         h = F.relu(h + self.up_bias.index_select(1, flat).T.unsqueeze(1))
         y = torch.bmm(h, self.down.index_select(1, flat).transpose(0, 1)).view(-1, self.K, H)
         return (y * weights.unsqueeze(-1)).sum(1)
+
+
+@style("embedding_rows_looked_up_slot_after_slot", **BATCHED)
+class EmbeddedBySlot(Simple):
+    """An expert's matrix is a row of an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows_up, self.rows_down = nn.Embedding(self.E, I * H), nn.Embedding(self.E, H * I)
+
+    def expert(self, rows, e):
+        up, down = self.rows_up.weight[e].view(I, H), self.rows_down.weight[e].view(H, I)
+        return F.linear(self.act(F.linear(rows, up)), down)
+
+    def forward(self, x):
+        ids, weights = (each.view(*x.shape[:-1], self.K) for each in self.router(x.reshape(-1, H)))
+        out = torch.zeros_like(x)
+        for k in range(self.K):
+            up = self.rows_up(ids[..., k]).view(*x.shape[:-1], I, H)
+            down = self.rows_down(ids[..., k]).view(*x.shape[:-1], H, I)
+            out = out + weights[..., k, None] * (down @ self.act(up @ x.unsqueeze(-1))).squeeze(-1)
+        return out

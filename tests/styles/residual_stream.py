@@ -1,11 +1,12 @@
-"""Layers that add to the residual stream itself: the sum of one is what the next one's begins with."""
+"""Layers that add to what is there: the residual stream, a shared expert, what a padding mask left out."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from styles.base import ASKS, BATCHED, H, Listed, MaxOfSoftmax, style
+from styles.base import ASKS, BATCHED, ArgmaxSigmoid, H, Listed, MaxOfSoftmax, SwiGLU, style
 
 
 class Normed(Listed):
@@ -93,3 +94,50 @@ class SeveralInPlace(Several):
 
 
 style("written_to_a_copy_with_a_vector_for_each_module_if_any", **ASKS, **BATCHED)(Scaled)
+
+
+@style("added_to_a_shared_expert_weights_one_wide", **BATCHED)
+class OneWide(Listed):
+    """Llama 4 in a loop: ids and weights [T, 1], of which the rows are read as they are."""
+
+    route, K = ArgmaxSigmoid, 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = SwiGLU()
+
+    def forward(self, x):
+        rows = x.reshape(-1, H)
+        ids, weights = self.router(rows)
+        out = self.shared(rows)
+        for e, expert in enumerate(self.experts):
+            token = torch.where(ids[:, 0] == e)[0]
+            out.index_add_(0, token, expert(rows[token]) * weights[token])
+        return out.view_as(x)
+
+    def beside(self, x):
+        return self.shared(x)
+
+
+@style("tokens_packed_by_a_padding_mask", **ASKS, **BATCHED)
+class Packed(Listed):
+    """Padding is left out before the router sees it, and stays as it was."""
+
+    def forward(self, x):
+        mask = x[..., 0] > -1.5
+        out = torch.zeros_like(x)
+        out[mask] = self.packed(x[mask])
+        return x + out
+
+    def packed(self, rows):
+        ids, weights = self.router(rows)
+        chosen = F.one_hot(ids, self.E).permute(2, 1, 0)
+        out = torch.zeros_like(rows)
+        for hit in chosen.sum(dim=(-1, -2)).greater(0).nonzero():
+            e = hit[0]
+            slot, token = torch.where(chosen[e])
+            out.index_add_(0, token, self.experts[e](rows[token]) * weights[token, slot, None])
+        return out
+
+    def plain(self, x):
+        return x + super().plain(x) * (x[..., :1] > -1.5)
