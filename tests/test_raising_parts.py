@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from test_raising import raised
 from torch import nn
+from torch.export import Dim
 from toys import export
 
 import moe_fx
@@ -194,3 +195,28 @@ def test_parts_that_are_not_each_experts_own_rows_are_left_alone(kind):
     assert [node.name for node in after.graph.nodes] == [node.name for node in program.graph.nodes]
     (miss,) = moe_fx.explain(program).misses
     assert REFUSALS[kind] in miss.wanted, miss
+
+
+class OneForAll(Parts):
+    """The same is made of every part, and added to its tokens."""
+
+    def counted(self, ids, x):
+        return torch.bincount(ids.flatten(), minlength=self.E)
+
+    def forward(self, x):
+        weights, ids = self.gate(x).softmax(-1).topk(self.K, -1)
+        order, out, start = self.order(ids, x), torch.zeros_like(x), 0
+        for count in self.counted(ids, x).tolist():
+            at = order[start : start + count]
+            out = out.index_add(0, at // self.K, F.relu(x[at // self.K]) * weights.flatten()[at, None])
+            start = start + count
+        return out
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_parts_of_which_the_same_is_made_are_no_layer(decomposed):
+    program = moe_fx.export(OneForAll(), (torch.randn(6, 8),), dynamic_shapes=({0: Dim.AUTO},))
+    program = program.run_decompositions() if decomposed else program
+    result = moe_fx.explain(program, moe_fx.Config(validate=False))
+    assert result.layers == ()
+    assert any("parameters that differ from expert to expert" in str(miss) for miss in result.misses)

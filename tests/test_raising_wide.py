@@ -196,3 +196,26 @@ def test_the_raised_program_is_the_model(model):
     for tokens in (6, 9):
         x = torch.randn(tokens, H, generator=torch.Generator().manual_seed(tokens))
         assert (after.module()(x) - module(x)).abs().max() <= 1e-6 * module(x).abs().max()
+
+
+class Terms(torch.nn.Module):
+    """Every expert on every token, one term after the other; what is made of one is returned as well."""
+
+    def __init__(self, returned):
+        super().__init__()
+        self.returned, self.router, self.experts = returned, normal(E, H), normal(E, H, H)
+
+    def forward(self, x):
+        weights, ids = F.linear(x, self.router).topk(K)
+        table = torch.zeros(x.shape[0], E).scatter(1, ids, weights.sigmoid())
+        out, results = torch.zeros_like(x), []
+        for e in range(E):
+            results.append(F.linear(x, self.experts[e]).relu())
+            out = out + table[:, e, None] * results[e]
+        return out, (results[0] if self.returned == "result" else table).sum()
+
+
+def test_what_an_expert_makes_is_not_read_beside_a_layer_but_its_table_may_be():
+    (miss,) = moe_fx.explain(export(Terms("result"))).misses
+    assert "wanted relu to be read inside the layer only" in str(miss)
+    assert len(moe_fx.explain(export(Terms("table"))).layers) == 1

@@ -87,7 +87,8 @@ def _is_written(node: Node, written: Collection[Node]) -> bool:
 def _list(node: Node, mask: Node) -> None:
     """The numbers of rows that a mask chooses, as the places where it is true."""
     numbers: Any = node.args[0]
-    if tensor_of(mask).dtype is not torch.bool or not same_shape(shape_of(numbers) or (), shape_of(mask) or ()):
+    whole = same_shape(shape_of(numbers) or (), shape_of(mask) or ()) and tensor_of(node).dtype is torch.int64
+    if tensor_of(mask).dtype is not torch.bool or not whole:
         return
     with node.graph.inserting_before(node):
         where = node.graph.call_function(_aten.where.default, (mask,))

@@ -26,6 +26,12 @@ from moe_fx.shapes import known_equal, same_shape, shape_of, tensor_of
 __all__ = ["spell_wide_linears"]
 
 _aten = torch.ops.aten
+PRODUCTS = frozenset({"aten::linear", "aten::matmul", "aten::mm"})
+#: ops by which what is chosen comes to differ from the rest, and how many calls back they are looked for
+SETTING_APART = frozenset(
+    {"aten::scatter", "aten::one_hot", "aten::eq", "aten::masked_fill", "aten::index_put", "aten::where"}
+)
+NEAR = 60
 table = Var("table")
 each_unit = aten.expand(aten.unsqueeze(table, Last(-1)), ANY)
 WIDE = either(aten.repeat_interleave(table, ANY, Last(-1)), aten.reshape(optional(aten.clone, each_unit), ANY))
@@ -40,7 +46,7 @@ def spell_wide_linears(graph: Graph, written: Collection[Node]) -> None:
             for hidden, wide in (node.args, node.args[::-1]):
                 if _weigh(node, hidden, wide, written):
                     break
-        elif op_name(node) in ("aten::linear", "aten::matmul", "aten::mm"):
+        elif op_name(node) in PRODUCTS:
             _cut(node)
 
 
@@ -75,8 +81,7 @@ def _cut(node: Node) -> None:
     if op_name(seen.source) != "aten::mul" or len(seen.groups[-1]) != 2 or len(sizes) != 2:
         return
     rank = len(shape_of(seen.source) or ())
-    numbers: list[tuple[Any, ...]] = [shape_of(each) or () for each in seen.source.all_input_nodes]
-    if not any(len(each) == rank and known_equal(each[-1], 1) for each in numbers):
+    if not any(_is_number(each, rank) and _sets_apart(each) for each in seen.source.all_input_nodes):
         return
     (place, experts), (last, units) = seen.groups[-1]
     if (place, last) != (rank - 2, rank - 1) or not isinstance(experts, int) or not isinstance(units, int):
@@ -100,6 +105,25 @@ def _cut(node: Node) -> None:
     if bias and bias[0] is not None:
         end = _in_rows(node)  # which stays next to the product
         replace(end, Emitter(node.graph, end.next, values)(_aten.add.Tensor, end, bias[0]))
+
+
+def _is_number(value: Node, rank: int) -> bool:
+    """Whether a value has one number for each expert, beside its units."""
+    shape = shape_of(value) or ()
+    return len(shape) == rank and known_equal(shape[-1], 1)
+
+
+def _sets_apart(numbers: Node) -> bool:
+    """Whether some experts' numbers were set apart from the others', as heads' are not that are weighted alike."""
+    seen, pending = set[Node](), [numbers]
+    while pending and len(seen) < NEAR:
+        node = pending.pop()
+        if op_name(node) in SETTING_APART:
+            return True
+        if node not in seen and op_name(node) not in PRODUCTS:
+            pending += node.all_input_nodes
+        seen.add(node)
+    return False
 
 
 def _is_parameter(weight: Any) -> bool:

@@ -17,7 +17,7 @@ from moe_fx.passes.raising.axes import EXPERT, SLOT, SORTED_ROW, Place, axes_of,
 from moe_fx.passes.raising.each_expert import terms
 from moe_fx.passes.raising.endings import token_axes
 from moe_fx.passes.raising.pieces import Piece
-from moe_fx.passes.raising.region import Region, misfit, read_outside
+from moe_fx.passes.raising.region import Region, misfit, read_beside
 from moe_fx.passes.raising.registry import known_pieces
 from moe_fx.passes.raising.slot_by_slot import merge_slots, slot_number
 from moe_fx.passes.raising.steps import merge_steps
@@ -57,7 +57,8 @@ def sum_of_terms(root: Node) -> tuple[Region | Miss, set[Node]] | None:
                 users = ", ".join(user.name for user in inner.users)
                 return Miss("a sum that nothing else reads", f"{inner.name}, read by {users}", inner), {root}
         merged = dataclasses.replace(merged, interior=merged.interior | (chain - {root}), base=base)
-        wrong = misfit(merged)
+        used = read_beside(merged, chain)
+        wrong = misfit(merged) if used is None else used
         return (merged if wrong is None else wrong), {root}
     return (near, {root}) if near is not None else None
 
@@ -80,16 +81,14 @@ def _experts_added(root: Node, numbered: Sequence[tuple[tuple[int, Node | None],
         if isinstance(merged, Miss):
             return merged
         regions.append(dataclasses.replace(merged, distinct=len(slots) == 1 and not merged.adds_up))
-    whole = regions[0] if len(regions) == 1 else merge_slots(regions, root)
-    return (read_outside(whole.interior, {root}) or whole) if isinstance(whole, Region) else whole
+    return regions[0] if len(regions) == 1 else merge_slots(regions, root)
 
 
 def _slots_added(root: Node, numbered: Sequence[tuple[tuple[int, Node], Node]]) -> Region | Miss:
     """Terms of one slot each, which gather their experts' weights, or take their results."""
     terms_added = [term for _, term in numbered]
     ends = set().union(*(_between(root, term) for term in terms_added))
-    whole = _each_slot(root, terms_added, ends)
-    return (read_outside(whole.interior, ends) or whole) if isinstance(whole, Region) else whole
+    return _each_slot(root, terms_added, ends)
 
 
 def _each_slot(root: Node, values: Sequence[Node], ends: Collection[Node]) -> Region | Miss:
@@ -105,7 +104,7 @@ def _each_slot(root: Node, values: Sequence[Node], ends: Collection[Node]) -> Re
         sizes |= {SLOT: 1, SORTED_ROW: size_of(tokens, sizes)}
         walk = Walk(root, sizes, tokens, known_pieces(), {}, ending={*ends, *behind})
         output = walk.value(value, place)
-        region = walk.region(output) if isinstance(output, Value) else walk.deepest or output
+        region = walk.region(output) if isinstance(output, Value) else output
         if isinstance(region, Miss):
             return region
         regions.append(region)

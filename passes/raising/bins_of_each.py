@@ -46,7 +46,7 @@ def bins_of_each(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
         sizes = {ONE: 1, **{axis: walk.sizes[axis] for axis in axes}}
         step = Walk(node, sizes, axes, (), {"expert": expert}, OWN, [node], nodes, cuts)
         output = step.value(value, apart)
-        region = step.region(output) if isinstance(output, Value) else step.deepest or output
+        region = step.region(output) if isinstance(output, Value) else output
         if isinstance(region, Miss):
             return walk.note(dataclasses.replace(region, bindings=dict(walk.bindings)))
         regions.append(region)

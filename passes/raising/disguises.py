@@ -89,7 +89,8 @@ def _goes_on(step: Node, loop: loops.Loop) -> bool:
     """Whether another step follows, and nothing else reads what there is so far."""
     for user in step.users:
         found = match(loop.step, user)
-        if isinstance(found, Match) and set(step.users) <= {user, *found.nodes}:
+        numbered = isinstance(found, Match) and isinstance(found["expert"], int)
+        if isinstance(found, Match) and (not numbered or set(step.users) <= {user, *found.nodes}):
             return True
     return False
 
@@ -148,7 +149,7 @@ def one_slot_at(root: Node) -> Region | Miss | None:
     sizes |= {SLOT: 1, SORTED_ROW: size_of(tokens, sizes)}
     walk = Walk(root, sizes, tokens, known_pieces(), {}, ending=root.users)
     output = walk.value(root, place)
-    region = walk.region(output) if isinstance(output, Value) else walk.deepest or output
+    region = walk.region(output) if isinstance(output, Value) else output
     wrong = misfit(region) if isinstance(region, Region) else None
     return region if wrong is None else wrong
 

@@ -45,8 +45,10 @@ def loop_of_steps(root: Node, loop: loops.Loop) -> Region | Miss:
         if any(user not in reads for user in inner.users):
             users = ", ".join(user.name for user in inner.users)
             read = Miss("a sum that nothing in the loop reads", f"{inner.name}, read by {users}", inner)
-            # It may be the result of a layer before, to which this one's is added.
-            behind = _layer(root, loop, inner, steps[place + 1 :]) if place >= 0 else read
+            # It may be the result of a layer before, to which this one's is added. Of a few steps that stand for all
+            # experts, none can be left out.
+            numbered = place >= 0 and all(isinstance(found["expert"], int) for _, found in steps)
+            behind = _layer(root, loop, inner, steps[place + 1 :]) if numbered else read
             return behind if isinstance(behind, Region) else read
     return _layer(root, loop, base, steps)
 

@@ -58,10 +58,12 @@ def parts_added(root: Node) -> Region | Miss | None:
     parts = [Joined(found["summed"], at=found["at"]) for _, found in steps]
     output = join(walk, root, ((SORTED_ROW,), place[-1]), parts, chain)
     if output is None or isinstance(output, Miss):
-        return walk.deepest or output
+        return output
     walk.interior.discard(root)
     region = walk.region(output)
     if isinstance(region, Miss):
         return region
     region.base = None if is_zero(node) else node
-    return read_outside(chain - {root}, ends) or misfit(region) or region
+    wrong = read_outside(chain - {root}, ends)
+    wrong = misfit(region) if wrong is None else wrong
+    return region if wrong is None else wrong

@@ -67,7 +67,8 @@ def _raise_all(work: Work) -> None:
     for root in list(ends_of_one_slot(graph, covered)):
         layer = one_slot_at(root)
         if isinstance(layer, Region):
-            layer = _raise(work, layer) or layer
+            failed = _raise(work, layer)
+            layer = layer if failed is None else failed
         if isinstance(layer, Region):
             covered |= layer.interior
         elif layer is not None and "ids" in layer.bindings:

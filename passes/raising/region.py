@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +12,10 @@ from torch.fx import GraphModule, Node
 
 from moe_fx.constants import reads_shapes
 from moe_fx.matcher import Miss, op_name
-from moe_fx.rewrite import only_asserted
-from moe_fx.shapes import Dim, known_equal, shape_of
+from moe_fx.rewrite import GIVEN, only_asserted
+from moe_fx.shapes import Dim, known_equal, shape_of, tensor_of
 
-__all__ = ["Region", "misfit", "read_outside", "told_of_ids"]
+__all__ = ["Region", "computed_with", "misfit", "read_beside", "read_outside", "told_of_ids"]
 
 #: what pieces say of ids that name no expert, of how an id was changed before it was used, and of how many a token has
 OF_IDS = frozenset({
@@ -131,6 +131,29 @@ def read_outside(
                 wanted = f"{node.name} to be read inside the layer only"
                 return Miss(wanted, f"{user.name} ({op_name(user) or user.op})", node, depth=10**6)
     return None
+
+
+def computed_with(fed: Iterable[Node], interior: Collection[Node]) -> set[Node]:
+    """What of a layer's interior is computed with parameters, or with anything else that all rows share (``fed``)."""
+    fed, computed = set(fed), set()
+    for node in sorted(interior):
+        if node in fed or any(each in fed or _is_of_parameters(each) for each in node.all_input_nodes):
+            fed.add(node)
+            computed.add(node)
+    return computed
+
+
+def _is_of_parameters(value: Node, most: int = 4) -> bool:
+    """Whether a value is parameters, or a view of some; ``most`` calls are looked through."""
+    if value.op in ("placeholder", "get_attr"):
+        return GIVEN not in value.meta and tensor_of(value) is not None
+    inputs = value.all_input_nodes
+    return most > 0 and bool(inputs) and all(_is_of_parameters(each, most - 1) for each in inputs)
+
+
+def read_beside(region: Region, ends: Collection[Node]) -> Miss | None:
+    """As :func:`read_outside`, of a layer that was put together of several."""
+    return read_outside(region.interior, ends, computed_with(region.shared, region.interior))
 
 
 def misfit(region: Region) -> Miss | None:

@@ -19,7 +19,7 @@ from moe_fx.passes.raising.choices import chosen
 from moe_fx.passes.raising.contraction import Contraction, contraction
 from moe_fx.passes.raising.pieces_taken import Taking
 from moe_fx.passes.raising.products import Factor, product
-from moe_fx.passes.raising.region import Region, read_outside
+from moe_fx.passes.raising.region import Region, computed_with, read_outside
 from moe_fx.passes.raising.tables import counts_zero, is_multiple
 from moe_fx.passes.raising.through import Through, is_elementwise, through
 from moe_fx.passes.raising.writer import EXPERTS_OWN, ROWS, SHARED, Value
@@ -211,16 +211,6 @@ class Walk(Taking):
 
     # The layer
 
-    def _computed(self) -> set[Node]:
-        """What a layer computes with parameters, or with anything else that all rows share."""
-        fed = {*self.body.captured["p"], *self.body.captured["h"]}
-        computed = set()
-        for node in sorted(self.interior):
-            if node in fed or not fed.isdisjoint(node.all_input_nodes):
-                fed.add(node)
-                computed.add(node)
-        return computed
-
     def region(self, output: Value) -> Region | Miss:
         """Everything was found: check that it fits together."""
         step = self.own is not None
@@ -233,7 +223,10 @@ class Walk(Taking):
         if "ids" not in self.bindings and not nested:
             return self.miss("the ids of the experts", self.root, "none")
         self.settle_interior()
-        used = read_outside(self.interior, {self.root, *self.ending}, None if nested else self._computed())
+        shared = (*captured["p"], *captured["h"])
+        used = read_outside(
+            self.interior, {self.root, *self.ending}, None if nested else computed_with(shared, self.interior)
+        )
         if used is not None:
             return replace(used, bindings=dict(self.bindings))
         if self.dense and not nested and not counts_zero(output.node, self.zeros):
