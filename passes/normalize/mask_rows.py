@@ -37,8 +37,11 @@ __all__ = ["spell_mask_rows", "spell_selected_rows"]
 _aten = torch.ops.aten
 
 
-#: what makes a column of a line, which is read as one anyway
-COLUMNS = frozenset({"aten::unsqueeze", "aten::reshape", "aten::sum", "aten::slice", "aten::any", "aten::index"})
+#: what chooses scores, and what is done to those that were chosen
+CHOOSING = frozenset({"aten::topk", "aten::max", "aten::gather", "aten::sort", "aten::amax"})
+SCALING = frozenset({
+    "aten::to", "aten::sigmoid", "aten::softmax", "aten::mul", "aten::div", "aten::exp", "aten::clone", "aten::slice",
+})  # fmt: skip
 _NUMBERS = aten.index(either(aten.arange(Var("count")), aten.arange(0, Var("count"))), [Var("mask", rank=1)])
 
 
@@ -134,7 +137,7 @@ def _read_one_wide(node: Node, known: dict[tuple[Node, int], Node]) -> None:
     shape, at = shape_of(whole) or (), shape_of(indices[0]) if len(indices) == 1 else None
     if len(shape) != 2 or not known_equal(shape[1], 1) or at is None or len(at) != 1:
         return
-    if op_name(whole) in COLUMNS or whole.op != "call_function":
+    if not _is_chosen(whole):
         return
     values = FakeValues(tensor_of(node).fake_mode)
     if (whole, 0) not in known:
@@ -146,6 +149,13 @@ def _read_one_wide(node: Node, known: dict[tuple[Node, int], Node]) -> None:
         read.meta["val"] = tensor_of(node).new_empty(tensor_of(node).shape[:1])
     replace(node, Emitter(node.graph, node, values)(_aten.unsqueeze.default, read, 1))
     erase_dead(node.graph, [node])
+
+
+def _is_chosen(value: Any) -> bool:
+    """Whether numbers were chosen of a token's scores, as routing weights are: any other is that of all its slots."""
+    while op_name(value) in SCALING or getattr(value, "target", None) is operator.getitem:
+        value = value.args[0]
+    return op_name(value) in CHOOSING
 
 
 def _choose_of_column(node: Node, known: dict[tuple[Node, int], Node]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from moe_fx.passes.raising import grouped, loops
 from moe_fx.passes.raising.added_terms import stacked, sum_of_terms
 from moe_fx.passes.raising.anchors import anchors_behind, is_cut_linear, leads_to_experts
@@ -51,7 +53,7 @@ def region_at(root: Node) -> tuple[Region | Miss, set[Node]] | None:
             layer = loop_of_steps(root, loop)
             if isinstance(layer, Region):
                 return layer, {root}
-            if not _meets_parameters(step["summed"]):
+            if not any(map(_meets_parameters, _added(root, loop))):
                 return None  # such as the sum of a token's routing weights
             misses.append(layer)
         elif near is None or step.depth > near.depth:
@@ -69,6 +71,13 @@ def region_at(root: Node) -> tuple[Region | Miss, set[Node]] | None:
     if found is None and near is not None and near.depth > 1 and _adds_rows_of_an_expert(root):
         return near, {root}
     return found
+
+
+def _added(root: Node, loop: loops.Loop) -> Iterator[Node]:
+    """What the steps of a loop add, from the last to the first."""
+    while isinstance(step := match(loop.step, root), Match):
+        yield step["summed"]
+        root = step["base"]
 
 
 def _meets_parameters(value: Node) -> bool:

@@ -112,11 +112,15 @@ def told_of_ids(bindings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_outside(
-    interior: Collection[Node], ends: Collection[Node], own: Collection[Node] | None = None
+    interior: Collection[Node],
+    ends: Collection[Node],
+    own: Collection[Node] | None = None,
+    operands: Iterable[Node] = (),
 ) -> Miss | None:
     """A value that exists only inside a layer, and is read elsewhere than in it and by its ``ends``.
 
-    ``own``: which of them a layer computes anew; others, such as where an expert has rows, may stay beside it.
+    ``own``: which of them a layer computes anew; others, such as where an expert has rows, may stay beside it, unless
+    the layer's ``operands`` are made of them: what an expert makes of its rows would then depend on all of them.
     """
 
     def serves(user: Node) -> bool:
@@ -125,12 +129,34 @@ def read_outside(
         # Some ask for a size, on behalf of these.
         return bool(user.users) and reads_shapes(user) and all(serves(reader) for reader in user.users)
 
-    for node in interior if own is None else own:
+    beside: Node | None = None
+    for node in interior:
         for user in node.users:
-            if not serves(user):
-                wanted = f"{node.name} to be read inside the layer only"
-                return Miss(wanted, f"{user.name} ({op_name(user) or user.op})", node, depth=10**6)
-    return None
+            if serves(user):
+                continue
+            if own is None or node in own:
+                return _read_by(node, user)
+            beside = node
+    if beside is None or not _are_made_of(interior, operands):
+        return None
+    return _read_by(beside, next(user for user in beside.users if not serves(user)))
+
+
+def _read_by(node: Node, user: Node) -> Miss:
+    wanted = f"{node.name} to be read inside the layer only"
+    return Miss(wanted, f"{user.name} ({op_name(user) or user.op})", node, depth=10**6)
+
+
+def _are_made_of(interior: Collection[Node], operands: Iterable[Node]) -> bool:
+    seen, pending = set[Node](), [node for node in operands if node not in interior]
+    while pending:
+        node = pending.pop()
+        if node in interior:
+            return True
+        if node not in seen:
+            seen.add(node)
+            pending += node.all_input_nodes
+    return False
 
 
 def computed_with(fed: Iterable[Node], interior: Collection[Node]) -> set[Node]:
@@ -153,7 +179,9 @@ def _is_of_parameters(value: Node, most: int = 4) -> bool:
 
 def read_beside(region: Region, ends: Collection[Node]) -> Miss | None:
     """As :func:`read_outside`, of a layer that was put together of several."""
-    return read_outside(region.interior, ends, computed_with(region.shared, region.interior))
+    params = [each for param in region.params for each in (param if isinstance(param, tuple) else (param,))]
+    operands = (region.tokens, *region.slots, *params, *region.shared)
+    return read_outside(region.interior, ends, computed_with(region.shared, region.interior), operands)
 
 
 def misfit(region: Region) -> Miss | None:

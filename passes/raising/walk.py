@@ -224,9 +224,9 @@ class Walk(Taking):
             return self.miss("the ids of the experts", self.root, "none")
         self.settle_interior()
         shared = (*captured["p"], *captured["h"])
-        used = read_outside(
-            self.interior, {self.root, *self.ending}, None if nested else computed_with(shared, self.interior)
-        )
+        own = None if nested else computed_with(shared, self.interior)
+        operands = (*captured["x"], *captured["s"], *shared)
+        used = read_outside(self.interior, {self.root, *self.ending}, own, operands)
         if used is not None:
             return replace(used, bindings=dict(self.bindings))
         if self.dense and not nested and not counts_zero(output.node, self.zeros):
