@@ -40,7 +40,7 @@ _aten = torch.ops.aten
 #: what chooses scores, and what is done to those that were chosen
 CHOOSING = frozenset({"aten::topk", "aten::max", "aten::gather", "aten::sort", "aten::amax"})
 SCALING = frozenset({
-    "aten::to", "aten::sigmoid", "aten::softmax", "aten::mul", "aten::div", "aten::exp", "aten::clone", "aten::slice",
+    "aten::to", "aten::sigmoid", "aten::softmax", "aten::mul", "aten::div", "aten::exp", "aten::clone",
 })  # fmt: skip
 _NUMBERS = aten.index(either(aten.arange(Var("count")), aten.arange(0, Var("count"))), [Var("mask", rank=1)])
 
