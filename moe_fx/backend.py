@@ -64,9 +64,9 @@ class CapturedWork(Program):
         parts = weight.parts
         if any(part.is_inference() for part in parts):  # nobody counts its versions
             return make()
-        known = self.made.get((weight.fqn, key))
+        known = self.made.get((weight.stored_as, key))
         if known is None or not _unchanged(known[0], parts):
-            known = self.made[weight.fqn, key] = ([(weakref.ref(part), part._version) for part in parts], make())
+            known = self.made[weight.stored_as, key] = ([(weakref.ref(part), part._version) for part in parts], make())
         return known[1]
 
     def add_weight(self, fqn: str, tensor: torch.Tensor, device: torch.device | None = None) -> Node:

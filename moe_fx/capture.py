@@ -15,6 +15,7 @@ What cannot be proven is an error.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import os
 import sys
@@ -36,6 +37,7 @@ from moe_fx.program import ExportedWork
 from moe_fx.questions import EveryExpert, NothingJoined
 from moe_fx.report import source_line
 from moe_fx.rewrite import WITHOUT_PARAMETERS, Outline, drop_dead_code, erase_dead, outline, same_graph
+from moe_fx.symbolic_int import ASKED_FOR, symbolic_int
 from moe_fx.tracing import EachExpert
 from moe_fx.transform import FIND, WRITE, work_report
 from moe_fx.vmaps import without_vmaps
@@ -245,12 +247,16 @@ def _name(given: Given) -> str:
 
 def _raised(given: Given, mode: EachExpert | EveryExpert, partial: bool = False) -> ExportedProgram | Work:
     """The program traced under ``mode``; with its loops raised, if it has any. ``partial``: without some experts."""
-    model, args, kwargs, dynamic_shapes = given
+    model, asked_nothing = given[0], copy.deepcopy(mode)
     try:
-        # An attempt that fails is followed by others: the graph that torch.export then prints helps nobody.
-        with mode, contextlib.redirect_stderr(io.StringIO()) as said:
-            traced = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-        sys.stderr.write(said.getvalue())
+        try:
+            traced = _traced(given, mode)
+        except Exception as error:
+            if ASKED_FOR not in str(error):
+                raise
+            vars(mode).update(vars(asked_nothing))
+            with symbolic_int(model):
+                traced = _traced(given, mode)
         mode.finish()
     except ExportError as error:
         raise type(error)(f"{_name(given)}: {error}: the program would be wrong for other routing") from None
@@ -270,6 +276,15 @@ def _raised(given: Given, mode: EachExpert | EveryExpert, partial: bool = False)
     if left:
         raise ExportError(_explanation(left, work))
     return work
+
+
+def _traced(given: Given, mode: EachExpert | EveryExpert) -> ExportedProgram:
+    model, args, kwargs, dynamic_shapes = given
+    # An attempt that fails is followed by others: the graph that torch.export then prints helps nobody.
+    with mode, contextlib.redirect_stderr(io.StringIO()) as said:
+        traced = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    sys.stderr.write(said.getvalue())
+    return traced
 
 
 def _statement(error: BaseException) -> str:

@@ -45,6 +45,8 @@ class Known:
         #: ids in the order of their numbers, and what brings which ids to that order
         self._ordered: list[Tensor] = []
         self._orders: list[tuple[Tensor, Tensor]] = []
+        #: what two numbers come to, of which one is how many rows an expert has
+        self._sums: list[tuple[Tensor, tuple[Any, Any]]] = []
         #: ids, and of how many experts they are
         self._ranges: list[tuple[Tensor, int]] = []
 
@@ -179,6 +181,17 @@ class Known:
 
     def in_order(self, ids: Tensor) -> bool:
         return any(known is ids for known in self._ordered)
+
+    def add(self, func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> None:
+        """A number added to how many rows an expert has."""
+        if func in (*SUMS, Tensor.__radd__) and len(args) == 2 and isinstance(result, Tensor) and result.dim() == 0:
+            self._sums.append((result, (args[0], args[1])))
+
+    def counted_between(self, start: Any, stop: Any) -> Meaning | None:
+        """What is known of the number that added to ``start`` is ``stop``."""
+        one, other = next((parts for known, parts in self._sums if known is stop), (None, None))
+        begins = [start is each or (isinstance(each, int) and each == (start or 0)) for each in (one, other)]
+        return self.of(other if begins[0] else one) if any(begins) and isinstance(start, Tensor | int | None) else None
 
     def range(self, ids: Tensor) -> int | None:
         ids = self.origin(ids)

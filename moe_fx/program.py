@@ -92,6 +92,11 @@ class Weight:
     tensor: torch.Tensor
 
     @property
+    def stored_as(self) -> str:
+        """With what its quantized tensors' names begin: those of its parts differ."""
+        return self.fqn
+
+    @property
     def parts(self) -> tuple[torch.Tensor, ...]:
         """The tensors that the program holds for it."""
         return (self.tensor,)
@@ -132,6 +137,12 @@ class DerivedWeight(Weight):
 
     source: Weight | None = None
     step: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach
+    #: which part of the source it is, if it is one: "_0_24"
+    part: str = ""
+
+    @property
+    def stored_as(self) -> str:
+        return f"{self.source.stored_as if self.source is not None else self.fqn}{self.part}"
 
     @property
     def parts(self) -> tuple[torch.Tensor, ...]:
@@ -245,7 +256,9 @@ class Program(ABC):
             return result
 
         like = torch.empty(value.shape, dtype=value.dtype, device="meta")
-        self.weights[node] = DerivedWeight(weight.fqn, like, weight, step)
+        cut = op_name(node) == "aten::slice" and value.shape != weight.tensor.shape
+        part = "_{}_{}".format(*slice(*rest[1:3]).indices(weight.tensor.shape[rest[0]])) if cut else ""
+        self.weights[node] = DerivedWeight(weight.fqn, like, weight, step, part)
 
     @property
     def literals(self) -> Mapping[Node, float | int | bool]:

@@ -110,6 +110,7 @@ class EveryExpert(TorchFunctionMode):
             return found
         self.hold_to_the_last(args, kwargs, func)
         if func in (Tensor.__getitem__, Tensor.__setitem__):
+            self.hold_part(args[1][0] if isinstance(args[1], tuple) and args[1] else args[1])
             args = (args[0], plain_slices(args[1]), *args[2:])
         bounds = slice_bounds(func, args)
         if bounds is not None and func is not Tensor.__setitem__:
@@ -137,6 +138,7 @@ class EveryExpert(TorchFunctionMode):
             if isinstance(each, Tensor):
                 self.known.remember(each, self.known.follow(func, args, kwargs, first, each))
         self.known.choose(func, args, kwargs, result)
+        self.known.add(func, args, result)
         return result
 
     def listed(self, hits: Tensor, meaning: Meaning, as_tuple: bool) -> Any:
@@ -228,6 +230,13 @@ class EveryExpert(TorchFunctionMode):
             assert self._last is not None
             raise ExportError(f"other rows than those of expert {self._last.expert}, which was asked for")
         self._used = True
+
+    def hold_part(self, part: Any) -> None:
+        """A slice whose bounds are tensors is that of the expert that was asked for, if it is as long as its count."""
+        if self._last is None or not isinstance(part, slice) or not isinstance(part.stop, Tensor):
+            return
+        length = self.known.counted_between(part.start, part.stop)
+        self._used |= length is not None and length.kind == "count" and length.same_expert(self._last)
 
     def finish(self) -> None:
         """What was asked about must have been used: otherwise the answer decides on something else."""

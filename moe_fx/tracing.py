@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from moe_fx.counted import plain_slices
@@ -27,10 +28,15 @@ GROUPED = ("grouped_mm", "_grouped_mm")
 
 
 def with_fake(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
-    """What stands for an op that runs eagerly, and that torch.export cannot trace in this dtype; None for any other.
+    """What stands for an op that runs eagerly, and that torch.export cannot trace like this; None for any other.
 
-    That is a grouped product in other dtypes than bfloat16 (torch 2.11 to 2.13), of rows and one matrix per group.
+    That is a grouped product in other dtypes than bfloat16 (torch 2.11 to 2.13), of rows and one matrix per group, and
+    one-hot rows of which only a symbol says how many classes they have.
     """
+    if func is F.one_hot and isinstance(classes := kwargs.get("num_classes", (*args, None)[1]), torch.SymInt):
+        ids = kwargs.get("tensor", args[0] if args else None)
+        numbers: Any = classes  # torch declares it an int
+        return lambda: (ids.unsqueeze(-1) == torch.arange(numbers, device=ids.device)).long()
     if getattr(func, "__name__", "") not in GROUPED or not all(isinstance(arg, torch.Tensor) for arg in args):
         return None
     operands = dict(zip(("rows", "matrices", "offs"), args, strict=False)) | kwargs

@@ -79,6 +79,7 @@ def test_a_style_is_raised(name):
 
 #: not raised where a single token is exported: dimensions of size 1 are taken for one another
 NOT_OF_ONE_TOKEN = (
+    "all_experts_added_to_the_shared_one_llama4",
     "all_experts_gather_arange_scatter_add_llama4",
     "bins_chunked_by_module_deepspeed",
     "bins_read_by_module_and_stacked",
@@ -92,6 +93,8 @@ NOT_OF_ONE_TOKEN = (
     "one_hot_gsec_top1_by_comparison",
     "one_hot_sec_three_choices_in_a_loop",
     "one_hot_sec_top1_deepspeed",
+    "one_hot_sec_top1_largest_count_item_deepspeed",
+    "one_hot_sec_top2_largest_count_int_deepspeed",
     "one_hot_sec_top2_deepspeed_kept_and_normalised",
     "one_hot_sec_top2_exclusive_counts_bfloat16",
     "one_hot_switch_mesh_capacity",

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from moe_fx.passes.normalize.alike import Alike, Call, wider, within, write
-from moe_fx.passes.normalize.functional import memory_of
-from moe_fx.passes.normalize.spelling import spell
 from torch.fx import Graph, Node
 
 from moe_fx.matcher import op_name
+from moe_fx.passes.normalize.alike import Alike, Call, wider, within, write
+from moe_fx.passes.normalize.functional import memory_of
+from moe_fx.passes.normalize.spelling import spell
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
 from moe_fx.shapes import known_equal, same_shape, shape_of, tensor_of
 
@@ -33,10 +33,10 @@ __all__ = ["spell_bins_in_turn"]
 aten = torch.ops.aten
 
 
-def spell_bins_in_turn(graph: Graph, written: Collection[Node]) -> None:
-    """Rewrite every such sum; ``written`` is memory that ops in place still write."""
+def spell_bins_in_turn(graph: Graph, written: Collection[Node]) -> bool:
+    """Rewrite every such sum, and say if there was one; ``written`` is memory that ops in place still write."""
     if len([node for node in graph.nodes if op_name(node) == "aten::cumsum"]) < 2:
-        return
+        return False
     values: dict[Any, FakeValues] = {}
     for node in list(graph.nodes):
         whole = _stacked_sum(node, written)
@@ -48,6 +48,7 @@ def spell_bins_in_turn(graph: Graph, written: Collection[Node]) -> None:
         erase_dead(graph, [node])
     if values:
         spell(graph)  # a permutation that swaps two dimensions has a name of its own
+    return bool(values)
 
 
 def _stacked_sum(node: Node, written: Collection[Node]) -> Call | None:

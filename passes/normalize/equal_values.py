@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 
 from moe_fx.matcher import op_name
 from moe_fx.rewrite import replace
-from moe_fx.shapes import same_shape, shape_of
+from moe_fx.shapes import same_shape, shape_of, tensor_of
 
 __all__ = ["merge_equal_values"]
 
@@ -41,7 +41,7 @@ def merge_equal_values(graph: Graph, written: set[Node], weights: Collection[Nod
     for node in list(graph.nodes):
         if node.kwargs or any(memory_of(each) in written for each in (node, *node.all_input_nodes)):
             continue
-        cheap, operands = op_name(node) in CHEAP, node.all_input_nodes
+        cheap, operands = op_name(node) in CHEAP or _joins_ids(node), node.all_input_nodes
         if operands and own.issuperset(operands) and (cheap or _is_elementwise(node)):
             own.add(node)
         elif not cheap:
@@ -53,6 +53,12 @@ def merge_equal_values(graph: Graph, written: set[Node], weights: Collection[Nod
         if first is not node and same_shape(shape_of(first) or (), shape_of(node) or ()):
             replace(node, first)
             graph.erase_node(node)
+
+
+def _joins_ids(node: Node) -> bool:
+    """Whether a call puts the ids of several choices side by side."""
+    value = tensor_of(node) if op_name(node) == "aten::stack" else None
+    return value is not None and not value.is_floating_point()
 
 
 def _is_elementwise(node: Node) -> bool:

@@ -10,6 +10,7 @@ from moe_fx.passes.normalize.divided_places import spell_divided_places
 from moe_fx.passes.normalize.dropped import spell_dropped_rows
 from moe_fx.passes.normalize.equal_values import merge_equal_values
 from moe_fx.passes.normalize.functional import functionalize
+from moe_fx.passes.normalize.id_casts import spell_id_casts
 from moe_fx.passes.normalize.literals import spell_literals
 from moe_fx.passes.normalize.looked_up import spell_looked_up
 from moe_fx.passes.normalize.mask_rows import spell_mask_rows, spell_selected_rows
@@ -21,6 +22,7 @@ from moe_fx.passes.normalize.one_slot_masks import spell_one_slot_masks
 from moe_fx.passes.normalize.places_in_turn import spell_places_in_turn
 from moe_fx.passes.normalize.regions import inline_regions
 from moe_fx.passes.normalize.rows_put import spell_rows_put
+from moe_fx.passes.normalize.scattered_in_turn import spell_scattered_in_turn
 from moe_fx.passes.normalize.selections import spell_selections
 from moe_fx.passes.normalize.slots_added import spell_slots_added
 from moe_fx.passes.normalize.some_slot import spell_some_slot
@@ -44,6 +46,8 @@ def normalize(work: Work) -> None:
     written = work.written = functionalize(graph)
     spell_literals(work.program)
     spell(graph)
+    spell_id_casts(graph, written)
+    spell_scattered_in_turn(graph, written)
     spell_contraries(graph, written)
     drop_no_ops(graph, written)
     spell_selected_rows(graph, written)
@@ -73,4 +77,5 @@ def normalize(work: Work) -> None:
     spell_column_lists(graph, written)
     spell_dropped_rows(graph, written)
     spell_choices_in_turn(graph, written)
-    spell_bins_in_turn(graph, written)
+    if spell_bins_in_turn(graph, written):
+        merge_equal_values(graph, written, work.program.weights)  # ids that were put together for their counts as well

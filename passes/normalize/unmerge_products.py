@@ -19,12 +19,12 @@ from itertools import product as product_of
 from typing import Any
 
 import torch
-from moe_fx.passes.normalize.functional import memory_of
-from moe_fx.passes.normalize.merged_dims import MERGED, Group, Seen, is_end, regrouped, sights, step_of
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from moe_fx.matcher import op_name
+from moe_fx.passes.normalize.functional import memory_of
+from moe_fx.passes.normalize.merged_dims import MERGED, Group, Seen, is_end, regrouped, sights, step_of
 from moe_fx.rewrite import PROVENANCE, Emitter, FakeValues, erase_dead, respell
 from moe_fx.shapes import Dim, known_equal, same_shape, shape_of
 
@@ -78,7 +78,7 @@ def _rewritable(node: Node, left: Seen, right: Seen) -> tuple[list[Node], list[i
         return None
     if not same_shape(left.sizes(0), right.sizes(0)) or not same_shape(left.sizes(2), right.sizes(1)):
         return None
-    if node.target is not aten.bmm.default and len(left.groups[2]) < 2:
+    if node.target is not aten.bmm.default and len(left.groups[2]) < 2 and not _sums_first(left):
         return None  # of a linear, rows are merged all the time
     sizes = [*left.sizes(0), *left.sizes(1), *right.sizes(2)]
     outcome = _outcome(node, sizes) if len(sizes) + len(left.sizes(2)) <= len(string.ascii_letters) else None
@@ -87,6 +87,12 @@ def _rewritable(node: Node, left: Seen, right: Seen) -> tuple[list[Node], list[i
     ones = len(shape_of(outcome[0][-1]) or ()) != len(sizes)
     # Of what is a single one, such as a single token, the dimension stays.
     return None if ones and (not merges or any(map(_has_ones, (left, right)))) else outcome
+
+
+def _sums_first(left: Seen) -> bool:
+    """Whether what is summed stands before the rows: a table by token, turned around."""
+    rows, summed = ([dim for dim, _ in group] for group in left.groups[1:])
+    return len(rows) > 1 and max(summed, default=-1) in range(min(rows))
 
 
 def _operands(product: Node) -> Iterator[tuple[Seen, Seen]]:

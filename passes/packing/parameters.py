@@ -9,19 +9,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from moe_fx.passes.packing.cut_parameters import join_cut_linears, slice_cuts
 from torch.fx import Node
 
 from moe_fx.matcher import arguments, op_name
 from moe_fx.pipeline import Layer
 from moe_fx.program import Program
 from moe_fx.rewrite import Emitter, FakeValues
-from moe_fx.shapes import tensor_of
+from moe_fx.shapes import shape_of, tensor_of
 
 __all__ = ["parameters", "settle_parameters"]
 
 aten = torch.ops.aten
 #: what can be done to all experts at once; a transposition alone is left to the linear that reads it
-SETTLED = frozenset({"aten::to", "aten::reshape", "aten::unsqueeze", "aten::squeeze", "aten::transpose"})
+SETTLED = frozenset({"aten::to", "aten::reshape", "aten::unsqueeze", "aten::squeeze", "aten::transpose", "aten::slice"})
 Call = tuple[Any, tuple[Any, ...]]
 
 
@@ -33,8 +34,12 @@ def parameters(layer: Layer) -> list[Node]:
 
 
 def settle_parameters(layer: Layer, program: Program) -> None:
-    """Move casts and changes of shape of parameters out of the body."""
+    """Move casts, changes of shape, and parts of parameters out of the body."""
     graph = layer.body.graph
+    both = zip(parameters(layer), _given(layer), strict=True)
+    ranks = {param: len(shape_of(outer) or ()) - 1 for param, outer in both}
+    slice_cuts(graph, ranks)
+    join_cut_linears(graph, ranks)
     for node in list(graph.nodes):
         if op_name(node) not in SETTLED or node.args[0] not in parameters(layer):
             continue
@@ -77,6 +82,8 @@ def _for_all_experts(node: Node, outer: Node) -> Call:
             return aten.reshape.default, ([experts, *given["shape"]],)
         case "aten::unsqueeze":
             return aten.unsqueeze.default, (behind(given["dim"], len(inner) + 1),)
+        case "aten::slice":
+            return aten.slice.Tensor, (behind(given["dim"]), given["start"], given["end"], given["step"])
         case "aten::squeeze":
             return aten.squeeze.dim, (behind(given["dim"]),)
         case _:

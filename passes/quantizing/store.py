@@ -61,7 +61,7 @@ class Store:
                 tensors = make()  # which also traces the technique
             else:
                 tensors = self.program.remembered(weight, chosen, make)
-            names = [f"{weight.fqn}_{name}" for name in form.tensor_names]
+            names = [f"{weight.stored_as}_{name}" for name in form.tensor_names]
             self._known[source, chosen] = [
                 self.program.add_weight(name, tensor, weight.device)
                 for name, tensor in zip(names, tensors, strict=True)

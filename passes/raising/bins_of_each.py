@@ -11,15 +11,15 @@ from __future__ import annotations
 import dataclasses
 import operator
 
+from torch.fx import Node
+
+from moe_fx.matcher import Miss, arguments, op_name
 from moe_fx.passes.raising.axes import EXPERT, ONE, PLACE, Place, axes_of, is_row_dim
 from moe_fx.passes.raising.each_expert import OWN, specific
 from moe_fx.passes.raising.region import Region
 from moe_fx.passes.raising.steps import merge_steps
 from moe_fx.passes.raising.walk import Walk
 from moe_fx.passes.raising.writer import Value
-from torch.fx import Node
-
-from moe_fx.matcher import Miss, arguments, op_name
 from moe_fx.shapes import known_equal, same_shape, shape_of
 
 __all__ = ["bins_of_each"]
@@ -28,6 +28,8 @@ __all__ = ["bins_of_each"]
 def bins_of_each(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
     """The results of every bin, written into the body as those of one. None for anything else."""
     given = arguments(node) if op_name(node) in ("aten::stack", "aten::cat") else {}
+    if place[:1] == ((),):  # of size 1, such as that of the groups of experts
+        place = ((ONE,), *place[1:])
     rows = next((at for at, dim in enumerate(place) if not is_row_dim(dim)), len(place))
     if not given or PLACE not in axes_of(place) or EXPERT not in axes_of(place[:rows]) or axes_of(place[rows:]):
         return None

@@ -223,12 +223,12 @@ def _meet_experts(window: Sequence[Node], count: int) -> bool:
         if parameter is None:
             continue
         shape = shape_of(parameter) or ()
-        if len(shape) > 2 and count in shape:
+        if len(shape) > 2 and any(known_equal(size, count) for size in shape):
             return True
         alike.setdefault(tuple(shape), []).append(parameter)
         for user in node.users:
             inner = (shape_of(user) or ())[-2:] if op_name(user) in VIEWS else ()
-            if count in inner or (op_name(user) in CUTS and len(user.users) == count):
+            if any(known_equal(size, count) for size in inner) or (op_name(user) in CUTS and len(user.users) == count):
                 return True
     return any(len(parameters) >= count and len(set(parameters)) > 1 for parameters in alike.values())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moe_fx.passes.raising import grouped, loops
+from moe_fx.passes.raising import grouped, loops, slot_major
 from moe_fx.passes.raising.added_terms import stacked, sum_of_terms
 from moe_fx.passes.raising.anchors import anchors_behind, is_cut_linear, leads_to_experts
 from moe_fx.passes.raising.axes import SLOT, SORTED_ROW, Place, features, size_of
@@ -14,6 +14,7 @@ from moe_fx.passes.raising.endings import Ending, endings, token_axes
 from moe_fx.passes.raising.loop_layers import loop_of_steps
 from moe_fx.passes.raising.parts import joined
 from moe_fx.passes.raising.parts_added import parts_added
+from moe_fx.passes.raising.parts_put import parts_put
 from moe_fx.passes.raising.region import Region, misfit
 from moe_fx.passes.raising.registry import known_pieces
 from moe_fx.passes.raising.routing import CHOOSING
@@ -27,11 +28,15 @@ from torch.fx import Node
 from moe_fx.constants import filled_with
 from moe_fx.kernels import each_expert
 from moe_fx.matcher import Match, Miss, arguments, match, op_name
+from moe_fx.pattern import either
 from moe_fx.rewrite import GIVEN
 from moe_fx.shapes import depends_on_values, known_equal, shape_of
 
 __all__ = ["one_slot_at", "region_at"]
 
+#: rows sorted by expert are added to their tokens; or brought back to the slots
+COMBINE = either(*map(grouped.added_to, (slot_major.token_of_row, grouped.token_of_row)))
+PUT_BACK = either(*map(grouped.put_back, (slot_major.perm, grouped.perm)))
 #: how deep a walk must have come from a product, of which there are many, to be worth a report
 FAR = 400
 #: what makes scores, by which experts are chosen and their results weighted
@@ -120,7 +125,7 @@ def _adds_rows_of_an_expert(root: Node) -> bool:
 
 def _rows_added(root: Node) -> tuple[Region | Miss, set[Node]] | None:
     """Rows sorted by expert, each added to its token."""
-    found = match(grouped.COMBINE, root)
+    found = match(COMBINE, root)
     if not isinstance(found, Match):
         return None
     summed, axes = found["summed"], token_axes(shape_of(root) or ())
@@ -165,7 +170,7 @@ def one_slot_at(root: Node) -> Region | Miss | None:
 
 def _rows_put_back(root: Node) -> tuple[Region | Miss, set[Node]] | None:
     """One expert per token: rows sorted by expert, brought back to the tokens."""
-    found = match(grouped.PUT_BACK, root)
+    found = match(PUT_BACK, root)
     if not isinstance(found, Match):
         return None
     shape = shape_of(found["ids"]) or ()
@@ -229,6 +234,8 @@ def _walk(root: Node, ending: Ending) -> Region | Miss:
     output = walk.body.reshaped(output, [size for size in features(ending.result) if size > 1])
     drop_tests(walk.body, output.node)
     region = walk.region(output)
+    if isinstance(region, Region):
+        region.base = ending.base
     wrong = misfit(region) if isinstance(region, Region) else None
     return region if wrong is None else wrong
 
@@ -239,8 +246,14 @@ def _put_together(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
     return stacked(walk, node, place) if together is None else together
 
 
+def _put_by_experts(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
+    """What the experts wrote, where masks are true or at parts of sorted places."""
+    rows = written(walk, node, place)
+    return parts_put(walk, node, place) if rows is None else rows
+
+
 Walk.stacked = staticmethod(_put_together)
 Walk.joined = staticmethod(joined)
-Walk.written = staticmethod(written)
+Walk.written = staticmethod(_put_by_experts)
 Walk.selected = staticmethod(selected)
 assert each_expert is not None  # importing it registers the op

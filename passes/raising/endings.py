@@ -13,14 +13,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from moe_fx.passes.raising import every_token
-from moe_fx.passes.raising.axes import EXPERT, ONE, SLOT, SORTED_ROW, TOKEN, Axis, Place, size_of
-from moe_fx.passes.raising.choices import summed_slots
-from moe_fx.passes.raising.contraction import Contraction, contraction
 from torch.fx import Node
 
 from moe_fx.constants import filled_with
 from moe_fx.matcher import Match, arguments, match, op_name
+from moe_fx.passes.raising import every_token
+from moe_fx.passes.raising.axes import EXPERT, ONE, SLOT, SORTED_ROW, TOKEN, Axis, Place, size_of
+from moe_fx.passes.raising.choices import summed_slots
+from moe_fx.passes.raising.contraction import Contraction, contraction
 from moe_fx.shapes import Dim, known_equal, shape_of
 
 __all__ = ["Ending", "endings", "token_axes"]
@@ -30,7 +30,8 @@ __all__ = ["Ending", "endings", "token_axes"]
 class Ending:
     """What ``root`` sums over slots or experts, and its ``place``: a value, or a product that is nowhere by itself.
 
-    ``result`` is the place of the sum; ``sizes`` of the row axes, of which ``tokens`` are tokens.
+    ``result`` is the place of the sum; ``sizes`` of the row axes, of which ``tokens`` are tokens. It is added to
+    ``base``, if there is one.
     """
 
     summed: Node | Contraction
@@ -38,6 +39,7 @@ class Ending:
     result: Place
     sizes: dict[str, Dim]
     tokens: tuple[str, ...]
+    base: Node | None = None
 
 
 def endings(root: Node) -> Iterator[Ending]:
@@ -48,11 +50,12 @@ def endings(root: Node) -> Iterator[Ending]:
     if op_name(root) == "aten::sum":
         yield from _sums(root, shape)
     added = match(every_token.ADDED, root)
-    if isinstance(added, Match) and filled_with(added["base"]) == 0 and isinstance(added["num_copies"], int):
+    if isinstance(added, Match) and isinstance(added["num_copies"], int):
         known = _axes(shape, EXPERT, added["num_copies"])
         if known is not None:
             sizes, tokens, place = known
-            yield Ending(added["summed"], ((EXPERT, *tokens), place[-1]), place, sizes, tokens)
+            added_to = None if filled_with(added["base"]) == 0 else added["base"]
+            yield Ending(added["summed"], ((EXPERT, *tokens), place[-1]), place, sizes, tokens, added_to)
     found = contraction(root)
     if found is None or found.bias is not None:
         return

@@ -27,10 +27,25 @@ from moe_fx.passes.raising.pieces import (
 
 from moe_fx.pattern import ANY, WHOLE, As, Last, OneOfValues, Pattern, Var, aten, call, either, item, optional
 
-#: one expert per token needs no second dimension
-in_a_row = aten.reshape(Var("ids", rank=2), ANY)
-flat_ids = either(in_a_row, aten.to(in_a_row, OneOfValues(torch.int32, torch.int64)), Var("ids", rank=1))
 only_dim = OneOfValues(0, -1)
+
+
+def transposed(value: Pattern) -> Pattern:
+    return either(aten.transpose(value, Last(-2), Last(-1)), aten.transpose(value, Last(-1), Last(-2)))
+
+
+def in_a_row(ids: Pattern) -> Pattern:
+    """``ids [T, K]``, or turned around, as one row."""
+    row = aten.reshape(ids, ANY)
+    return either(row, aten.to(row, OneOfValues(torch.int32, torch.int64)))
+
+
+#: one expert per token needs no second dimension
+by_token = either(in_a_row(Var("ids", rank=(2, 3))), Var("ids", rank=1))
+#: the first slot of every token, then the second, ... (`slot_major.py`)
+_turned = transposed(Var("ids", rank=2))
+by_slot = in_a_row(either(_turned, aten.clone(_turned), aten.contiguous(_turned)))
+flat_ids = either(by_slot, by_token)
 
 
 def sort(values: Any) -> Pattern:
@@ -45,12 +60,23 @@ def argsort(values: Any) -> Pattern:
     )
 
 
-perm = As("perm", argsort(flat_ids))
-sorted_ids = either(item(sort(flat_ids), 0), aten.index(flat_ids, [perm]))
-inverse = either(argsort(perm), aten.index_put(ANY, [perm], arange()), aten.scatter(ANY, 0, perm, arange()))
+def places_of(ids: Pattern) -> Pattern:
+    return As("perm", argsort(ids))
+
+
+any_perm, perm = places_of(flat_ids), places_of(by_token)
+sorted_ids = either(item(sort(flat_ids), 0), aten.index(flat_ids, [any_perm]))
+
+
+def inverse_of(perm: Pattern) -> Pattern:
+    return either(argsort(perm), aten.index_put(ANY, [perm], arange()), aten.scatter(ANY, 0, perm, arange()))
+
+
+inverse = inverse_of(perm)
 
 # histc counts in the dtype it is given: one that holds every expert number exactly.
 exact = OneOfValues(torch.float32, torch.float64, torch.int32, torch.int64)
+exact_or_mask = OneOfValues(*exact.values, torch.bool)
 num_experts, last_expert, top_k = Var("num_experts"), Var("last_expert"), Var("top_k")
 any_ids = either(sorted_ids, flat_ids)
 all_ids = either(any_ids, Var("ids", rank=2))
@@ -59,6 +85,20 @@ counted = either(
 )
 numbers = either(aten.arange(num_experts, dtype=WHOLE), aten.arange(0, num_experts, dtype=WHOLE))
 one_hot = either(aten.one_hot(any_ids, num_experts), aten.eq(aten.unsqueeze(any_ids, Last(1)), numbers))
+of_slots = Var("ids", rank=2)
+one_hot_slots = either(aten.one_hot(of_slots, num_experts), aten.eq(aten.unsqueeze(of_slots, Last(2)), numbers))
+one_hot_slots = optional(lambda hot: aten.to(hot, exact), one_hot_slots)
+
+
+def chosen(dtype: Any) -> Pattern:
+    """A mask by token and expert, of the experts that a token's ids name."""
+    none = either(
+        *(aten.full(ANY, no, dtype=dtype) for no in (0, False)), aten.zeros(ANY, dtype=dtype),
+        aten.new_zeros(ANY, ANY, dtype=dtype), aten.new_zeros(optional(lambda ids: aten.to(ids, exact), of_slots), ANY),
+    )  # fmt: skip
+    return either(*(aten.scatter(none, Last(-1), of_slots, yes) for yes in (1, True)))
+
+
 zero_each = either(
     aten.zeros(ANY, dtype=exact), aten.full(ANY, 0, dtype=exact), aten.new_zeros(ANY, ANY, dtype=exact),
     aten.zeros_like(ANY, dtype=exact), aten.full_like(ANY, 0, dtype=exact),
@@ -76,6 +116,10 @@ counts = either(
     As("counts_beyond", aten.bincount(any_ids, None, num_experts)),
     aten.histc(counted, num_experts, 0, last_expert),
     aten.sum(optional(lambda hot: aten.to(hot, exact), one_hot), [0]),
+    aten.sum(one_hot_slots, [0, 1]),
+    # An expert that a token's ids name twice is there once.
+    As("counted_once", aten.sum(either(chosen(exact_or_mask), aten.to(chosen(ANY), exact)), [0])),
+    *(aten.sum(aten.sum(one_hot_slots, dim), [0]) for dim in ([0], [1], [-2])),
 )
 counts = optional(lambda many: aten.to(many, OneOfValues(torch.int32, torch.int64)), counts)
 offsets = either(
@@ -89,21 +133,27 @@ token_of_row = either(
     aten.index(aten.repeat_interleave(arange(), top_k, ANY), [perm]),
     aten.index(aten.repeat_interleave(arange(), top_k), [perm]), aten.index(widened_arange(), [perm]),
 )  # fmt: skip
-column = either(aten.unsqueeze(token_of_row, Last(1)), aten.reshape(token_of_row, [-1, 1]))
-wide = either(aten.expand(column, ANY), aten.expand_as(column, ANY), aten.repeat(column, ANY))
 
-wide_perm = either(*(spread(aten.unsqueeze(perm, Last(1)), ANY) for spread in (aten.expand, aten.repeat)))
+
+def wide(places: Pattern) -> Pattern:
+    """A place for each element of a row."""
+    column = either(aten.unsqueeze(places, Last(1)), aten.reshape(places, [-1, 1]))
+    return either(aten.expand(column, ANY), aten.expand_as(column, ANY), aten.repeat(column, ANY))
+
 
 #: rows added to their tokens, to which the slots need not be brought back
 summed, base = Var("summed", rank=2), Var("base", rank=2)
-COMBINE = either(
-    aten.scatter_add(base, 0, wide, summed),
-    aten.index_add(base, 0, token_of_row, summed),
-    aten.index_put(base, [token_of_row], summed, True),
-)
+
+
+def added_to(token_of_row: Pattern) -> Pattern:
+    return either(
+        aten.scatter_add(base, 0, wide(token_of_row), summed),
+        aten.index_add(base, 0, token_of_row, summed),
+        aten.index_put(base, [token_of_row], summed, True),
+    )
+
 
 rows, weight = Var("rows", rank=2), Var("weight", rank=3)
-transposed = either(aten.transpose(weight, Last(-2), Last(-1)), aten.transpose(weight, Last(-1), Last(-2)))
 
 
 def grouped_mm(matrices: Pattern) -> Pattern:
@@ -117,6 +167,8 @@ owner = either(
     aten.repeat_interleave(numbers, counts, output_size=ANY),
     aten.repeat_interleave(numbers, counts, 0, output_size=ANY),
     aten.repeat_interleave(counts, output_size=ANY),
+    # The first expert whose rows end behind this one.
+    aten.searchsorted(aten.cumsum(counts, only_dim), arange(), right=True),
 )
 
 no_expert, below = aten.ge(sorted_ids, num_experts), aten.lt(sorted_ids, num_experts)
@@ -127,23 +179,27 @@ def clamped(ids: Pattern) -> Pattern:
     return aten.clamp(ids, OneOfValues(None, 0), last_expert)
 
 
-#: rows brought back to the slots
-PUT_BACK = either(
-    aten.index(rows, [inverse]),
-    # Every row is written once: what stood there before is gone.
-    aten.index_put(ANY, [perm], rows),
-    aten.index_copy(ANY, 0, perm, rows),
-    aten.scatter(ANY, 0, wide_perm, rows),
-)
+def put_back(perm: Pattern) -> Pattern:
+    """Rows brought back to the slots."""
+    any_rows = Var("rows", rank=(2, 3, 4))
+    return either(
+        aten.index(any_rows, [inverse_of(perm)]),
+        # Every row is written once: what stood there before is gone.
+        aten.index_put(ANY, [perm], any_rows),
+        aten.index_copy(ANY, 0, perm, any_rows),
+        aten.scatter(ANY, 0, wide(perm), rows),
+    )
+
+
 PIECES: tuple[Piece, ...] = (
-    View(TOKEN_MAJOR, PUT_BACK, to=SORTED),
+    View(TOKEN_MAJOR, put_back(perm), to=SORTED),
     Dispatch(SORTED, aten.index(Var("tokens"), [token_of_row])),
-    Dispatch(SORTED, aten.gather(Var("tokens", rank=2), 0, wide)),
+    Dispatch(SORTED, aten.gather(Var("tokens", rank=2), 0, wide(token_of_row))),
     Slot(SORTED, aten.index(aten.reshape(Var("slot", rank=(2, 3)), ANY), [perm])),
     Slot(SORTED, aten.index(aten.unsqueeze(aten.reshape(Var("slot", rank=2), ANY), Last(1)), [perm])),
     Slot(SORTED, aten.index(Var("slot", rank=1), [perm])),  # one for each token
     View(SORTED, aten.index(rows, [perm]), to=TOKEN_MAJOR),
-    ExpertLinear(SORTED, grouped_mm(transposed), "sort_grouped_mm"),
+    ExpertLinear(SORTED, grouped_mm(transposed(weight)), "sort_grouped_mm"),
     ExpertLinear(SORTED, grouped_mm(weight), "sort_grouped_mm", transposed=True),
     ExpertRow(SORTED, aten.index(Var("param"), [clamped(sorted_ids)])),
     ExpertRow(SORTED, aten.index(Var("param"), [owner]), by_id=True),

@@ -7,6 +7,9 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from torch.fx import Node
+
+from moe_fx.matcher import Match, Miss, arguments, match, op_name
 from moe_fx.passes.raising import pieces as kinds
 from moe_fx.passes.raising.anchors import leads_to_experts
 from moe_fx.passes.raising.axes import (
@@ -23,10 +26,8 @@ from moe_fx.passes.raising.experts_first import experts_first
 from moe_fx.passes.raising.region import Region, told_of_ids
 from moe_fx.passes.raising.routes import Routes
 from moe_fx.passes.raising.through import is_view, through
+from moe_fx.passes.raising.whole import cut_from
 from moe_fx.passes.raising.writer import EXPERTS_OWN, ROWS, SHARED, Value
-from torch.fx import Node
-
-from moe_fx.matcher import Match, Miss, arguments, match, op_name
 from moe_fx.pattern import Last, Var, either
 from moe_fx.pattern import aten as aten_
 from moe_fx.shapes import known_equal, shape_of
@@ -186,7 +187,8 @@ class Outside(Routes):
         count = (shape_of(param) or (0,))[at]
         own_place = (*place[:at], (EXPERT,), *place[end:])
         fixed = isinstance(count, int) and axes_of(own_place) == {EXPERT}
-        if not fixed or not (is_view(param) or param.op in LEAVES or op_name(param) == "aten::stack"):
+        kept = is_view(param) or param.op in LEAVES or op_name(param) == "aten::stack" or cut_from(param) is not None
+        if not fixed or not kept:
             return None
         ids = self.ids_of(index, place[at:end])
         if ids is None:

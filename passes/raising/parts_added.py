@@ -10,7 +10,11 @@ Added part by part, these are the rows of one sorted whole, as in `parts.py`, ad
 
 from __future__ import annotations
 
-from moe_fx.passes.raising import grouped
+from torch.fx import Node
+
+from moe_fx.constants import is_zero
+from moe_fx.matcher import Match, Miss, match
+from moe_fx.passes.raising import grouped, slot_major
 from moe_fx.passes.raising.axes import SLOT, SORTED_ROW
 from moe_fx.passes.raising.endings import token_axes
 from moe_fx.passes.raising.loops import adds
@@ -19,11 +23,7 @@ from moe_fx.passes.raising.region import Region, misfit, read_outside
 from moe_fx.passes.raising.registry import known_pieces
 from moe_fx.passes.raising.walk import Walk
 from moe_fx.passes.raising.whole import cut_from
-from torch.fx import Node
-
-from moe_fx.constants import is_zero
-from moe_fx.matcher import Match, Miss, match
-from moe_fx.pattern import Var
+from moe_fx.pattern import Var, either
 from moe_fx.shapes import shape_of
 
 __all__ = ["parts_added"]
@@ -47,7 +47,7 @@ def parts_added(root: Node) -> Region | Miss | None:
     ):
         return None
     (whole,) = wholes
-    token, axes = match(grouped.token_of_row, whole), token_axes(shape_of(root) or ())
+    token, axes = match(either(slot_major.token_of_row, grouped.token_of_row), whole), token_axes(shape_of(root) or ())
     if not isinstance(token, Match) or axes is None or "ids" not in token.bindings:
         return None
     sizes, tokens, place = axes

@@ -4,6 +4,7 @@ Routed rows stand in one of these layouts on their way from the tokens to the su
 
     slots         [T, K, ...]   one row per token and slot
     token_major   [T*K, ...]    the same, flat: row t*K + k
+    slot_major    [K*T, ...]    the same, slot after slot: row k*T + t
     sorted        [T*K, ...]    ordered by expert: row i is slot perm[i]
     tokens       [T, ...]      every token, in a loop in which every expert takes all of them
     flat_tokens  [T, ...]      the same where tokens have several dimensions, such as batch and sequence: in one
@@ -23,11 +24,12 @@ from dataclasses import dataclass
 from moe_fx.pattern import ANY, WHOLE, Last, Pattern, aten, either, optional
 
 __all__ = [
-    "EXPERT_MAJOR", "FLAT_TOKENS", "HITS", "SLOTS", "SORTED", "TOKENS", "TOKEN_MAJOR", "Column", "Dispatch",
-    "ExpertLinear", "ExpertRow", "Mask", "Piece", "Put", "Slot", "View", "arange", "spread", "widened_arange",
+    "EXPERT_MAJOR", "FLAT_TOKENS", "HITS", "SLOTS", "SLOT_MAJOR", "SORTED", "TOKENS", "TOKEN_MAJOR", "Column",
+    "Dispatch", "ExpertLinear", "ExpertRow", "Mask", "Piece", "Put", "Slot", "View", "arange", "spread",
+    "widened_arange",
 ]  # fmt: skip
 
-SLOTS, TOKEN_MAJOR, SORTED = "slots", "token_major", "sorted"
+SLOTS, TOKEN_MAJOR, SLOT_MAJOR, SORTED = "slots", "token_major", "slot_major", "sorted"
 TOKENS, FLAT_TOKENS, HITS, EXPERT_MAJOR = "tokens", "flat_tokens", "hits", "expert_major"
 
 #: names whose values differ from piece to piece

@@ -36,8 +36,9 @@ class Taking(Outside):
             layout = self.layouts.get(piece.layout)
             if layout is None or axes_of(place[len(layout) :]):
                 continue
-            if isinstance(piece, kinds.Slot) and piece.layout == kinds.TOKENS and max(features(place), default=1) != 1:
-                continue  # what every token has for each slot is a number
+            number = isinstance(piece, kinds.Column) or (isinstance(piece, kinds.Slot) and piece.layout == kinds.TOKENS)
+            if number and max(features(place), default=1) != 1:
+                continue  # what a token has for each slot, or expert, is a number
             # With one slot, a dimension of size 1 for it may stand beside the tokens or not.
             alone = self.single and piece.layout == kinds.TOKEN_MAJOR and place[:1] == ((*self.tokens, SLOT),)
             if place[: len(layout)] != layout and not alone:
@@ -121,8 +122,6 @@ class Taking(Outside):
                     self.zeros.append(row.node)  # added up over the slots of this expert: of other tokens, nothing
                 return self.body.reshaped(row, shape)
             case kinds.Column():
-                if any(size > 1 for size in shape):
-                    return self.miss("a number for each token and expert", node)
                 self.bind(found)
                 if piece.layout == kinds.TOKENS and not piece.masked:
                     weight = self.column_of(found["table"], layout)

@@ -7,11 +7,11 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_fx.passes.raising.routing import chosen_once, selection_of
 from torch.fx import GraphModule, Node
 
 from moe_fx.constants import reads_shapes
 from moe_fx.matcher import Miss, op_name
+from moe_fx.passes.raising.routing import chosen_once, selection_of
 from moe_fx.rewrite import GIVEN, only_asserted
 from moe_fx.shapes import Dim, known_equal, shape_of, tensor_of
 
@@ -213,6 +213,9 @@ def misfit(region: Region) -> Miss | None:
         return miss("a fixed number of experts for each token", ids, f"{region.ids_per_token}")
     if not known_equal(region.ids_per_token, top_k):
         return miss(f"ids of {top_k} experts for each token", ids, f"{ids.name} of {region.ids_per_token}")
+    taken = found.get("num_tokens", num_tokens)
+    if not known_equal(taken.meta["val"] if isinstance(taken, Node) else taken, num_tokens):
+        return miss(f"rows of {num_tokens} tokens, slot after slot", tokens, f"of {taken}")
     if found.get("top_k", top_k) != top_k:
         return miss(f"{top_k} rows for each token", tokens, f"{found['top_k']}")
     if not region.params:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from moe_fx.passes.raising import every_token, gathered, grouped
-from moe_fx.passes.raising.pieces import Piece
-
 from moe_fx.errors import ConfigError
+from moe_fx.passes.raising import every_token, gathered, grouped, slot_major
+from moe_fx.passes.raising.pieces import Piece
 
 __all__ = ["known_pieces", "register"]
 
 #: the pieces between a sum over slots, or over all experts, and the tokens
-PIECES: tuple[Piece, ...] = (*grouped.PIECES, *gathered.PIECES, *every_token.PIECES)
+PIECES: tuple[Piece, ...] = (*slot_major.PIECES, *grouped.PIECES, *gathered.PIECES, *every_token.PIECES)
 #: pieces from outside this package
 REGISTERED: list[Piece] = []
 

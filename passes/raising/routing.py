@@ -89,7 +89,12 @@ def selection_of(ids: Node, num_experts: int) -> Selection:
         node = node.args[0]
     if op_name(node) in ("aten::cat", "aten::stack") and not dropped:
         parts = _of_parts(node, num_experts)
-        return parts or _maxima(node, num_experts, clamped) or Selection(None, clamped, False)
+        parts = parts or _maxima(node, num_experts, clamped) or _of_rows(node, num_experts)
+        if parts is None:
+            return Selection(None, clamped, False)
+        # Reshaped, a row may hold the ids of several.
+        as_joined = known_equal((shape_of(ids) or (0,))[-1], (shape_of(node) or (1,))[-1]) and not turned
+        return Selection(parts.chooser, parts.in_range, parts.distinct and as_joined)
     if op_name(node) not in CHOOSING:
         of_groups = _of_groups(node, num_experts) if not dropped and not moved and not turned else None
         return of_groups or Selection(None, clamped, False)
@@ -191,6 +196,18 @@ def _maxima(joined: Node, num_experts: int, clamped: bool) -> Selection | None:
         left_out, scores = _left_out(arguments(each.chooser)["self"])
         distinct &= {_bare(part) for part in parts[:place]} <= {_bare(ids) for ids in left_out}
         distinct &= place == 0 or not _may_be_least(scores)
+    return Selection(selections[-1].chooser, True, distinct)
+
+
+def _of_rows(joined: Node, num_experts: int) -> Selection | None:
+    """Ids joined of different rows, such as the first choices of all tokens and then the second ones."""
+    parts, shape = arguments(joined)["tensors"], shape_of(joined) or ()
+    if op_name(joined) != "aten::cat" or arguments(joined)["dim"] != 0 or not all(map(shape_of, parts)):
+        return None
+    selections = [selection_of(part, num_experts) for part in parts]
+    if not all(each.in_range for each in selections):
+        return None
+    distinct = len(shape) > 1 and all(each.distinct for each in selections)
     return Selection(selections[-1].chooser, True, distinct)
 
 

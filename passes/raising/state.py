@@ -6,6 +6,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from torch.fx import Node
+
+from moe_fx.matcher import Match, Miss, op_name
 from moe_fx.passes.raising import pieces as kinds
 from moe_fx.passes.raising.axes import (
     EXPERT,
@@ -20,9 +23,6 @@ from moe_fx.passes.raising.axes import (
 from moe_fx.passes.raising.pieces import LOCAL
 from moe_fx.passes.raising.through import Through
 from moe_fx.passes.raising.writer import ROWS, Value, Writer
-from torch.fx import Node
-
-from moe_fx.matcher import Match, Miss, op_name
 from moe_fx.pattern import Pattern
 from moe_fx.shapes import Dim, known_equal, shape_of
 
@@ -49,7 +49,7 @@ class State:
         self.bindings: dict[str, Any] = dict(bindings)
         self.layouts: dict[str, Place] = {
             kinds.SLOTS: (tokens, (SLOT,)), kinds.TOKEN_MAJOR: ((*tokens, SLOT),), kinds.SORTED: ((SORTED_ROW,),),
-            kinds.HITS: ((HIT,),), kinds.EXPERT_MAJOR: ((EXPERT, *tokens),),
+            kinds.SLOT_MAJOR: ((SLOT, *tokens),), kinds.HITS: ((HIT,),), kinds.EXPERT_MAJOR: ((EXPERT, *tokens),),
             kinds.TOKENS: tuple((token,) for token in tokens if specific is not None) or ((HIT,),),
             kinds.FLAT_TOKENS: (tokens,) if specific is not None else ((HIT,),),
         }  # fmt: skip
