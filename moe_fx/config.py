@@ -64,7 +64,7 @@ class Config(metaclass=_NamedFields):
     Attributes:
         experts: the lowering. ``"grouped_mm"`` sorts token rows by expert and multiplies group by group;
             ``"linear"`` applies every expert as plain linears; ``"gather"`` reads only the chosen experts'
-            weights, row by row; ``"fused"`` is this library's Triton kernels (compute capability 9.0 or higher;
+            weights, row by row; ``"fused"`` is this library's Triton kernels (compute capability 9.0;
             elsewhere ``"grouped_mm"`` is written, and the report says so); ``"auto"`` chooses per layer, and the
             report says why.
         quantize: the weight format of the experts: ``None`` leaves weights as they are, a format such as

@@ -148,7 +148,7 @@ def test_every_routing(tokens, form, how):
     Layer(form, torch.bfloat16, tokens=tokens, how=how).check()
 
 
-@pytest.mark.parametrize(("hidden", "inner"), [(40, 24), (72, 200), (2880, 136), (64, 1000)])
+@pytest.mark.parametrize(("hidden", "inner"), [(40, 24), (72, 200), (2880, 136), (64, 1000), (320, 192)])
 @pytest.mark.parametrize("form", list(FORMATS.values())[:6], ids=list(FORMATS)[:6])
 @pytest.mark.parametrize("tokens", [3, 150, 700])
 def test_sizes_that_are_no_multiple_of_a_tile(tokens, form, hidden, inner):
@@ -182,7 +182,7 @@ def tiles(request, monkeypatch):
     monkeypatch.setattr(fused_large, "large_tile_of", chosen)
 
 
-@pytest.mark.parametrize("gated", ["none", "gate_up", "up_gate", "two"])
+@pytest.mark.parametrize("gated", ["none", "gate_up", "up_gate", "interleaved", "two"])
 @pytest.mark.parametrize("sort", [True, False], ids=["sorted", "gathered"])
 @pytest.mark.parametrize("form", ["none", "int8", "int8 dynamic", "float8", "float8 dynamic", "int4"])
 def test_many_rows_per_expert(form, sort, gated, tiles, monkeypatch):
@@ -207,7 +207,7 @@ def test_the_tiles_of_all_numbers_of_rows(tokens, form):
         assert all(torch.equal(first, each) for each in others)
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("form", [FORMATS["int8"], FORMATS["int4"], moe_fx.Int4WeightOnly(64)], ids=repr)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("gated", ["none", "gate_up", "up_gate", "two", "interleaved"])
 def test_weights_widened_in_registers(gated, dtype, form, monkeypatch):
@@ -223,14 +223,14 @@ def test_weights_widened_in_registers(gated, dtype, form, monkeypatch):
             return launch
 
     monkeypatch.setattr(fused_large, "large_gemm_kernel", Spy())
-    bits, blocks = (8, (32, 64, 128)) if form == "int8" else (4, (16, 32, 64, 128))
+    bits, blocks = (8, (32, 64, 128)) if form is FORMATS["int8"] else (4, (16, 32, 64, 128))
+    blocks = (64, 128) if form == moe_fx.Int4WeightOnly(64) else blocks  # steps of half the length
     for tokens, experts in ((19, 4), (55, 6), (130, 6), (900, 6), (1000, 2)):
-        layer = Layer(FORMATS[form], dtype, gated, tokens, experts=experts, hidden=1024, inner=640)
+        layer = Layer(form, dtype, gated, tokens, experts=experts, hidden=1024, inner=640)
         layer.check("relu" if gated == "none" else "silu")
         layer.check("relu" if gated == "none" else "silu", before=True)
-    # Interleaved weights are not loaded by descriptors.
-    assert {each[0] for each in taken} == (set() if gated == "interleaved" else {bits})
-    assert gated == "interleaved" or {each[1] for each in taken} == set(blocks)
+    assert {each[0] for each in taken} == {bits}
+    assert {each[1] for each in taken} == set(blocks)
 
 
 def test_weights_may_lie_anywhere():

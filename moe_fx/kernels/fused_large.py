@@ -7,8 +7,25 @@ from typing import Any
 
 import torch
 
-from moe_fx.kernels.fused_projection import Projection, Routing, in_registers, operands, output_width, widened
-from moe_fx.kernels.fused_tiles import SORT_ABOVE, LargeTile, Product, large_tile_of, loads_by_descriptor, widens_first
+from moe_fx.kernels.fused_projection import (
+    Operands,
+    Projection,
+    Routing,
+    in_registers,
+    operands,
+    output_width,
+    widened,
+)
+from moe_fx.kernels.fused_tiles import (
+    HALF_STEPS_FROM,
+    SORT_ABOVE,
+    LargeTile,
+    Product,
+    block_of_rows,
+    large_tile_of,
+    loads_by_descriptor,
+    widens_first,
+)
 from moe_fx.kernels.triton_large import large_gemm_kernel
 from moe_fx.kernels.triton_or_none import INTERPRETED, is_opaque, overlapped, overlaps
 from moe_fx.kernels.triton_rows import quantize_rows, sort_rows, sum_slots
@@ -21,14 +38,22 @@ __all__ = [
 def takes_descriptors(
     tokens: torch.Tensor, projections: Sequence[Projection], num_slots: int, num_experts: int
 ) -> bool:
-    """Whether descriptors can be made and pay: rows are whole tiles along K, and lie at multiples of 16 bytes."""
+    """Whether descriptors can be made and pay: weights lie at multiples of 16 bytes, and are read by rows enough."""
     dtype = tokens.dtype
     return is_opaque() and all(
         each.fits_descriptors
-        and loads_by_descriptor(each.kind, num_slots, num_experts, in_registers(each, dtype))
+        and _has_rows_enough(each, dtype, num_slots, num_experts)
         and all(tensors[0].data_ptr() % 16 == 0 for tensors in each.weights())
         for each in projections
     )
+
+
+def _has_rows_enough(projection: Projection, dtype: torch.dtype, num_slots: int, num_experts: int) -> bool:
+    wide = in_registers(projection, dtype)
+    half_steps = wide and _step(projection, dtype, True) < 128 // dtype.itemsize
+    if half_steps and block_of_rows(projection.kind, num_slots, num_experts, wide) < HALF_STEPS_FROM:
+        return False
+    return loads_by_descriptor(projection.kind, num_slots, num_experts, wide)
 
 
 def _descriptor(tensor: torch.Tensor, *block: int) -> Any:
@@ -60,20 +85,13 @@ def large_gemm(
     slots, tile_expert, tile_group, tile_count = routing.tiles
     given = operands(projection, routing.ids)
     bits, pairs = bits_of(projection, rows.dtype), in_pairs(projection, rows.dtype, routing.block)
+    every = 2 if projection.gated == "interleaved" else 1
     product = product_of(projection, rows, routing)
     if tile is None:
         tile = large_tile_of(product, routing.ids.numel() / routing.num_experts, gather)
-    block_m, block_k = routing.block, _step(projection, rows, pairs)
-    stored, other_stored = given.weight, given.other
-    if bits == 8 and pairs:
-        stored, other_stored = stored.view(torch.int16), other_stored.view(torch.int16)
+    block_m, block_k = routing.block, _step(projection, rows.dtype, pairs)
     joined = projection.gated if product.joined and not tile.swap else ""
-    if joined:
-        weight = other = _descriptor(stored.view(-1, given.width, stored.shape[-1]), 2, tile.block_n, block_k)
-    else:
-        weight = other = _descriptor(stored.flatten(0, 1), tile.block_n, block_k)
-        if given.other is not given.weight:
-            other = _descriptor(other_stored.flatten(0, 1), tile.block_n, block_k)
+    weight, other = _weights(given, projection.gated, bool(joined), bits == 8 and pairs, tile.block_n, block_k)
     left = rows if gather else _descriptor(rows, block_m, block_k)
     half = rows if gather else _descriptor(rows, block_m // 2, block_k)
     num_slots = routing.ids.numel()
@@ -84,17 +102,39 @@ def large_gemm(
     overlapped(large_gemm_kernel)[(grid,)](
         left, half, weight, other, out, row_scale, given.scale, given.other_scale, given.bias, given.other_bias,
         routing.ids if slot is None else slot, slots, tile_expert, tile_group, tile_count,
-        num_slots, given.width, rows.shape[1], row_div, rows.stride(0), given.weight_rows, given.gate_row, given.up_row,
-        given.weight.shape[0] * given.weight_rows - 1,
-        ALPHA=alpha, LIMIT=limit, FMT="plain" if projection.form == "none" else projection.kind, TWO=given.two,
+        num_slots, given.width, rows.shape[1], row_div, rows.stride(0), given.weight_rows // every, given.gate_row,
+        given.up_row, given.weight.shape[0] * given.weight_rows // every - 1,
+        ALPHA=alpha, LIMIT=limit, FMT="plain" if projection.form == "none" else projection.kind, TWO=product.two,
         ACT=activation, SLOT=0 if slot is None else 1 if slot_before else 2, BIAS=bool(projection.bias),
         GATHER=gather, SORTED=sorted_rows, BITS=bits, PAIRS=pairs, PAIRS_APART=pairs_apart,
         GROUP=rows.shape[1] // given.scale.shape[-1] if bits == 4 else 0,
-        JOINED=joined, HALF=tile.half, PERSISTENT=bool(tile.persistent), ASM=not INTERPRETED, OVERLAP=overlaps(),
+        EVERY=every, EVEN_K=rows.shape[1] % block_k == 0, JOINED=joined, HALF=tile.half,
+        PERSISTENT=bool(tile.persistent), ASM=not INTERPRETED, OVERLAP=overlaps(),
         BM=block_m, BN=tile.block_n, BK=block_k, GROUP_M=tile.group_m, SWAP=tile.swap,
         INT=rows.dtype is torch.int8, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
+
+
+def _weights(given: Operands, gated: str, joined: bool, words: bool, *block: int) -> tuple[Any, Any]:
+    """Descriptors of a weight and of the other, which may be the same; of gate and up in one, if they are joined.
+
+    words: of two weights of one byte.
+    """
+    first, second = given.weight, given.other
+    if words:
+        first, second = first.view(torch.int16), second.view(torch.int16)
+    inputs = first.shape[-1]
+    if joined:
+        both = first.view(-1, 2, inputs) if gated == "interleaved" else first.view(-1, given.width, inputs)
+        rows, columns = block
+        one = _descriptor(both, *((rows, 2) if gated == "interleaved" else (2, rows)), columns)
+        return one, one
+    if gated == "interleaved":
+        gate, up = first.view(-1, 2, inputs).unbind(1)
+        return _descriptor(gate, *block), _descriptor(up, *block)
+    one = _descriptor(first.flatten(0, 1), *block)
+    return one, one if given.other is given.weight else _descriptor(second.flatten(0, 1), *block)
 
 
 def product_of(projection: Projection, rows: torch.Tensor, routing: Routing) -> Product:
@@ -102,8 +142,8 @@ def product_of(projection: Projection, rows: torch.Tensor, routing: Routing) -> 
     given = operands(projection, routing.ids)
     bits = bits_of(projection, rows.dtype)
     kind = projection.kind if projection.kind == "dynamic" or bits else "plain"
-    joined = projection.gated in ("gate_up", "up_gate") and not bits
-    return Product(kind, given.two, routing.block, given.width, rows.shape[1], joined)
+    joined = projection.gated in ("gate_up", "up_gate", "interleaved") and not bits
+    return Product(kind, projection.gated != "none", routing.block, given.width, rows.shape[1], joined)
 
 
 def bits_of(projection: Projection, dtype: torch.dtype) -> int:
@@ -122,10 +162,15 @@ def in_pairs(projection: Projection, dtype: torch.dtype, block: int) -> bool:
     return bits == 4 or (bits == 8 and block < 128)
 
 
-def _step(projection: Projection, rows: torch.Tensor, pairs: bool) -> int:
+def _step(projection: Projection, dtype: torch.dtype, pairs: bool) -> int:
     """How many inputs, or words of two weights, are a step of the loop: 128 bytes of rows, or half of that."""
-    most = 128 // rows.element_size()
-    return most if projection.kind == "int4" or not pairs or rows.shape[1] % (2 * most) == 0 else most // 2
+    most = 128 // dtype.itemsize
+    stored = projection.tensors[0].shape[-1]
+    if projection.kind == "int4":  # within one group
+        whole = stored // projection.tensors[1].shape[-1] % most == 0
+    else:
+        whole = stored % (2 * most) == 0
+    return most if whole or not pairs else most // 2
 
 
 def run_large(
@@ -188,5 +233,5 @@ def rows_for(projection: Projection, rows: torch.Tensor, ids: torch.Tensor) -> t
 
 def _gathers(projection: Projection, rows: torch.Tensor) -> bool:
     """Whether the kernel gathers rows; a copy of them in their order pays if each is read by many tiles."""
-    few = output_width(projection) // (2 if projection.gated in ("gate_up", "up_gate") else 1) < SORT_ABOVE
+    few = output_width(projection) // (1 if projection.gated in ("none", "two") else 2) < SORT_ABOVE
     return bits_of(projection, rows.dtype) == 0 and (few or rows.stride(0) * rows.element_size() % 16 != 0)

@@ -51,10 +51,12 @@ class Projection:
 
     @property
     def fits_descriptors(self) -> bool:
-        """Whether tiles can be loaded by descriptors: inputs are whole steps of 128 bytes, of weights ``[E, N, K]``."""
+        """Whether tiles can be loaded by descriptors: weights ``[E, N, K]``, of a multiple of 64 inputs.
+
+        In one byte that may be half a step of the loop: beyond the last, descriptors read zeros.
+        """
         inputs = self.tensors[0].shape[-1] * (2 if self.kind == "int4" else 1)
-        laid = not self.transposed and self.gated in ("none", "gate_up", "up_gate", "two")
-        return laid and inputs * (1 if self.kind == "dynamic" else 2) % 128 == 0
+        return not self.transposed and inputs % 64 == 0
 
     def weights(self) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
         """The tensors of the first weight and of the second, which may be the same."""
@@ -65,12 +67,12 @@ class Projection:
 def in_registers(projection: Projection, dtype: torch.dtype) -> bool:
     """Whether tiles that are loaded by descriptors can widen stored weights in registers, for rows of ``dtype``.
 
-    int8; and int4 of which a step of 64 bytes has one scale, in the dtype of the rows.
+    int8; and int4 of which a step of 64 or 32 bytes has one scale, in the dtype of the rows.
     """
     if projection.form == "int4_weight_only":
         group_bytes = projection.tensors[0].shape[-1] // projection.tensors[1].shape[-1]
         same = projection.tensors[1].dtype is dtype
-        stored = len(projection.weights()[0]) == 2 and group_bytes % 64 == 0 and same
+        stored = len(projection.weights()[0]) == 2 and group_bytes % 32 == 0 and same
     else:
         stored = projection.form == "int8_weight_only"
     return stored and dtype.itemsize == 2 and projection.fits_descriptors

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from math import inf, log2
 
 __all__ = [
-    "FEW_SLOTS", "JOINED", "JOINED_SORTED", "LARGE", "SORT_ABOVE", "TILES", "TUNED", "TUNED_LARGE", "LargeTile",
-    "Product", "Tile", "block_of_digits", "block_of_rows", "large_product", "large_tile_of", "loads_by_descriptor",
-    "parts_of", "reads_apart", "reads_together", "tile_of", "widens_first",
+    "FEW_SLOTS", "HALF_STEPS_FROM", "JOINED", "JOINED_SORTED", "LARGE", "SORT_ABOVE", "TILES", "TUNED", "TUNED_LARGE",
+    "LargeTile", "Product", "Tile", "block_of_digits", "block_of_rows", "large_product", "large_tile_of",
+    "loads_by_descriptor", "parts_of", "reads_apart", "reads_together", "tile_of", "widens_first",
 ]  # fmt: skip
 
 #: up to how many slots each tile finds its rows by itself, without a routing kernel
@@ -182,6 +182,8 @@ IN_REGISTERS: dict[tuple[str, bool, int], LargeTile] = {
 }
 #: the fewest rows per tile for which weights are
 REGISTERS_FROM = {"widened": 32, "int4": 16}
+#: the same where a step of the loop is 64 bytes of rows: of int8, an odd multiple of 64 inputs; of int4, groups of 64
+HALF_STEPS_FROM = 64
 #: for a single product of few steps along K, of which the beginning and the end overlap with other tiles' steps; and
 #: above so many rows per expert, if they are sorted
 SHORT = LargeTile(128, 3, 4, persistent=2)

@@ -21,17 +21,25 @@ __all__ = ["large_gemm_kernel"]
 
 
 @jit()
+def _gathered(a_ptrs, k0, there, K, EVEN_K: tl.constexpr, BK: tl.constexpr):
+    if EVEN_K:
+        return tl.load(a_ptrs + k0, mask=there[:, None], other=0.0)
+    else:
+        return tl.load(a_ptrs + k0, mask=there[:, None] & (k0 + tl.arange(0, BK) < K)[None, :], other=0.0)
+
+
+@jit()
 def _large_products(
     a, a_ptrs, w, u, row, first, first_up, there, K, acc, acc_up,
-    BITS: tl.constexpr, TWO: tl.constexpr, GATHER: tl.constexpr, SWAP: tl.constexpr, ASM: tl.constexpr,
-    BK: tl.constexpr,
+    BITS: tl.constexpr, TWO: tl.constexpr, GATHER: tl.constexpr, SWAP: tl.constexpr, EVEN_K: tl.constexpr,
+    ASM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """acc and acc_up, and what the rows from ``row`` on (or at a_ptrs, if GATHER) make with those of w and u."""
     # Were the loop left out, what products add to would be written beside them, and they would be made one by one.
     tl.assume(K > 0)
     for k0 in range(0, K, BK):
         if GATHER:
-            rows = tl.load(a_ptrs + k0, mask=there[:, None], other=0.0)
+            rows = _gathered(a_ptrs, k0, there, K, EVEN_K, BK)
         else:
             rows = a.load([row, k0])
         if BITS != 0:
@@ -52,18 +60,19 @@ def _large_products(
 
 @jit()
 def _joined_products(
-    a, a_ptrs, w, row, both, column, there, K, acc, GATHER: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
-):
-    """The same of gate and up that are halves of one weight: one product, of which a matrix instruction makes twice as
-    many columns and reads the rows once.
+    a, a_ptrs, w, row, outer, inner, there, K, acc, GATHER: tl.constexpr, EVEN_K: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    """The same of gate and up of one weight, at w [outer, inner, :]: one product, of which a matrix instruction makes
+    twice as many columns and reads the rows once.
     """
     tl.assume(K > 0)
     for k0 in range(0, K, BK):
         if GATHER:
-            rows = tl.load(a_ptrs + k0, mask=there[:, None], other=0.0)
+            rows = _gathered(a_ptrs, k0, there, K, EVEN_K, BK)
         else:
             rows = a.load([row, k0])
-        acc = dot(rows, tl.reshape(w.load([both, column, k0]), (2 * BN, BK)), acc, False, False)
+        acc = dot(rows, tl.reshape(w.load([outer, inner, k0]), (2 * BN, BK)), acc, False, False)
     return acc
 
 
@@ -75,8 +84,8 @@ def _pair(w, dtype: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
 @jit()
 def _pair_products(
     a, w, u, w_scale, u_scale, row, first, first_up, last, K, acc, acc_up,
-    TWO: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALE_ACC: tl.constexpr, ASM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr,
+    TWO: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, EVERY: tl.constexpr, SCALE_ACC: tl.constexpr,
+    ASM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The same for words of two weights, which are widened: rows have their even inputs first, then the odd ones.
 
@@ -89,8 +98,8 @@ def _pair_products(
         groups = K // GROUP
         n = tl.arange(0, BN)
         # Rows beyond the last weight's are of no use, and have no scale.
-        scales = w_scale + tl.minimum(first + n, last).to(tl.int64) * groups
-        scales_up = u_scale + tl.minimum(first_up + n, last).to(tl.int64) * groups
+        scales = w_scale + tl.minimum(first + n, last).to(tl.int64) * EVERY * groups
+        scales_up = u_scale + (tl.minimum(first_up + n, last).to(tl.int64) * EVERY + (EVERY - 1)) * groups
     for k0 in range(0, half, BK):
         even = a.load([row, k0])
         odd = a.load([row, k0 + half])
@@ -131,8 +140,8 @@ def _large_tile(
     S, N, K, row_div, a_stride, w_rows, gate_row, up_row, last, row, pid_n, expert,
     ALPHA: tl.constexpr, LIMIT: tl.constexpr, FMT: tl.constexpr, TWO: tl.constexpr, ACT: tl.constexpr,
     SLOT: tl.constexpr, BIAS: tl.constexpr, GATHER: tl.constexpr, SORTED: tl.constexpr, BITS: tl.constexpr,
-    PAIRS: tl.constexpr, GROUP: tl.constexpr, PAIRS_APART: tl.constexpr, JOINED: tl.constexpr, HALVES: tl.constexpr,
-    ASM: tl.constexpr, OVERLAP: tl.constexpr,
+    PAIRS: tl.constexpr, GROUP: tl.constexpr, PAIRS_APART: tl.constexpr, EVERY: tl.constexpr, EVEN_K: tl.constexpr,
+    JOINED: tl.constexpr, HALVES: tl.constexpr, ASM: tl.constexpr, OVERLAP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr, INT: tl.constexpr,
 ):  # fmt: skip
     """The BM places from ``row`` on, times the columns of ``pid_n``; HALVES: which are stored in two parts."""
@@ -148,11 +157,13 @@ def _large_tile(
         a_ptrs = a
         if GATHER:
             a_ptrs = a + source[:, None] * a_stride + tl.arange(0, BK)[None, :]
-        acc = _joined_products(a, a_ptrs, w, row, 2 * expert, pid_n * BN, there, K, acc, GATHER, BN, BK)
+        outer = first if JOINED == "interleaved" else 2 * expert
+        inner = 0 if JOINED == "interleaved" else pid_n * BN
+        acc = _joined_products(a, a_ptrs, w, row, outer, inner, there, K, acc, GATHER, EVEN_K, BN, BK)
     elif PAIRS:
         acc, acc_up = _pair_products(
             a, w, u, w_scale, u_scale, row, first + gate_row, first + up_row, last, K, acc, acc_up,
-            TWO, BITS, GROUP, GROUP != 0 and BM <= 32, ASM, BN, BK,
+            TWO, BITS, GROUP, EVERY, GROUP != 0 and BM <= 32, ASM, BN, BK,
         )  # fmt: skip
     else:
         a_ptrs = a
@@ -160,7 +171,7 @@ def _large_tile(
             a_ptrs = a + source[:, None] * a_stride + tl.arange(0, BK)[None, :]
         acc, acc_up = _large_products(
             a, a_ptrs, w, u, row, first + gate_row, first + up_row, there, K, acc, acc_up,
-            BITS, TWO, GATHER, SWAP, ASM, BK,
+            BITS, TWO, GATHER, SWAP, EVEN_K, ASM, BK,
         )  # fmt: skip
     # Not before: programs of the next kernel that were set up while some of this one's had ended would crowd there.
     before_next(OVERLAP)
@@ -171,7 +182,9 @@ def _large_tile(
         acc, acc_up = column_halves(acc)
     elif JOINED == "up_gate":
         acc_up, acc = column_halves(acc)
-    column = tl.minimum(pid_n * BN + tl.arange(0, BN), N - 1)
+    elif JOINED == "interleaved":
+        acc, acc_up = tl.split(tl.reshape(acc, (BM, BN, 2)))
+    column = tl.minimum(pid_n * BN + tl.arange(0, BN), N - 1) * EVERY
     scale_at = row + m if SORTED == "in" else source
     row_scale = tl.load(a_scale + scale_at, mask=there, other=0.0) if FMT == "dynamic" else 1.0
     weight = tl.load(slot_weight + slot, mask=there, other=0.0).to(tl.float32) if SLOT != 0 else 1.0
@@ -180,11 +193,11 @@ def _large_tile(
     if ONE:
         row_scale = row_scale * weight
     LEFT: tl.constexpr = 0 if ONE else SLOT
-    e = expert.to(tl.int64) * w_rows
+    e = expert.to(tl.int64) * w_rows * EVERY
     scale, bias = of_columns(w_scale + e, w_bias + e, column + gate_row, FMT, BIAS)
     acc = rescaled(acc, row_scale, scale, bias, weight, FMT == "dynamic", FMT, LEFT, BIAS)
     if TWO:
-        scale, bias = of_columns(u_scale + e, u_bias + e, column + up_row, FMT, BIAS)
+        scale, bias = of_columns(u_scale + e, u_bias + e, column + up_row + (EVERY - 1), FMT, BIAS)
         acc_up = rescaled(acc_up, row_scale, scale, bias, weight, FMT == "dynamic", FMT, LEFT, BIAS)
         acc = gated(acc, acc_up, ACT, ALPHA, LIMIT, ASM)
     else:
@@ -207,8 +220,8 @@ def large_gemm_kernel(
     S, N, K, row_div, a_stride, w_rows, gate_row, up_row, last,
     ALPHA: tl.constexpr, LIMIT: tl.constexpr, FMT: tl.constexpr, TWO: tl.constexpr, ACT: tl.constexpr,
     SLOT: tl.constexpr, BIAS: tl.constexpr, GATHER: tl.constexpr, SORTED: tl.constexpr, BITS: tl.constexpr,
-    PAIRS: tl.constexpr, GROUP: tl.constexpr, PAIRS_APART: tl.constexpr, JOINED: tl.constexpr, HALF: tl.constexpr,
-    PERSISTENT: tl.constexpr, ASM: tl.constexpr, OVERLAP: tl.constexpr,
+    PAIRS: tl.constexpr, GROUP: tl.constexpr, PAIRS_APART: tl.constexpr, EVERY: tl.constexpr, EVEN_K: tl.constexpr,
+    JOINED: tl.constexpr, HALF: tl.constexpr, PERSISTENT: tl.constexpr, ASM: tl.constexpr, OVERLAP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr, INT: tl.constexpr,
 ):  # fmt: skip
     """As expert_gemm_kernel, for rows and weights of one dtype; or for weights of BITS, which are widened in registers.
@@ -218,7 +231,9 @@ def large_gemm_kernel(
     if a_scale is (otherwise it goes with the rows before they were sorted). w, u: descriptors of [E * w_rows, K] in
     blocks [BN, BK], of weights or (PAIRS) of words of two; rows then have their even inputs first, as the result has
     its even columns if PAIRS_APART. GROUP: how many inputs share a scale of int4. last: the last row of w or u.
-    JOINED: "gate_up" or "up_gate": w is a descriptor of [2 * E, N, K] in blocks [2, BN, BK], gate and up in that order.
+    JOINED: "gate_up" or "up_gate": w is a descriptor of [2 * E, N, K] in blocks [2, BN, BK], gate and up in that order;
+    "interleaved": of [E * N, 2, K] in blocks [BN, 2, BK]. EVERY: 2 if gate and up are every other row of a weight:
+    w_rows is half of these then, gate_row and up_row are 0, and w and u, if not JOINED, descriptors of every other row.
     PERSISTENT: as many programs as run at once, each taking many tiles; otherwise one for each.
     """
     after_previous(OVERLAP)
@@ -233,7 +248,7 @@ def large_gemm_kernel(
                 a, w, u, out, a_scale, w_scale, u_scale, w_bias, u_bias, slot_weight, slots,
                 S, N, K, row_div, a_stride, w_rows, gate_row, up_row, last, pid_m * BM, pid_n,
                 tl.load(tile_expert + pid_m), ALPHA, LIMIT, FMT, TWO, ACT, SLOT, BIAS, GATHER, SORTED, BITS, PAIRS,
-                GROUP, PAIRS_APART, JOINED, True, ASM, False, BM, BN, BK, SWAP, INT,
+                GROUP, PAIRS_APART, EVERY, EVEN_K, JOINED, True, ASM, False, BM, BN, BK, SWAP, INT,
             )  # fmt: skip
     else:
         if pid >= total:
@@ -245,13 +260,13 @@ def large_gemm_kernel(
                 _large_tile(
                     a_half, w, u, out, a_scale, w_scale, u_scale, w_bias, u_bias, slot_weight, slots,
                     S, N, K, row_div, a_stride, w_rows, gate_row, up_row, last, pid_m * BM, pid_n, expert,
-                    ALPHA, LIMIT, FMT, TWO, ACT, SLOT, BIAS, GATHER, SORTED, BITS, PAIRS, GROUP, PAIRS_APART, JOINED,
-                    False, ASM, OVERLAP, BM // 2, BN, BK, SWAP, INT,
+                    ALPHA, LIMIT, FMT, TWO, ACT, SLOT, BIAS, GATHER, SORTED, BITS, PAIRS, GROUP, PAIRS_APART, EVERY,
+                    EVEN_K, JOINED, False, ASM, OVERLAP, BM // 2, BN, BK, SWAP, INT,
                 )  # fmt: skip
                 return
         _large_tile(
             a, w, u, out, a_scale, w_scale, u_scale, w_bias, u_bias, slot_weight, slots,
             S, N, K, row_div, a_stride, w_rows, gate_row, up_row, last, pid_m * BM, pid_n, expert,
-            ALPHA, LIMIT, FMT, TWO, ACT, SLOT, BIAS, GATHER, SORTED, BITS, PAIRS, GROUP, PAIRS_APART, JOINED, False,
-            ASM, OVERLAP, BM, BN, BK, SWAP, INT,
+            ALPHA, LIMIT, FMT, TWO, ACT, SLOT, BIAS, GATHER, SORTED, BITS, PAIRS, GROUP, PAIRS_APART, EVERY, EVEN_K,
+            JOINED, False, ASM, OVERLAP, BM, BN, BK, SWAP, INT,
         )  # fmt: skip
