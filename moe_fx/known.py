@@ -128,6 +128,13 @@ class Known:
             return self.counted(args[0], kwargs.get("dim", args[1] if len(args) > 1 else None), result)
         return None
 
+    def apart(self, whole: Tensor, parts: list[Tensor]) -> list[Tensor]:
+        """The parts of a mask by expert, which are what is read of it one by one."""
+        if self.range(whole) is None:
+            for number, each in enumerate(parts):
+                self.remember(each, self.of_expert(self.origin(whole), number))
+        return parts
+
     def is_table(self, tensor: Tensor) -> bool:
         """Whether the columns of a tensor may be those of experts: numbers of experts are integers themselves."""
         known = any(mask is tensor for mask, _ in self._masks)

@@ -125,6 +125,16 @@ class EveryExpert(TorchFunctionMode):
         if func in JOINS and not args[0]:
             raise NothingJoined("no expert has rows, and what they compute is joined")
         result = func(*(int(arg) if isinstance(arg, Row) else arg for arg in args), **kwargs)
+        if (
+            func in ELEMENTS
+            and first is None
+            and kwargs.get("dim", (*args, 0)[1]) == 0
+            and not self.known.range(args[0])
+        ):
+            parts = list(result)
+            for number, each in enumerate(parts):
+                self.known.remember(each, self.known.of_expert(self.known.origin(args[0]), number))
+            return iter(parts) if func is Tensor.__iter__ else tuple(parts)
         if func in SIZES:
             return self.size(args[0], first, result)
         if func in JOINS and depends_on_values(result.shape[0]):

@@ -307,6 +307,11 @@ def _is_left_of_layer(
     if op_name(node) in ("aten::stack", "aten::gather", "aten::index", "aten::take_along_dim"):
         source = node.args[0]  # the places that are read of zeros are no matter
         return all(each in zeros for each in (source if isinstance(source, list | tuple) else [source]))
+    if op_name(node) == "aten::linear" and len(node.args) == 2:
+        # One of the model's own, such as that behind a latent layer: with some experts idle, it is compared.
+        return (
+            node.args[0] in zeros and isinstance(node.args[1], Node) and node.args[1].op in ("placeholder", "get_attr")
+        )
     if op_name(node) not in ("aten::mul", "aten::sum", "aten::einsum", "aten::bmm", "aten::matmul"):
         return False
     if any(isinstance(factor, float) and not math.isfinite(factor) for factor in node.args):

@@ -19,16 +19,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
-
-from moe_fx.matcher import op_name
 from moe_fx.passes.normalize.alike import Alike, Call, wider, within, write
 from moe_fx.passes.normalize.functional import memory_of
 from moe_fx.passes.normalize.spelling import spell
+from torch.fx import Graph, Node
+
+from moe_fx.constants import filled_with
+from moe_fx.matcher import op_name
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
 from moe_fx.shapes import known_equal, same_shape, shape_of, tensor_of
 
-__all__ = ["spell_bins_in_turn"]
+__all__ = ["Choices", "spell_bins_in_turn", "terms_of"]
 
 aten = torch.ops.aten
 
@@ -56,11 +57,11 @@ def _stacked_sum(node: Node, written: Collection[Node]) -> Call | None:
     value = tensor_of(node)
     if not _is_sum(node) or value is None or value.dim() < 3 or not value.is_floating_point():
         return None
-    terms = _terms(node)
+    terms = terms_of(node)
     if len(terms) < 2 or any(map(_is_sum, node.users)):
         return None
     for order in (terms, terms[::-1]):
-        whole = _Choices(value.dim() - 2).of(order)
+        whole = Choices(value.dim() - 2).of(order)
         calls, read = within(whole)
         counted = any(call.target is aten.cumsum.default for call in calls)
         if counted and not any(memory_of(each) in written for each in read):
@@ -72,7 +73,7 @@ def _is_sum(node: object) -> bool:
     return isinstance(node, Node) and op_name(node) == "aten::add" and len(node.args) == 2 and not node.kwargs
 
 
-def _terms(node: Node) -> tuple[Any, ...]:
+def terms_of(node: Node) -> tuple[Any, ...]:
     """What is added up, in order, without the 0 that a sum begins with."""
     found, waiting = list[Any](), list[Any]([node])
     while waiting:
@@ -84,7 +85,7 @@ def _terms(node: Node) -> tuple[Any, ...]:
     return tuple(found)
 
 
-class _Choices(Alike):
+class Choices(Alike):
     """Values of each choice of tokens ``[S]``, or ``[G, S]``."""
 
     def __init__(self, tokens: int) -> None:
@@ -166,7 +167,7 @@ def _count(node: Node) -> _Count | None:
         elif name == "aten::cumsum" and not less and len(each.args) == 2 and not each.kwargs:
             counted.append(each)
         elif isinstance(each, Node):
-            rest.append((less, each))
+            rest += [(less, each)] if filled_with(each) != 0 else []
         elif type(each) is int:
             plus += -each if less else each
         else:

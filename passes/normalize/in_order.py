@@ -20,6 +20,7 @@ from moe_fx.passes.normalize.no_ops import drop_no_ops
 from moe_fx.passes.normalize.nonzero_lists import spell_nonzero_lists
 from moe_fx.passes.normalize.one_slot_masks import spell_one_slot_masks
 from moe_fx.passes.normalize.places_in_turn import spell_places_in_turn
+from moe_fx.passes.normalize.put_in_turn import spell_put_in_turn
 from moe_fx.passes.normalize.regions import inline_regions
 from moe_fx.passes.normalize.rows_put import spell_rows_put
 from moe_fx.passes.normalize.scattered_in_turn import spell_scattered_in_turn
@@ -77,5 +78,5 @@ def normalize(work: Work) -> None:
     spell_column_lists(graph, written)
     spell_dropped_rows(graph, written)
     spell_choices_in_turn(graph, written)
-    if spell_bins_in_turn(graph, written):
+    if spell_put_in_turn(graph, written) | spell_bins_in_turn(graph, written):
         merge_equal_values(graph, written, work.program.weights)  # ids that were put together for their counts as well

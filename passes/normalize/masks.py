@@ -178,11 +178,18 @@ def select_masks(graph: Graph, written: Collection[Node]) -> None:
             continue
         if op_name(whole) == "aten::transpose" and value.dim() == 2:
             whole, dim = whole.args[0], 1 - dim % 2
-        elif value.dtype is not torch.bool and not _of_slots(whole, dim):
+        elif value.dtype is not torch.bool and not _is_hot(whole) and not _of_slots(whole, dim):
             continue
         emit = Emitter(graph, node, FakeValues(node.meta["val"].fake_mode))
         replace(node, emit(aten.select.int, whole, dim, node.args[1]))
         erase_dead(graph, [node])
+
+
+def _is_hot(value: Any) -> bool:
+    """Whether a value holds one-hot rows, in whatever order of dimensions."""
+    while op_name(value) in ("aten::permute", "aten::transpose", "aten::to"):
+        value = value.args[0]
+    return op_name(value) == "aten::one_hot"
 
 
 def _of_slots(whole: Node, dim: int) -> bool:

@@ -11,13 +11,12 @@ that its expert can get; what stands in the places of no slot is never read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from moe_fx.passes.raising.anchors import leads_to_experts
 from moe_fx.passes.raising.axes import EXPERT, PLACE, SLOT, SORTED_ROW, Place, axes_of, features, size_of
 from moe_fx.passes.raising.outside import Outside
-from moe_fx.passes.raising.ranks import Rank, Ranks
+from moe_fx.passes.raising.ranks import Rank, Ranks, slot_places
 from moe_fx.passes.raising.through import is_view, through
 from moe_fx.passes.raising.writer import Value
 from torch.fx import Node
@@ -26,7 +25,7 @@ from moe_fx.constants import filled_with
 from moe_fx.matcher import Miss, arguments, op_name
 from moe_fx.shapes import known_equal, same_shape, shape_of, tensor_of
 
-__all__ = ["binned"]
+__all__ = ["READS", "WRITES", "binned"]
 
 #: ops that write rows to places: the argument that names the places, and whether rows are added to what is there
 WRITES = {
@@ -99,7 +98,7 @@ def _written(walk: Outside, node: Node, place: Place) -> Source | None:
     if bins is None:
         return None
     inner = place[bins:]
-    for slots in _slot_places(walk):
+    for slots in slot_places(walk):
         # Values of a single token are written without its dimension: Python's assignment strips leading ones.
         fewer = len(slots) + len(inner) - len(shape_of(rows) or ())
         first, rest = slots[: fewer + 1], slots[fewer + 1 :]
@@ -109,17 +108,6 @@ def _written(walk: Outside, node: Node, place: Place) -> Source | None:
                 walk.interior.add(written)
                 return rows, (tuple(axis for dim in first for axis in dim), *rest, *inner)
     return None
-
-
-def _slot_places(walk: Outside) -> Iterator[Place]:
-    """How rows of all slots may stand."""
-    yield ((SORTED_ROW,),)
-    yield ((*walk.tokens, SLOT),)
-    yield from walk.slot_places
-    yield ((SLOT, *walk.tokens),)
-    yield (SLOT,), walk.tokens
-    if known_equal(walk.sizes.get(SLOT, 0), 1):
-        yield (walk.tokens,)
 
 
 def _place(walk: Outside, bins: Node, where: Any, slots: Place, inner: int) -> Place | None:

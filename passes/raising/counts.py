@@ -152,18 +152,31 @@ class Counts:
 
 def largest_count(size: object, graph: Graph, bindings: dict[str, Any]) -> dict[str, Any] | None:
     """What is known of a layer when ``size`` is the number of rows of the expert that has most; None if it is not."""
+    if not isinstance(size, torch.SymInt):
+        return None
     items = [node for node in graph.nodes if op_name(node) in ("aten::item", "aten::_local_scalar_dense")]
-    for item in items if isinstance(size, torch.SymInt) else []:
-        number = item.meta["val"]
-        if not isinstance(number, torch.SymInt) or not same_expression(number, size):
+    items = [node for node in items if isinstance(node.meta["val"], torch.SymInt)]
+    for item in items:
+        if not same_expression(item.meta["val"], size):
             continue
         given = arguments(item.args[0]) if op_name(item.args[0]) in ("aten::max", "aten::amax") else {}
         counts = Counts(bindings)
         vector = counts.read(given.get("self"))
-        every = [{expert: 1} for expert in range(counts.num_experts)]
-        if given.get("dim") in (None, 0, [], [0]) and isinstance(vector, list) and vector == every:
+        if given.get("dim") in (None, 0, [], [0]) and isinstance(vector, list) and _are_all(vector, counts):
             return dict(counts.bindings)
-    return None
+    # Of numbers of Python, the largest.
+    largest = size.node.expr.args if size.node.expr.func.__name__ == "Max" else ()
+    counts = Counts(bindings)
+    known = {item.meta["val"].node.expr: counts.total(item) for item in items} if largest else {}
+    numbers = [known.get(each) for each in largest]
+    every = None not in numbers and _are_all([number for number in numbers if number is not None], counts)
+    return dict(counts.bindings) if largest and every else None
+
+
+def _are_all(numbers: list[Total], counts: Counts) -> bool:
+    """Whether these are the numbers of rows of all experts, each once, in whatever order."""
+    every: list[Total] = [{expert: 1} for expert in range(counts.num_experts)]
+    return len(numbers) == len(every) and all(each in numbers for each in every)
 
 
 def _of_vector(name: str | None, vector: list[Total], given: dict[str, Any]) -> Any:

@@ -5,6 +5,7 @@ rank = ((hot.cumsum(0) - 1) * hot).sum(-1)         # how many slots of its exper
 place = ids.reshape(-1) * capacity + rank          # its row in bins [E * capacity, ...]
 
 rank = arange(T * K) - starts[sorted_ids]          # the same of rows sorted by expert: how far behind the first one
+row = starts[ids.reshape(-1)] + rank               # where a slot stands among those sorted by expert
 
 What is read of a value is what it holds at a slot's own expert: a sum of the expert's number, the rank, and a number.
 Whether every rank is below a capacity is a question of how many rows an expert can get.
@@ -13,7 +14,7 @@ Whether every rank is below a capacity is a question of how many rows an expert 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,14 +24,15 @@ from moe_fx.passes.raising.axes import EXPERT, SLOT, SORTED_ROW, Place, axes_of
 from moe_fx.passes.raising.counts import EXACT, Counts
 from moe_fx.passes.raising.one_hot import OneHotRows
 from moe_fx.passes.raising.pieces import arange
+from moe_fx.passes.raising.routes import Routes
 from moe_fx.passes.raising.through import is_view, through
 from torch.fx import Node
 
 from moe_fx.matcher import Match, arguments, match, op_name
 from moe_fx.pattern import aten
-from moe_fx.shapes import Dim, is_number, known_at_least, shape_of, tensor_of
+from moe_fx.shapes import Dim, is_number, known_at_least, known_equal, shape_of, tensor_of
 
-__all__ = ["Rank", "Ranks"]
+__all__ = ["Rank", "Ranks", "slot_places"]
 
 
 @dataclass(frozen=True)
@@ -133,11 +135,37 @@ class Ranks(OneHotRows):
             if counts.read(node) != [dict.fromkeys(range(each), 1) for each in range(counts.num_experts)]:
                 return False
             bound, count = dict(counts.bindings), counts.num_experts
-        if bound.setdefault("rank_order", "sorted") != "sorted" or bound.setdefault("num_classes", count) != count:
+        if bound.setdefault("num_classes", count) != count:
             return False
         bound.setdefault("counts_beyond", node)  # an id that is no expert's begins nowhere
         self.walk.bindings, self.walk.sizes = bound, {**self.walk.sizes, EXPERT: count}
         return True
+
+    def holds_all(self, capacity: Dim, node: Node) -> bool:
+        """Also where the capacity is more than the largest rank."""
+        ranks = self._largest_rank(capacity, node) if isinstance(capacity, torch.SymInt) and not self.groups else None
+        return ranks is not None or super().holds_all(capacity, node)
+
+    def _largest_rank(self, capacity: Dim, node: Node) -> Node | None:
+        """The ranks of all slots, of which the largest is less than ``capacity``."""
+        for number in node.graph.nodes:
+            if op_name(number) not in ("aten::item", "aten::_local_scalar_dense"):
+                continue
+            given = arguments(number.args[0]) if op_name(number.args[0]) in ("aten::max", "aten::amax") else {}
+            values, more = given.get("self"), capacity - number.meta["val"]
+            if (
+                not isinstance(values, Node)
+                or given.get("dim") not in (None, [], [0], 0)
+                or not known_at_least(more, 0)
+            ):
+                continue
+            for slots in slot_places(self.walk):
+                if len(slots) != len(shape_of(values) or ()) or (given.get("dim") is not None and len(slots) > 1):
+                    continue
+                found = self.read(values, slots)
+                if found == Rank(rank=1, plus=found.plus if found else 0) and known_at_least(more, 1 - found.plus):
+                    return values
+        return None
 
     def spread(self, node: Any, own: Place, place: Place) -> Rank | None:
         """What a value holds that stands in ``own`` place, and is seen in another."""
@@ -170,12 +198,16 @@ class Ranks(OneHotRows):
         elsewhere = None
         if left.elsewhere is not None and right.elsewhere is not None:
             elsewhere = left.elsewhere + sign * right.elsewhere
-        row, first = left.row + sign * right.row, left.first + sign * right.first
-        behind = row == 1 and first == -1
-        return Rank(
-            left.ids + sign * right.ids, left.rank + sign * right.rank + behind, left.plus + sign * right.plus,
-            elsewhere, row - behind, first + behind,
+        row, first, rank = (
+            getattr(left, name) + sign * getattr(right, name) for name in ("row", "first", "rank")
         )  # fmt: skip
+        if (row, first) == (1, -1):
+            if self.walk.bindings.setdefault("rank_order", "sorted") != "sorted":
+                return None
+            row, first, rank = 0, 0, rank + 1
+        elif (rank, first) == (1, 1):  # in whatever order an expert's slots are counted
+            row, first, rank = row + 1, 0, 0
+        return Rank(left.ids + sign * right.ids, rank, left.plus + sign * right.plus, elsewhere, row, first)
 
     def _product(self, node: Node, place: Place) -> Rank | None:
         left, right = (self.operand(each, place) for each in node.args[:2])
@@ -297,6 +329,17 @@ class Ranks(OneHotRows):
             return found if rows is None or self.holds_all(rows, node) else None
         every = found.ids * self.walk.bindings["num_classes"]
         return found if rows is None or (known_at_least(rows, every) and self.holds_all(found.ids, node)) else None
+
+
+def slot_places(walk: Routes) -> Iterator[Place]:
+    """How rows of all slots may stand."""
+    yield ((SORTED_ROW,),)
+    yield ((*walk.tokens, SLOT),)
+    yield from walk.slot_places
+    yield ((SLOT, *walk.tokens),)
+    yield (SLOT,), walk.tokens
+    if known_equal(walk.sizes.get(SLOT, 0), 1):
+        yield (walk.tokens,)
 
 
 Rule = Callable[[Ranks, Node, Place], Rank | None]

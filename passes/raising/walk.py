@@ -17,6 +17,7 @@ from moe_fx.passes.raising.axes import EXPERT, HIT, PLACE, SLOT, SORTED_ROW, Pla
 from moe_fx.passes.raising.bins import binned
 from moe_fx.passes.raising.choices import chosen
 from moe_fx.passes.raising.contraction import Contraction, contraction
+from moe_fx.passes.raising.counted_rows import counted_rows
 from moe_fx.passes.raising.pieces_taken import Taking
 from moe_fx.passes.raising.products import Factor, product
 from moe_fx.passes.raising.region import Region, computed_with, read_outside
@@ -71,6 +72,9 @@ class Walk(Taking):
             return self.same_for_all(node, place)
         if (in_bins := binned(self, node, place)) is not None:
             return in_bins
+        if (counted := counted_rows(self, node, place)) is not None:
+            self.interior.add(node)
+            return self.value(*counted)
         if op_name(node) == "aten::where" and (rows := self.selected(self, node, place)) is not None:
             return rows
         fits, found = self.piece(node, place)

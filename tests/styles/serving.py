@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from styles.base import (
     ASKS,
@@ -13,10 +14,13 @@ from styles.base import (
     H,
     Listed,
     MaxOfSoftmax,
+    MoE,
+    ReLU2,
     Router,
     SigmoidWithBias,
     Stacked,
     SwiGLU,
+    Unnormalised,
     style,
 )
 
@@ -253,3 +257,127 @@ class IfCounted(Stacked):
         rows = self.product(F.silu(gate) * up, self.down, counts)
         out = torch.empty_like(rows).index_copy_(0, order, rows)
         return (out.view(-1, self.K, H) * weights[..., None]).sum(dim=1)
+
+
+@style("bins_filled_choice_by_choice_tutel")
+class Tutel(Apart):
+    """Tutel: places of each choice in a list, counted behind all choices before."""
+
+    route = Unnormalised
+
+    def forward(self, x):
+        scores = self.router.linear(x).softmax(-1)
+        ids = [each.view(-1) for each in torch.topk(scores, self.K, dim=1).indices.chunk(self.K, dim=1)]
+        masks = [F.one_hot(each, self.E) for each in ids]
+        weights = [(scores * mask).sum(dim=1) for mask in masks]
+        ranks, before = [], torch.zeros(1, self.E, dtype=torch.int64)
+        for mask in masks:
+            ranks.append(((torch.cumsum(mask, dim=0) - 1 + before) * mask).sum(dim=1))
+            before = before + mask.sum(dim=0, keepdim=True)
+        capacity = x.size(0) * self.K
+        bins = torch.zeros(self.E * capacity, H)
+        for each, rank in zip(ids, ranks, strict=True):
+            bins.index_add_(0, each * capacity + rank, x)
+        rows = bins.view(self.E, capacity, H)
+        rows = torch.bmm(self.act(torch.bmm(rows, self.w_gate), torch.bmm(rows, self.w_up)), self.w_down).view(-1, H)
+        out = 0
+        for each, rank, weight in zip(ids, ranks, weights, strict=True):
+            out = out + rows[each * capacity + rank] * weight.unsqueeze(1)
+        return out
+
+
+class Counted(Stacked):
+    """Where a slot stands among those sorted by expert is counted: nothing is sorted."""
+
+    def rows_of(self, flat):
+        hot = F.one_hot(flat, self.E)
+        counts = hot.sum(0)
+        return counts, (counts.cumsum(0) - counts)[flat] + ((hot.cumsum(0) - 1) * hot).sum(-1)
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        counts, row = self.rows_of(ids.flatten())
+        rows = torch.zeros(row.shape[0], H).index_copy(0, row, x.repeat_interleave(self.K, 0))
+        offs = counts.cumsum(0).to(torch.int32)
+        gate, up = torch._grouped_mm(rows, self.gate_up.mT, offs=offs).chunk(2, -1)
+        rows = torch._grouped_mm(F.silu(gate) * up, self.down.mT, offs=offs)
+        return torch.einsum("tkh,tk->th", rows[row].view(-1, self.K, H), weights)
+
+
+style("rows_counted_not_sorted_grouped_mm", **ASKS)(Counted)
+
+
+@style("rows_counted_not_sorted_weights_put_beside", **ASKS)
+class CountedBeside(Counted):
+    """Weights are put where their rows are; parts are cut by counts."""
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        counts, row = self.rows_of(ids.reshape(-1))
+        rows, beside = torch.zeros(row.shape[0], H), torch.zeros(row.shape[0])
+        rows[row] = x[:, None].expand(-1, self.K, -1).reshape(-1, H)
+        beside[row] = weights.reshape(-1)
+        results, start = [], 0
+        for e, count in enumerate(counts.tolist()):
+            results.append(self.expert(rows[start : start + count], e) * beside[start : start + count, None])
+            start += count
+        return torch.cat(results)[row].view(-1, self.K, H).sum(1)
+
+
+@style("bins_as_long_as_the_largest_rank", **ASKS)
+class LargestRank(Apart):
+    def forward(self, x):
+        ids, weights = self.router(x)
+        flat = ids.reshape(-1)
+        rank = (F.one_hot(flat, self.E).cumsum(0) - 1).gather(1, flat[:, None]).squeeze(1)
+        bins = x.new_zeros(self.E, self.capacity(flat, rank), H)
+        bins[flat, rank] = x.repeat_interleave(self.K, 0)
+        rows = torch.bmm(self.act(torch.bmm(bins, self.w_gate), torch.bmm(bins, self.w_up)), self.w_down)
+        return (rows[flat, rank].view(-1, self.K, H) * weights.unsqueeze(-1)).sum(1)
+
+    def capacity(self, flat, rank):
+        return int(rank.max()) + 1
+
+
+@style("mask_scattered_choice_by_choice")
+class Scattered(Stacked):
+    """The best expert is crossed out before the next one is chosen, and marked in a mask."""
+
+    def forward(self, x):
+        left = logits = self.router.linear(x)
+        chosen = torch.zeros_like(logits, dtype=torch.bool)
+        for _ in range(self.K):
+            best = left.argmax(dim=-1, keepdim=True)
+            chosen.scatter_(-1, best, True)
+            left = left.scatter(-1, best, float("-inf"))
+        weights = torch.where(chosen, logits, float("-inf")).softmax(-1)
+        out = torch.zeros_like(x)
+        for e in range(self.E):
+            rows = chosen[..., e]
+            out[rows] = out[rows] + weights[..., e][rows].unsqueeze(-1) * self.expert(x[rows], e)
+        return out
+
+
+@style("experts_without_rows_are_given_a_row_of_zeros_latent_nemotron", **ASKS)
+class Latent(MoE):
+    """Nemotron-H: experts between two projections; one without rows sees a row of zeros, of which zeros come."""
+
+    route, latent = SigmoidWithBias, 8
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = nn.Linear(H, self.latent, bias=False), nn.Linear(self.latent, H, bias=False)
+        self.experts = nn.ModuleList(ReLU2(self.latent) for _ in range(self.E))
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        rows = self.into(x)
+        total = torch.zeros_like(rows)
+        masks = F.one_hot(ids, num_classes=self.E).permute(2, 0, 1)
+        for mask, expert in zip(masks, self.experts, strict=True):
+            token, slot = torch.where(mask)
+            if token.numel() > 0:
+                total.index_add_(0, token, expert(rows[token]) * weights[token, slot].unsqueeze(-1))
+            else:
+                total = total + expert(torch.zeros_like(rows[0]).unsqueeze(0))
+        return self.out(total)
