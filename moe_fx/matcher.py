@@ -18,7 +18,7 @@ from torch.fx import Node
 from moe_fx import pattern as p
 from moe_fx.shapes import shape_of
 
-__all__ = ["Match", "Miss", "arguments", "match", "op_name"]
+__all__ = ["Match", "Miss", "arguments", "chain", "match", "op_name"]
 
 Bindings = Mapping[str, Any]
 
@@ -84,6 +84,17 @@ def match(pattern: Any, value: Any, bindings: Bindings | None = None) -> Match |
         return Match(found, nodes)
     assert search.deepest is not None
     return search.deepest
+
+
+def chain(step: Any, last: Node) -> tuple[list[tuple[Node, Match]], Node]:
+    """The calls that match ``step``, of which each captures the one before as ``base``, up to ``last``; in order, and
+    what they begin with."""
+    steps: list[tuple[Node, Match]] = []
+    node = last
+    while isinstance(found := match(step, node), Match):
+        steps.insert(0, (node, found))
+        node = found["base"]
+    return steps, node
 
 
 def _describe(value: Any) -> str:

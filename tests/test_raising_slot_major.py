@@ -35,7 +35,10 @@ class Whole(Gathered):
             "slots": lambda: x[order % self.K],
         }  # fmt: skip
         rows = taken[self.wrong]() if self.wrong in taken else rows[order]
-        rows = self.experts(rows, ids.flip(-1).t().reshape(-1) if self.wrong == "sorted" else flat)
+        if self.wrong == "read":  # of other places than the rows are taken from
+            rows = self.of_numbers(rows, ids.reshape(-1)[order])
+        else:
+            rows = self.experts(rows, ids.flip(-1).t().reshape(-1) if self.wrong == "sorted" else flat)
         out = torch.empty_like(rows)
         out[order] = rows * weights[order, None]
         return out.view(-1, self.K, H).sum(1) if self.wrong == "summed" else out.view(self.K, -1, H).sum(0)
@@ -74,7 +77,7 @@ def same_numbers(model, program):
     return moe_fx.report(after).layers
 
 
-WRONG = ("token", "modulus", "slots", "weights", "ids", "repeated", "sorted", "summed")
+WRONG = ("token", "modulus", "slots", "weights", "ids", "repeated", "sorted", "summed", "read")
 
 
 @pytest.mark.parametrize("decomposed", [False, True], ids=["exported", "core"])
@@ -87,6 +90,27 @@ def test_of_slots_sorted_otherwise_only_what_each_row_meets_is_a_layer(wrong, de
     program = exported(model)
     layers = same_numbers(model, program.run_decompositions() if decomposed else program)
     assert all(layer.top_k == 1 for layer in layers)
+
+
+@torch.no_grad()
+def test_as_many_tokens_as_slots_are_not_taken_for_one_another():
+    # The order of tokens after tokens, and ids slot after slot: with T = K they have the same shape.
+    class Both(Whole):
+        def forward(self, x):
+            ids, weights = self.router(x)
+            flat = ids.t().reshape(-1)
+            order = ids.reshape(-1).argsort(stable=True)
+            rows = self.of_numbers(x.repeat(self.K, 1)[order], flat[order])
+            out = torch.empty_like(rows)
+            out[order] = rows
+            return (out.view(self.K, -1, H) * weights.t().unsqueeze(-1)).sum(0)
+
+    torch.manual_seed(0)
+    model = Both()
+    after = moe_fx.transform(torch.export.export(model, (torch.randn(2, H),)), moe_fx.Config(validate=False))
+    for seed in range(6):
+        x = torch.randn(2, H, generator=torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(after.module()(x), model(x))
 
 
 @pytest.mark.parametrize("wrong", ["last", "ones", "counts", "before"])

@@ -60,9 +60,19 @@ def nodes(program):
     return [(node.op, node.name, node.target) for node in program.graph.nodes]
 
 
+def guards(program):
+    """What a program demands of the sizes it is run with, but for what is true of any."""
+    modes = (value.fake_mode for node in program.graph.nodes if hasattr(value := node.meta.get("val"), "fake_mode"))
+    shapes = next(modes).shape_env
+    expressions = [guard.expr for guard in shapes.guards] if shapes is not None else []
+    sizes = [[each.subs(dict.fromkeys(each.free_symbols, size)) for size in range(40)] for each in expressions]
+    return [str(each) for each, holds in zip(expressions, sizes, strict=True) if not all(holds)]
+
+
 def check_raised(item, model, program):
-    item = STYLES.get(item, item)
+    item, demanded = STYLES.get(item, item), guards(program)
     after = moe_fx.transform(program, moe_fx.Config(require="all"))
+    assert guards(program) == demanded
     assert len(moe_fx.report(after).layers) == item.layers
     for x in inputs(item, model):
         # bfloat16: the order of a sum and the places of its roundings may change

@@ -9,7 +9,7 @@
 | `scatter_reduce(x, d, places, rows, "sum")` | `scatter_add(x, d, places, rows)` |
 | `index_put(out, [places], rows.reshape([]))` of one place and one row | `index_put(out, [places], rows)` |
 | `sum(mask, d) > 0`, `sum(mask, d) != 0`, `sum(mask, d)` as a mask; `amax(mask, d)` | `any(mask, d)` |
-| `div(places, k, rounding_mode="trunc")`, as none is negative | `floor_divide(places, k)` |
+| `div(places, k, rounding_mode="trunc")`, as none is negative; `div(places, k).floor().to(int64)` | `floor_divide(places, k)` |
 """
 
 from __future__ import annotations
@@ -171,6 +171,18 @@ def _tokens(node: Node, given: dict[str, Any]) -> Spelling | None:
     return aten.floor_divide.default, (places, many)
 
 
+def _to(node: Node, given: dict[str, Any]) -> Spelling | None:
+    """Also a quotient rounded down: exact up to 2^24 rows, as a count in float32 is."""
+    value, floor = tensor_of(node), given["self"]
+    quotient = floor.args[0] if op_name(floor) in ("aten::floor", "aten::trunc") else None
+    if value is None or value.dtype is not torch.int64 or op_name(quotient) != "aten::div":
+        return _some(node, given)
+    rows = arguments(quotient)
+    if rows.get("rounding_mode") is not None or tensor_of(quotient).dtype not in (torch.float32, torch.float64):
+        return None
+    return _tokens(quotient, {**rows, "rounding_mode": "trunc"})
+
+
 def _are_places(node: Node) -> bool:
     """Whether numbers are those of rows, of which none is negative."""
     if op_name(node) == "aten::slice":
@@ -190,7 +202,7 @@ RULES: dict[str, Callable[[Node, dict[str, Any]], Spelling | None]] = {
     "aten::scatter_reduce": _scatter_add,
     "aten::scatter": _scattered,
     "aten::index_put": _one_put,
-    "aten::to": _some,
+    "aten::to": _to,
     "aten::ne": _some,
     "aten::gt": _some,
     "aten::amax": _largest,

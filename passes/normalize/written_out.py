@@ -8,6 +8,7 @@ mv(x, w)                               =>     linear(x, w[None]).squeeze(-1)
 addmm(rows, x, w)                      =>     rows + mm(x, w)
 index_add(x, 0, at, rows, alpha=2)     =>     index_add(x, 0, at, rows * 2)
 mm(x, w, out=part)                     =>     part.copy_(mm(x, w))
+bucketize(x, bounds)                   =>     searchsorted(bounds, x)
 
 masked_fill(x, ids != e, 0)            =>     where(ids == e, x, 0)
 where(ids != e, 0, x)                  =>     where(ids == e, x, 0)
@@ -45,6 +46,9 @@ def write_out(graph: Graph) -> None:
             if node.args[1] == 0 and len(norm.users) == 1:  # of core ATen
                 respell(node, _aten.layer_norm.default, norm.args, {})
                 erase_dead(graph, [norm])
+            continue
+        if node.target is _aten.bucketize.Tensor:  # the same with its arguments exchanged
+            respell(node, _aten.searchsorted.Tensor, (node.args[1], node.args[0]), dict(node.kwargs))
             continue
         if (op_name(node) or "").endswith(".out"):
             _copy_out(node)

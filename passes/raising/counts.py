@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from moe_fx.constants import filled_with, moved
 from moe_fx.matcher import Match, arguments, match, op_name
 from moe_fx.pattern import ANY, As, AtLeast, Last, Var, aten, either, optional
-from moe_fx.shapes import same_expression, shape_of, tensor_of
+from moe_fx.shapes import same_expression, same_shape, shape_of, tensor_of
 
 __all__ = ["Counts", "Total", "largest_count"]
 
@@ -129,7 +129,7 @@ class Counts:
             return vector[place] if isinstance(vector, list) and isinstance(place, int) else None
         if name == "aten::stack":
             numbers = [self.total(part) for part in arguments(node)["tensors"]]
-            return numbers if shape_of(node) == (len(numbers),) and None not in numbers else None
+            return numbers if same_shape(shape_of(node) or (), (len(numbers),)) and None not in numbers else None
         if name == "aten::cat":
             parts = [self.read(part) for part in arguments(node)["tensors"]]
             return (

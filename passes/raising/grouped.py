@@ -64,8 +64,10 @@ def places_of(ids: Pattern) -> Pattern:
     return As("perm", argsort(ids))
 
 
-any_perm, perm = places_of(flat_ids), places_of(by_token)
-sorted_ids = either(item(sort(flat_ids), 0), aten.index(flat_ids, [any_perm]))
+perm = places_of(by_token)
+sorted_ids = either(
+    item(sort(flat_ids), 0), *(aten.index(flat, [places_of(flat)]) for flat in (by_slot, by_token))
+)  # fmt: skip
 
 
 def inverse_of(perm: Pattern) -> Pattern:

@@ -18,7 +18,7 @@ from moe_fx.passes.raising.walk import Walk
 from torch.fx import Node
 
 from moe_fx.constants import is_zero
-from moe_fx.matcher import Match, Miss, match
+from moe_fx.matcher import Match, Miss, chain
 from moe_fx.shapes import shape_of, tensor_of
 
 __all__ = ["loop_of_steps"]
@@ -29,11 +29,7 @@ def loop_of_steps(root: Node, loop: loops.Loop) -> Region | Miss:
 
     Whatever a loop carries along, in a tensor or in Python, makes its second step differ from its first.
     """
-    steps: list[tuple[Node, Match]] = []
-    node = root
-    while isinstance(found := match(loop.step, node), Match):
-        steps.insert(0, (node, found))
-        node = found["base"]
+    steps, node = chain(loop.step, root)
     if (told := _told_by_table(steps)) is not None:
         return told
     # What a loop of all steps adds to is added to the layer; a few steps that stand for all must add to zeros.

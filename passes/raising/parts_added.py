@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from moe_fx.constants import is_zero
-from moe_fx.matcher import Match, Miss, match
+from moe_fx.matcher import Match, Miss, chain, match
 from moe_fx.passes.raising import grouped, slot_major
 from moe_fx.passes.raising.axes import SLOT, SORTED_ROW
 from moe_fx.passes.raising.endings import token_axes
@@ -33,11 +33,7 @@ STEP = adds(Var("at", rank=1))
 
 def parts_added(root: Node) -> Region | Miss | None:
     """The layer that ends in the last of such additions. None where none does."""
-    steps: list[tuple[Node, Match]] = []
-    node = root
-    while isinstance(found := match(STEP, node), Match):
-        steps.insert(0, (node, found))
-        node = found["base"]
+    steps, node = chain(STEP, root)
     wholes = {cut_from(found["at"]) for _, found in steps}
     if (
         len(steps) < 2
@@ -52,11 +48,11 @@ def parts_added(root: Node) -> Region | Miss | None:
         return None
     sizes, tokens, place = axes
     sizes |= {SLOT: (shape_of(token["ids"]) or (0,))[-1], SORTED_ROW: (shape_of(whole) or (0,))[0]}
-    chain = {step for step, _ in steps}
+    additions = {step for step, _ in steps}
     ends = {root, *(each for _, found in steps for each in found.nodes)}
     walk = Walk(root, sizes, tokens, known_pieces(), dict(token.bindings), ending=ends)
     parts = [Joined(found["summed"], at=found["at"]) for _, found in steps]
-    output = join(walk, root, ((SORTED_ROW,), place[-1]), parts, chain)
+    output = join(walk, root, ((SORTED_ROW,), place[-1]), parts, additions)
     if output is None or isinstance(output, Miss):
         return output
     walk.interior.discard(root)
@@ -64,6 +60,6 @@ def parts_added(root: Node) -> Region | Miss | None:
     if isinstance(region, Miss):
         return region
     region.base = None if is_zero(node) else node
-    wrong = read_outside(chain - {root}, ends)
+    wrong = read_outside(additions - {root}, ends)
     wrong = misfit(region) if wrong is None else wrong
     return region if wrong is None else wrong

@@ -20,7 +20,7 @@ from moe_fx.passes.raising.whole import cut_from
 from moe_fx.passes.raising.writer import Value
 from torch.fx import Node
 
-from moe_fx.matcher import Match, Miss, match
+from moe_fx.matcher import Match, Miss, chain, match
 from moe_fx.pattern import Var, aten
 
 __all__ = ["parts_put"]
@@ -31,11 +31,7 @@ ORDERS = ((slot_major.perm, SLOT_MAJOR), (grouped.perm, TOKEN_MAJOR))
 
 def parts_put(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
     """What all experts wrote, as the results of one expert in the body. None for any other op."""
-    steps: list[tuple[Node, Match]] = []
-    base = node
-    while isinstance(found := match(STEP, base), Match):
-        steps.insert(0, (base, found))
-        base = found["base"]
+    steps, _ = chain(STEP, node)
     wholes = {cut_from(found["at"]) for _, found in steps}
     if len(steps) < 2 or len(wholes) > 1 or None in wholes:
         return None

@@ -33,7 +33,7 @@ from moe_fx.passes.raising.writer import Value
 from torch.fx import Node
 
 from moe_fx.constants import is_zero
-from moe_fx.matcher import Match, Miss, match
+from moe_fx.matcher import Match, Miss, chain, match
 from moe_fx.pattern import As, AtLeast, Last, Var, aten, either, optional
 from moe_fx.shapes import known_equal, shape_of
 
@@ -66,11 +66,7 @@ def ids_written(node: Node) -> Node | None:
 
 def written(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
     """What all experts wrote, as the results of one expert in the body. None for any other op."""
-    steps: list[tuple[Node, Match]] = []
-    base = node
-    while isinstance(found := match(STEP, base), Match):
-        steps.insert(0, (base, found))
-        base = found["base"]
+    steps, base = chain(STEP, node)
     if not steps:
         return None
     rank = len(shape_of(steps[0][1]["flat_ids"]) or ())
@@ -103,8 +99,8 @@ def written(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
     walk.visits.append(tuple(sorted(experts)))
     # Rows of no expert keep what stood there: nothing, if that is zero.
     walk.bindings["rows_skipped" if is_zero(base) else "counts_beyond"] = node
-    chain = {step for step, _ in steps}
-    interior = set().union(*(region.interior for region in regions), *map(set, cuts), chain)
+    writes = {step for step, _ in steps}
+    interior = set().union(*(region.interior for region in regions), *map(set, cuts), writes)
     merged = dataclasses.replace(merged, root=node, interior=interior, form="written_rows")
     return walk.inlined(merged, node, place, rows=place[:rank], by_token=by_token, tables=tables)
 

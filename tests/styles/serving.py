@@ -12,6 +12,7 @@ from styles.base import (
     Apart,
     ArgmaxSigmoid,
     H,
+    I,
     Listed,
     MaxOfSoftmax,
     MoE,
@@ -21,6 +22,7 @@ from styles.base import (
     Stacked,
     SwiGLU,
     Unnormalised,
+    normal,
     style,
 )
 
@@ -381,3 +383,42 @@ class Latent(MoE):
             else:
                 total = total + expert(torch.zeros_like(rows[0]).unsqueeze(0))
         return self.out(total)
+
+
+@style("rows_cut_at_running_counts_of_floats_torchao", **BATCHED, **ASKS)
+class OrderedTokens(MoE):
+    """torchao's prototype: places are divided as floats, counts are floats, tensors bound the parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.w1, self.w2, self.w3 = normal(self.E, I, H), normal(self.E, H, I), normal(self.E, I, H)
+
+    def forward(self, x):
+        tokens = x.view(-1, H)
+        ids, weights = self.router(tokens)
+        order = ids.view(-1).argsort(stable=True)
+        token = order.div(self.K).floor().to(torch.int64)
+        counts = torch.histc(ids.view(-1).to(torch.float32), bins=self.E, min=0, max=self.E)
+        ends = torch.cat((counts.new_zeros(1), counts)).cumsum(0).to(torch.int64)
+        results = []
+        for e, places in enumerate([token[ends[e] : ends[e + 1]] for e in range(self.E)]):
+            rows = tokens[places]
+            hidden = F.silu(F.linear(rows, self.w1[e])) * F.linear(rows, self.w3[e])
+            results.append(F.linear(hidden, self.w2[e]))
+        rows = torch.cat(results, dim=0) * weights.view(-1, 1)[order]
+        out = torch.zeros_like(tokens).scatter_add(0, token.unsqueeze(-1).expand(-1, H), rows)
+        return out.reshape(x.shape)
+
+
+@style("rows_of_experts_found_by_bucketize")
+class Bucketized(Stacked):
+    """SonicMoE: a row's expert is the bucket between ends that it is in."""
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        order = ids.flatten().sort(stable=True).indices
+        ends = ids.flatten().bincount(minlength=self.E).cumsum(0)
+        expert = torch.bucketize(torch.arange(order.shape[0]), ends, right=True)
+        gate, up = torch.einsum("th,tnh->tn", x[order // self.K], self.gate_up[expert]).chunk(2, -1)
+        rows = torch.einsum("ti,thi->th", F.silu(gate) * up, self.down[expert])
+        return torch.einsum("tkh,tk->th", rows[torch.argsort(order)].view(-1, self.K, H), weights)

@@ -38,7 +38,9 @@ class Gathered(SlotMajor):
     """Each row gathers its expert's weights."""
 
     def experts(self, rows, flat):
-        numbers = flat.sort().values
+        return self.of_numbers(rows, flat.sort().values)
+
+    def of_numbers(self, rows, numbers):
         gate, up = (torch.bmm(rows[:, None], w[numbers]) for w in (self.w_gate, self.w_up))
         return torch.bmm(self.act(gate, up), self.w_down[numbers])[:, 0]
 
