@@ -9,7 +9,8 @@
 | `scatter_reduce(x, d, places, rows, "sum")` | `scatter_add(x, d, places, rows)` |
 | `index_put(out, [places], rows.reshape([]))` of one place and one row | `index_put(out, [places], rows)` |
 | `sum(mask, d) > 0`, `sum(mask, d) != 0`, `sum(mask, d)` as a mask; `amax(mask, d)` | `any(mask, d)` |
-| `div(places, k, rounding_mode="trunc")`, as none is negative; `div(places, k).floor().to(int64)` | `floor_divide(places, k)` |
+| `div(places, k, rounding_mode="trunc")`, as none is negative | `floor_divide(places, k)` |
+| `div(places, k).floor().to(int64)` | `floor_divide(places, k)` |
 """
 
 from __future__ import annotations

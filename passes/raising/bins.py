@@ -16,7 +16,8 @@ from typing import Any
 from moe_fx.passes.raising.anchors import leads_to_experts
 from moe_fx.passes.raising.axes import EXPERT, PLACE, SLOT, SORTED_ROW, Place, axes_of, features, size_of
 from moe_fx.passes.raising.outside import Outside
-from moe_fx.passes.raising.ranks import Rank, Ranks, slot_places
+from moe_fx.passes.raising.rank import Rank, slot_places
+from moe_fx.passes.raising.ranks import Ranks
 from moe_fx.passes.raising.through import is_view, through
 from moe_fx.passes.raising.writer import Value
 from torch.fx import Node

@@ -23,7 +23,8 @@ from moe_fx.passes.raising.contraction import Contraction
 from moe_fx.passes.raising.factors import Hot, Term, between, factors, one_hot_of
 from moe_fx.passes.raising.outside import Outside
 from moe_fx.passes.raising.products import Factor
-from moe_fx.passes.raising.ranks import Rank, Ranks
+from moe_fx.passes.raising.rank import Rank
+from moe_fx.passes.raising.ranks import Ranks
 from moe_fx.passes.raising.writer import Writer
 from torch.fx import Node
 

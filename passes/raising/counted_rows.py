@@ -13,7 +13,8 @@ from typing import Any
 from moe_fx.passes.raising.axes import SLOT, SORTED_ROW, Place, axes_of
 from moe_fx.passes.raising.bins import READS, WRITES
 from moe_fx.passes.raising.outside import Outside
-from moe_fx.passes.raising.ranks import Rank, Ranks, slot_places
+from moe_fx.passes.raising.rank import Rank, slot_places
+from moe_fx.passes.raising.ranks import Ranks
 from torch.fx import Node
 
 from moe_fx.matcher import arguments, op_name

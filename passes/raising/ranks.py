@@ -14,8 +14,8 @@ Whether every rank is below a capacity is a question of how many rows an expert 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,43 +24,16 @@ from moe_fx.passes.raising.axes import EXPERT, SLOT, SORTED_ROW, Place, axes_of
 from moe_fx.passes.raising.counts import EXACT, Counts
 from moe_fx.passes.raising.one_hot import OneHotRows
 from moe_fx.passes.raising.pieces import arange
-from moe_fx.passes.raising.routes import Routes
+from moe_fx.passes.raising.rank import HOT, Rank, slot_places
 from moe_fx.passes.raising.through import is_view, through
 from torch.fx import Node
 
 from moe_fx.matcher import Match, arguments, match, op_name
 from moe_fx.pattern import aten
-from moe_fx.shapes import Dim, is_number, known_at_least, known_equal, shape_of, tensor_of
+from moe_fx.shapes import Dim, is_number, known_at_least, shape_of, tensor_of
 
-__all__ = ["Rank", "Ranks", "slot_places"]
+__all__ = ["Ranks"]
 
-
-@dataclass(frozen=True)
-class Rank:
-    """``ids * expert's number + rank * slot's rank + plus``; of a value by expert, at a slot's own expert.
-
-    ``elsewhere`` is what such a value holds for all other experts, if it is one number. ``row`` counts where the slot
-    stands in sorted order, and ``first`` where the first row of its expert does: one less the other is its rank.
-    """
-
-    ids: Dim = 0
-    rank: int = 0
-    plus: int = 0
-    elsewhere: int | None = None
-    row: int = 0
-    first: int = 0
-
-    @property
-    def fixed(self) -> bool:
-        return (self.rank, self.row, self.first) == (0, 0, 0) and isinstance(self.ids, int) and self.ids == 0
-
-    @property
-    def ranked(self) -> bool:
-        """Whether it is a rank, from 0 up, perhaps behind the bins of the experts before."""
-        return (self.rank, self.plus, self.row, self.first) == (1, 0, 0, 0)
-
-
-HOT = Rank(plus=1, elsewhere=0)
 
 #: where an expert's rows begin, found in the sorted ids themselves
 FIRST = aten.searchsorted(grouped.sorted_ids, grouped.numbers)
@@ -329,17 +302,6 @@ class Ranks(OneHotRows):
             return found if rows is None or self.holds_all(rows, node) else None
         every = found.ids * self.walk.bindings["num_classes"]
         return found if rows is None or (known_at_least(rows, every) and self.holds_all(found.ids, node)) else None
-
-
-def slot_places(walk: Routes) -> Iterator[Place]:
-    """How rows of all slots may stand."""
-    yield ((SORTED_ROW,),)
-    yield ((*walk.tokens, SLOT),)
-    yield from walk.slot_places
-    yield ((SLOT, *walk.tokens),)
-    yield (SLOT,), walk.tokens
-    if known_equal(walk.sizes.get(SLOT, 0), 1):
-        yield (walk.tokens,)
 
 
 Rule = Callable[[Ranks, Node, Place], Rank | None]
