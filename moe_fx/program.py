@@ -55,7 +55,7 @@ META_KEY = "moe_fx"
 #: what a program may make of a weight before it reads it
 DERIVING = frozenset({
     "aten::to", "aten::reshape", "aten::unsqueeze", "aten::squeeze", "aten::transpose", "aten::permute",
-    "aten::slice",
+    "aten::slice", "aten::select",
 })  # fmt: skip
 
 #: outputs that are new values of the program's own tensors
@@ -256,8 +256,13 @@ class Program(ABC):
             return result
 
         like = torch.empty(value.shape, dtype=value.dtype, device="meta")
-        cut = op_name(node) == "aten::slice" and value.shape != weight.tensor.shape
-        part = "_{}_{}".format(*slice(*rest[1:3]).indices(weight.tensor.shape[rest[0]])) if cut else ""
+        bounds: tuple[int, ...] = ()
+        if op_name(node) == "aten::select":
+            bounds = (rest[1],)
+        elif op_name(node) == "aten::slice" and value.shape != weight.tensor.shape:
+            begin, end, every = slice(*rest[1:]).indices(weight.tensor.shape[rest[0]])
+            bounds = (begin, end) if every == 1 else (begin, end, every)
+        part = "".join(f"_{bound}" for bound in bounds)
         self.weights[node] = DerivedWeight(weight.fqn, like, weight, step, part)
 
     @property

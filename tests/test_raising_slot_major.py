@@ -224,3 +224,36 @@ moe_body_0:
     return mul_1
 """,
     )
+
+
+class Clamped(Gathered):
+    """Rows sorted by ids that may name no expert gather the weights of the last one then."""
+
+    masked = False
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        ids = torch.where(weights > 0.6, self.E, ids)
+        flat = ids.reshape(-1)
+        numbers, order = flat.sort(stable=True)
+        rows = self.of_numbers(x[order // self.K], numbers.clamp(0, self.E - 1))
+        if self.masked:
+            rows = rows.masked_fill((numbers >= self.E).unsqueeze(-1), 0.0)
+        out = torch.empty_like(rows)
+        out[order] = rows * weights.reshape(-1)[order, None]
+        return out.view(-1, self.K, H).sum(1)
+
+
+class Masked(Clamped):
+    masked = True
+
+
+@pytest.mark.parametrize("kind", [Clamped, Masked])
+@torch.no_grad()
+def test_sorted_ids_that_are_clamped_mean_the_last_expert_unless_a_mask_says_none(kind):
+    torch.manual_seed(0)
+    model = kind()
+    for decomposed in (False, True):
+        program = exported(model)
+        layers = same_numbers(model, program.run_decompositions() if decomposed else program)
+        assert [layer.num_experts for layer in layers] == [4]

@@ -22,7 +22,9 @@ __all__ = ["parameters", "settle_parameters"]
 
 aten = torch.ops.aten
 #: what can be done to all experts at once; a transposition alone is left to the linear that reads it
-SETTLED = frozenset({"aten::to", "aten::reshape", "aten::unsqueeze", "aten::squeeze", "aten::transpose", "aten::slice"})
+SETTLED = frozenset(
+    {"aten::to", "aten::reshape", "aten::unsqueeze", "aten::squeeze", "aten::transpose", "aten::slice", "aten::select"}
+)
 Call = tuple[Any, tuple[Any, ...]]
 
 
@@ -84,6 +86,8 @@ def _for_all_experts(node: Node, outer: Node) -> Call:
             return aten.unsqueeze.default, (behind(given["dim"], len(inner) + 1),)
         case "aten::slice":
             return aten.slice.Tensor, (behind(given["dim"]), given["start"], given["end"], given["step"])
+        case "aten::select":
+            return aten.select.int, (behind(given["dim"]), given["index"])
         case "aten::squeeze":
             return aten.squeeze.dim, (behind(given["dim"]),)
         case _:

@@ -64,7 +64,7 @@ def _stack(layer: Layer, program: Program, whole: dict[Node, Node]) -> None:
         stacked = isinstance(weight, StackedWeight) or (isinstance(weight, DerivedWeight) and weight.is_stacked)
         if weight is None or not (stacked or (isinstance(weight, DerivedWeight) and _scattered(source, program))):
             continue
-        name = weight.fqn if stacked else f"{weight.fqn}_experts_first"  # the program has one of its own name
+        name = weight.fqn if stacked else f"{weight.stored_as}_experts_first"  # the program has one of its own name
         if stacked and _stay_beneath(name, source, program):
             name = f"{name}_stacked"
 

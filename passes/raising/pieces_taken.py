@@ -136,6 +136,7 @@ class Taking(Outside):
                 return self.value(found["rows"], (*self.layouts[piece.to], *place[len(layout) :]))
             case kinds.Mask():
                 self.bind(found)
+                self.bindings.setdefault("rows_masked", node)
                 self.interior.add(node)
                 kept = self.value(found["rows"], place)
                 return kept if piece.layout != kinds.TOKENS or isinstance(kept, Miss) else self.zero_elsewhere(kept)

@@ -66,7 +66,7 @@ def prove(work: Work, region: Region) -> Proof | Miss:
         if not result.passed:
             found = result.problem or f"a difference of {result.error:.1e} of the output's range"
             return Miss("the same numbers from the layer and its experts node", found, region.root)
-    clamps = "last_expert" in region.bindings and "perm" not in region.bindings
+    clamps = "last_expert" in region.bindings and not region.sorts_away
     return Proof(selection, in_range, clamps and not selection.in_range, result)
 
 
@@ -76,8 +76,8 @@ def _skips(region: Region) -> bool:
     Gathering with such an id is an error, unless ids are clamped first.
     """
     loops = "expert" in region.bindings
-    sorts = "perm" in region.bindings or "rows_skipped" in region.bindings
-    return sorts or (loops and region.bindings.get("num_classes") != region.num_experts)
+    skips = region.sorts_away or "rows_skipped" in region.bindings
+    return skips or (loops and region.bindings.get("num_classes") != region.num_experts)
 
 
 def _unlike_ids(work: Work, region: Region, ids: Node, selection: Selection) -> Miss | None:

@@ -7,11 +7,11 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moe_fx.passes.raising.routing import chosen_once, selection_of
 from torch.fx import GraphModule, Node
 
 from moe_fx.constants import reads_shapes
 from moe_fx.matcher import Miss, op_name
-from moe_fx.passes.raising.routing import chosen_once, selection_of
 from moe_fx.rewrite import GIVEN, only_asserted
 from moe_fx.shapes import Dim, known_equal, shape_of, tensor_of
 
@@ -94,6 +94,12 @@ class Region:
         top_k = self.ids_per_token
         assert isinstance(top_k, int)
         return top_k
+
+    @property
+    def sorts_away(self) -> bool:
+        """Whether rows of ids that name no expert are sorted behind all groups, or set to zero."""
+        grouped = "sort_grouped_mm" in self.form.split("+") or "rows_masked" in self.bindings
+        return "perm" in self.bindings and grouped
 
     @property
     def inputs(self) -> list[Node]:

@@ -97,7 +97,7 @@ def merge_slots(regions: Sequence[Region], root: Node, in_order: bool = False) -
     features = {columns_of.get(node, node): sizes for node, sizes in first.features.items()}
     interior = set().union(*(region.interior for region in regions))
     bindings = {name: bound for name, bound in first.bindings.items() if name not in ("ids", "top_k", "perm")}
-    if "perm" in first.bindings:
+    if first.sorts_away:
         bindings["rows_skipped"] = first.bindings["perm"]
     return dataclasses.replace(
         first, root=root, ids=ids, slots=slots, interior=interior, size=(first.size[0], len(numbers)),
