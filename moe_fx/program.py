@@ -256,7 +256,7 @@ class Program(ABC):
             return result
 
         like = torch.empty(value.shape, dtype=value.dtype, device="meta")
-        bounds: tuple[int, ...] = ()
+        bounds: tuple[Any, ...] = ()
         if op_name(node) == "aten::select":
             bounds = (rest[1],)
         elif op_name(node) == "aten::slice" and value.shape != weight.tensor.shape:
