@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from lookalikes_by_columns import LOOKALIKES, lookalike
 from styles.base import BATCHED, H
 from styles.serving import Counted, DeepSpeedTop1, Iterative, LargestCount, LargestRank, Tutel
+from styles.weighted_stack import Weighted
 
 __all__ = ["LOOKALIKES", "lookalike"]
 
@@ -94,3 +95,23 @@ class BeginElsewhere(Counted):
         gate, up = torch.bmm(rows[:, None], self.gate_up.mT[numbers])[:, 0].cumsum(0).chunk(2, -1)
         rows = torch.bmm((F.silu(gate) * up)[:, None], self.down.mT[numbers])[:, 0].cumsum(0)
         return torch.einsum("tkh,tk->th", rows[row].view(-1, self.K, H), weights)
+
+
+@lookalike("weighted_results_stacked_softly", "every expert is weighted: a soft mixture")
+class Softly(Weighted):
+    def table(self, x):
+        return self.router.linear(x).softmax(-1)
+
+
+@lookalike("weighted_results_stacked_by_the_next_column", "an expert is weighted as another, and the last by none")
+class NextColumn(Weighted):
+    def column(self, table, e):
+        return (table[..., e : e + 1] + 1).roll(1, 0)
+
+
+@lookalike("weighted_results_stacked_behind_a_bias", "what is added is not zero where the weight is")
+class Biased(Weighted):
+    def forward(self, x):
+        table = self.table(x)
+        rows = [expert(x) * self.column(table, e) + table.mean() for e, expert in enumerate(self.experts)]
+        return torch.stack(rows).sum(0)

@@ -11,6 +11,7 @@ Masks, and columns, that a loop takes one after the other are those that it woul
 mask.unbind(0)[e]         mask [E, T, K]         =>     mask.select(0, e)
 ids.t().unbind(0)[k]      ids [T, K]             =>     ids.select(1, k)
 ids.unbind(-1)[k]         ids [T, K]             =>     ids.select(1, k)
+table.split(1, -1)[e]     table [T, E]           =>     table.slice(-1, e, e + 1)
 mask.max(d)[0]                                   =>     mask.any(d)
 """
 
@@ -169,6 +170,12 @@ def select_masks(graph: Graph, written: Collection[Node]) -> None:
             if memory_of(given["self"]) in written:
                 continue
             respell(node, aten.any.dim, (given["self"], given["dim"], given["keepdim"]), {})
+        if isinstance(source, Node) and _cuts_columns(source) and memory_of(source.args[0]) not in written:
+            emit = Emitter(graph, node, FakeValues(node.meta["val"].fake_mode))
+            column: Any = node.args[1]
+            replace(node, emit(aten.slice.Tensor, source.args[0], -1, column, column + 1))
+            erase_dead(graph, [node])
+            continue
         if op_name(source) != "aten::unbind" or not isinstance(source, Node):
             continue
         given = arguments(source)
@@ -183,6 +190,15 @@ def select_masks(graph: Graph, written: Collection[Node]) -> None:
         emit = Emitter(graph, node, FakeValues(node.meta["val"].fake_mode))
         replace(node, emit(aten.select.int, whole, dim, node.args[1]))
         erase_dead(graph, [node])
+
+
+def _cuts_columns(split: Node) -> bool:
+    """Whether a computed table is split into its columns."""
+    given = arguments(split) if op_name(split) == "aten::split_with_sizes" else {}
+    value = tensor_of(given.get("self"))
+    if value is None or not value.is_floating_point() or given["self"].op != "call_function":
+        return False
+    return value.dim() > 1 and given["dim"] in (-1, value.dim() - 1) and set(given["split_sizes"]) == {1}
 
 
 def _is_hot(value: Any) -> bool:

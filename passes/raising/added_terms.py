@@ -135,7 +135,10 @@ def stacked(walk: Walk, node: Node, place: Place) -> Value | Miss | None:
     masked_by = merged.bindings.get("ids") if axis == (EXPERT,) else None
     if masked_by is not None and walk.bindings.setdefault("ids", masked_by) is not masked_by:
         return walk.miss("the layer's own ids", masked_by)
-    return walk.inlined(merged, node, place)
+    made = walk.inlined(merged, node, place, tables=merged.tables)
+    if walk.dense and masked_by is not None and isinstance(made, Value):
+        walk.zeros.append(made.node)  # as was found of each expert by itself
+    return made
 
 
 def each_expert_on(

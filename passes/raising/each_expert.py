@@ -165,7 +165,7 @@ def expert_number(term: Node) -> tuple[int, Node | None] | None:
         seen.add(node)
         for pattern in NUMBERED:
             found = match(pattern, node)
-            if isinstance(found, Match) and isinstance(found["expert"], int) and _is_one_wide(node):
+            if isinstance(found, Match) and isinstance(found["expert"], int) and _is_number(node, term):
                 one = pattern is one_slot_of or (pattern is any_slots_of and _is_of_one_slot(found["ids"]))
                 numbers.add((found["expert"], found["ids"] if one else None))
                 break
@@ -181,8 +181,10 @@ def _is_of_one_slot(ids: Node) -> bool:
     return isinstance(match(aten.select(Var("whole", rank=3), Last(-1), ANY), ids), Match)
 
 
-def _is_one_wide(node: Node) -> bool:
-    """Whether a slice is a single column."""
+def _is_number(node: Node, term: Node) -> bool:
+    """Whether a part of a value is a number for each token: a single column, and not one of hidden units."""
+    if op_name(node) == "aten::select" and len(shape_of(node) or ()) >= len(shape_of(term) or ()):
+        return False
     return op_name(node) != "aten::slice" or known_equal((shape_of(node) or (0,))[-1], 1)
 
 

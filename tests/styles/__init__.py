@@ -34,6 +34,7 @@ from styles import (
     spelled_otherwise,
     stacked,
     turned_and_numbered,
+    weighted_stack,
     wide,
 )
 from styles.base import STYLES, Style
@@ -74,5 +75,6 @@ __all__ = [
     "spelled_otherwise",
     "stacked",
     "turned_and_numbered",
+    "weighted_stack",
     "wide",
 ]
