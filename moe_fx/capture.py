@@ -94,6 +94,8 @@ NO_LAYER = (
     "no layer was found of which it could be proven that the answers do not matter: the program would be wrong for "
     "other routing"
 )
+#: what Python says of a sum that no expert has begun
+NOTHING = "NoneType"
 #: a model, its args and kwargs, and its dynamic shapes
 Given = tuple[torch.nn.Module, tuple[Any, ...], Any, Any]
 
@@ -142,14 +144,18 @@ def _every_expert(given: Given) -> ExportedProgram | Work:
         _check_some(given, every, idle, length)
     others = [EveryExpert(hit=True, idle=lambda expert: True)] if mode.questions else []
     others += [EveryExpert(hit=False, idle=lambda expert: True)] if mode.lists else []
+    # Some expert has rows wherever there are tokens: what the model could not do without is never asked of it.
+    some_has = all(layer.in_range for layer in every.layers)
     for other in others:
         try:
             none = _raised(given, other)
-        except NothingJoined:
-            if all(layer.in_range for layer in every.layers):
-                continue  # some expert has rows wherever there are tokens
+        except ExportError as error:
+            if some_has and (isinstance(error, NothingJoined) or NOTHING in str(error.__cause__)):
+                continue
             raise
         assert isinstance(none, Work)
+        if some_has and _yields_nothing(none) and not _yields_nothing(every):
+            continue
         looked_at = _num_experts(every) - _num_experts(none)
         # A loop that ends at the first expert without rows asks fewer questions than there are experts.
         stops = other.hit and (looked_at == 0 or other.questions % looked_at > 0)
@@ -162,6 +168,11 @@ def _every_expert(given: Given) -> ExportedProgram | Work:
                 raise ExportError(_explanation([], every))
             raise ExportError(f"{_name(given)} asks whether an expert has rows, and {NOT_LEFT_OUT}")
     return every
+
+
+def _yields_nothing(work: Work) -> bool:
+    """Whether a program yields None, as where ``out = None`` is replaced by the first expert's result only."""
+    return None in pytree.tree_leaves(work.program.graph.output_node().args)
 
 
 Idle = Callable[[int], bool]

@@ -87,6 +87,43 @@ def test_attempts_that_fail_say_nothing(capsys):
     assert "def forward" not in capsys.readouterr().err
 
 
+class FirstResult(Model):
+    """No sum to begin with: the first expert that has rows begins it."""
+
+    def begun(self, part):
+        return part
+
+    def forward(self, x):
+        weights, ids = self.routed(x)
+        out = None
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            if token.numel() == 0:
+                continue
+            part = torch.zeros_like(x).index_add(0, token, expert(x[token]) * weights[token, slot, None])
+            out = self.begun(part) if out is None else out + part
+        return self.end(out)
+
+    def routed(self, x):
+        return self.router(x).softmax(-1).topk(2, -1)
+
+    def end(self, out):
+        return out
+
+
+def test_the_first_expert_that_has_rows_may_begin_the_sum():
+    class Added(FirstResult):  # Python has no sum of None and a tensor
+        def end(self, out):
+            return out + 1
+
+    for kind in (FirstResult, Added):
+        model = kind()
+        program = exported(model)
+        (layer,) = moe_fx.explain(program, moe_fx.Config(require="all")).layers
+        assert layer.num_experts == NUM_EXPERTS
+        assert error(program, model) < 1e-6
+
+
 def refusal(model):
     with pytest.raises(moe_fx.ExportError) as refused:
         exported(model)
@@ -99,6 +136,26 @@ def test_refuses_a_loop_that_ends_at_an_idle_expert():
             return True
 
     assert "if it has none, does something else than leave it out" in refusal(Ends())
+
+
+def test_refuses_a_sum_whose_first_term_is_another():
+    class Twice(FirstResult):
+        def begun(self, part):
+            return part * 2
+
+    assert "the program would be wrong for other routing" in refusal(Twice())
+
+
+def test_refuses_a_sum_that_none_may_have_begun():
+    class Masked(FirstResult):  # tokens may be nobody's, and then the model yields something else than zeros
+        def routed(self, x):
+            weights, ids = super().routed(x)
+            return weights, ids.masked_fill(weights < 0.3, NUM_EXPERTS)
+
+        def end(self, out):
+            return torch.ones(1) if out is None else out
+
+    assert "if it has none, does something else than leave it out" in refusal(Masked())
 
 
 def test_refuses_a_loop_that_counts_the_experts_with_rows():

@@ -35,6 +35,10 @@ SAME = {
         lambda x, ids: torch.where(ids_of(x).int() == 2)[0],
         lambda x, ids: torch.where(ids_of(x) == 2)[0],
     ),
+    "a comparison with ids as floats": (
+        lambda x, ids: torch.where(ids_of(x).float() == 2.0)[0],
+        lambda x, ids: torch.where(ids_of(x) == 2)[0],
+    ),
     "a mask of two choices": (
         lambda x, ids: marked(x, ids[:, :1], ids[:, 1:]),
         lambda x, ids: marked(x, torch.cat([ids[:, :1], ids[:, 1:]], -1)),
@@ -62,6 +66,8 @@ KEPT = {
     "narrower ids that are returned": (lambda x, ids: ids_of(x).int(), "aten::to", 1),
     "ids of which nobody knows the largest": (lambda x, ids: ids.int().view(-1).argsort(), "aten::to", 1),
     "ids in eight bits": (lambda x, ids: ids_of(x).to(torch.uint8).view(-1).argsort(stable=True), "aten::to", 1),
+    "ids compared with a fraction": (lambda x, ids: ids_of(x).float() == 1.5, "aten::to", 1),
+    "ids in few digits": (lambda x, ids: ids_of(x).bfloat16() == 2.0, "aten::to", 1),
     "two numbers scattered": (
         lambda x, ids: marked(x, ids[:, :1]).scatter(-1, ids[:, 1:], False), "aten::scatter", 2
     ),

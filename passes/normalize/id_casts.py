@@ -1,11 +1,12 @@
-"""Ids that scores chose are read as they were chosen, whatever integers they are cast to on the way.
+"""Ids that scores chose are read as they were chosen, whatever numbers they are cast to on the way.
 
 ids = to(topk(scores)[1], int32)
 perm = argsort(reshape(ids, [-1]))                =>    perm = argsort(reshape(topk(scores)[1], [-1]))
 table.scatter(1, to(ids, int64), w)               =>    table.scatter(1, topk(scores)[1], w)
+to(ids, float32) == 3.0                           =>    topk(scores)[1] == 3
 
-A place among scores is small enough for either dtype. Where the dtype itself is seen, such as in a result, the cast
-stays.
+A place among scores is small enough for each of these dtypes. Where the dtype itself is seen, such as in a result, the
+cast stays.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ __all__ = ["spell_id_casts"]
 _aten = torch.ops.aten
 
 WHOLE = (torch.int32, torch.int64)
+#: which hold whole numbers up to ``EXACT``
+FLOATS = (torch.float32, torch.float64)
+EXACT = 2**24
 #: ops that choose, and which of their results are places
 CHOOSING = {"aten::topk": 1, "aten::sort": 1, "aten::max": 1, "aten::argsort": None, "aten::argmax": None}
 #: ops that show the same numbers in another shape
@@ -51,11 +55,11 @@ def spell_id_casts(graph: Graph, written: Collection[Node]) -> None:
 
 
 def _is_narrowed(cast: Node) -> bool:
-    """Whether a value is a cast of places among scores to integers that hold them all."""
+    """Whether a value is a cast of places among scores to numbers that hold them all."""
     given, value = arguments(cast), tensor_of(cast)
     source: Any = given["self"]
     before = tensor_of(source)
-    if value is None or before is None or value.dtype not in WHOLE or before.dtype not in WHOLE:
+    if value is None or before is None or value.dtype not in (*WHOLE, *FLOATS) or before.dtype not in WHOLE:
         return False
     while op_name(source) in VIEWS:
         source = source.args[0]
@@ -66,7 +70,7 @@ def _is_narrowed(cast: Node) -> bool:
         return False
     sizes = shape_of(source.args[0]) or ()
     last = arguments(source).get("dim", -1) in (-1, len(sizes) - 1)
-    return bool(sizes) and last and isinstance(sizes[-1], int)
+    return bool(sizes) and last and isinstance(sizes[-1], int) and sizes[-1] <= EXACT
 
 
 def _sink(cast: Node, value: Node, values: FakeValues) -> None:
@@ -86,6 +90,8 @@ def _sink(cast: Node, value: Node, values: FakeValues) -> None:
             erase_dead(user.graph, [user])
         elif name == "aten::to" or _reads_numbers(user, cast):
             user.replace_input_with(cast, value)
+            if len(user.args) > 1 and isinstance(user.args[1], float):
+                user.args = (value, int(user.args[1]), *user.args[2:])
     # What was written for readers that did not take it is not left behind.
     erase_dead(value.graph, [value])
 
@@ -96,7 +102,8 @@ def _reads_numbers(user: Node, cast: Node) -> bool:
     if name == "aten::index":
         return user.args[0] is not cast
     if name in ("aten::eq", "aten::ne"):
-        return user.all_input_nodes == [cast]  # with a number, of which the dtype does not matter
+        whole = not isinstance(user.args[1], float) or user.args[1].is_integer()
+        return whole and user.all_input_nodes == [cast]  # with a number, of which the dtype does not matter
     return name in READING and arguments(user)[READING[name]] is cast
 
 

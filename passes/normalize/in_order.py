@@ -10,6 +10,7 @@ from moe_fx.passes.normalize.divided_places import spell_divided_places
 from moe_fx.passes.normalize.dropped import spell_dropped_rows
 from moe_fx.passes.normalize.equal_values import merge_equal_values
 from moe_fx.passes.normalize.functional import functionalize
+from moe_fx.passes.normalize.hot_classes import spell_hot_classes
 from moe_fx.passes.normalize.id_casts import spell_id_casts
 from moe_fx.passes.normalize.literals import spell_literals
 from moe_fx.passes.normalize.looked_up import spell_looked_up
@@ -53,6 +54,7 @@ def normalize(work: Work) -> None:
     drop_no_ops(graph, written)
     spell_selected_rows(graph, written)
     select_masks(graph, written)
+    spell_hot_classes(graph, written)
     spell_turned(graph, written)
     spell_one_slot_masks(graph, written)
     spell_some_slot(graph, written)

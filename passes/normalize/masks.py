@@ -2,6 +2,7 @@
 
 x[mask]          x [B, S, H], mask [B, S]        =>     x.reshape(-1, H)[mask.reshape(-1)]
 x[mask] = y                                      =>     the same, in the shape of x again
+t, k = where(mask);  x[mask] = y[t]              =>     x[t, k] = y[t]
 
 b, s, k = where(mask)   mask [B, S, K]           =>     t, k = where(mask.reshape(-1, K))
 x[b, s] = w[b, s, k] * y                         =>     the same of x.reshape(-1, H)[t] and w.reshape(-1, K)[t, k]
@@ -12,6 +13,7 @@ mask.unbind(0)[e]         mask [E, T, K]         =>     mask.select(0, e)
 ids.t().unbind(0)[k]      ids [T, K]             =>     ids.select(1, k)
 ids.unbind(-1)[k]         ids [T, K]             =>     ids.select(1, k)
 table.split(1, -1)[e]     table [T, E]           =>     table.slice(-1, e, e + 1)
+w[:, None].unbind(-1)[k]  w [T, K]               =>     w.select(1, k)[:, None]
 mask.max(d)[0]                                   =>     mask.any(d)
 """
 
@@ -49,7 +51,9 @@ def flatten_masks(graph: Graph, written: Collection[Node]) -> None:
         # Numbers are compared where the mask is read.
         compared = op_name(mask) == "aten::eq" and not isinstance(mask.args[1], Node)
         by_number = compared and memory_of(mask.args[0]) not in written
-        _flatten(node, mask, by_number, Emitter(graph, node, values))
+        emit = Emitter(graph, node, values)
+        if memory_of(mask) in written or not _write_at_places(node, mask, emit):
+            _flatten(node, mask, by_number, emit)
 
 
 def flatten_places(graph: Graph, written: Collection[Node]) -> None:
@@ -176,6 +180,8 @@ def select_masks(graph: Graph, written: Collection[Node]) -> None:
             replace(node, emit(aten.slice.Tensor, source.args[0], -1, column, column + 1))
             erase_dead(graph, [node])
             continue
+        if op_name(node) == "aten::select" and op_name(node.args[0]) == "aten::unsqueeze":
+            _select_first(node, written)
         if op_name(source) != "aten::unbind" or not isinstance(source, Node):
             continue
         given = arguments(source)
@@ -188,8 +194,27 @@ def select_masks(graph: Graph, written: Collection[Node]) -> None:
         elif value.dtype is not torch.bool and not _is_hot(whole) and not _of_slots(whole, dim):
             continue
         emit = Emitter(graph, node, FakeValues(node.meta["val"].fake_mode))
-        replace(node, emit(aten.select.int, whole, dim, node.args[1]))
+        replace(node, _select(emit, whole, dim, node.args[1]))
         erase_dead(graph, [node])
+
+
+def _select_first(node: Node, written: Collection[Node]) -> None:
+    """What is selected behind a dimension that was added gets that dimension afterwards."""
+    given = arguments(node)
+    if given["dim"] != arguments(given["self"])["dim"] and memory_of(given["self"]) not in written:
+        emit = Emitter(node.graph, node, FakeValues(node.meta["val"].fake_mode))
+        replace(node, _select(emit, given["self"], given["dim"], given["index"]))
+        erase_dead(node.graph, [node])
+
+
+def _select(emit: Emitter, whole: Node, dim: int, place: Any) -> Node:
+    """One of a dimension's values; a dimension of size 1 is added to what is selected, not before."""
+    rank = len(shape_of(whole) or ())
+    added, dim = arguments(whole)["dim"] % rank if op_name(whole) == "aten::unsqueeze" else None, dim % rank
+    if added is None or added == dim:
+        return emit(aten.select.int, whole, dim, place)
+    selected = emit(aten.select.int, whole.args[0], dim - (added < dim), place)
+    return emit(aten.unsqueeze.default, selected, added - (dim < added))
 
 
 def _cuts_columns(split: Node) -> bool:
@@ -203,7 +228,7 @@ def _cuts_columns(split: Node) -> bool:
 
 def _is_hot(value: Any) -> bool:
     """Whether a value holds one-hot rows, in whatever order of dimensions."""
-    while op_name(value) in ("aten::permute", "aten::transpose", "aten::to"):
+    while op_name(value) in ("aten::permute", "aten::transpose", "aten::to", "aten::slice"):
         value = value.args[0]
     return op_name(value) == "aten::one_hot"
 
@@ -226,6 +251,27 @@ def _mask(node: Node) -> Node | None:
     if value is None or value.dtype is not torch.bool or value.dim() < 2:
         return None
     return mask if all(isinstance(size, int) for size in shape[value.dim() :]) else None
+
+
+def _write_at_places(node: Node, mask: Node, emit: Emitter) -> bool:
+    """Write where a mask is true by token and slot, if the rows are read by its places, too."""
+    listed = [user for user in mask.users if op_name(user) in ("aten::nonzero", "aten::where") and user < node]
+    listed = [user for user in listed if columns_of(user)]
+    if op_name(node) != "aten::index_put" or len(shape_of(mask) or ()) != 2 or not listed:
+        return False
+    known = columns_of(listed[0])
+    column = next(iter(known.values()))
+    at: list[Node] = []
+    for dim in (0, 1):
+        with emit.graph.inserting_before(node):
+            if op_name(listed[0]) == "aten::where":
+                place = emit.graph.call_function(operator.getitem, (listed[0], dim))
+            else:
+                place = emit.graph.call_function(aten.select.int, (listed[0], 1, dim))
+        place.meta["val"] = column.meta["val"]
+        at.append(place)
+    respell(node, node.target, (node.args[0], at, *node.args[2:]), dict(node.kwargs))
+    return True
 
 
 def _flatten(node: Node, mask: Node, by_number: bool, emit: Emitter) -> None:

@@ -5,6 +5,7 @@ ids.t() == e                        =>     (ids == e).t()
 w.t() / w.t().sum(0)                =>     (w / w.sum(1).unsqueeze(-1)).t()
 m.t().any(0)      m.t().sum(0)      =>     m.any(1)      m.sum(1)
 w.t()[k]          w.t()[k, t]       =>     w[:, k]       w[t, k]
+zeros(E, T).scatter(0, ids.t(), w.t())   =>   zeros(T, E).scatter(1, ids, w).t()
 ids = topk(scores, K, dim=0)[1]     =>     ids = topk(scores, K, dim=0)[1].t().t()
 """
 
@@ -18,6 +19,7 @@ import torch
 from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Graph, Node
 
+from moe_fx.constants import filled_with
 from moe_fx.matcher import arguments, op_name
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
 from moe_fx.shapes import shape_of, tensor_of
@@ -134,6 +136,19 @@ def _selected(node: Node, emit: Emitter) -> Node | None:
     return emit(_aten.select.int, source, 1 - given["dim"] % 2, given["index"]) if source is not None else None
 
 
+def _scattered(node: Node, emit: Emitter) -> Node | None:
+    """A table [E, T], written where ids [K, T] say."""
+    given = arguments(node)
+    ids, src, fill = _source(given["index"]), given.get("src", given.get("value")), filled_with(given["self"])
+    values = _source(src) if isinstance(src, Node) else src
+    if ids is None or values is None or fill is None or "reduce" in given or given["dim"] % 2 != 0:
+        return None
+    if not isinstance((shape_of(node) or (0,))[0], int):
+        return None  # of any number of tokens, by which experts chose theirs
+    table = emit(_aten.full_like.default, _turned(emit, given["self"]), fill)
+    return _turned(emit, emit(node.target, table, 1, ids, values))
+
+
 def _indexed(node: Node, emit: Emitter) -> Node | None:
     given = arguments(node)
     values, indices = given["self"], given["indices"]
@@ -160,5 +175,6 @@ RULES: dict[str, Callable[[Node, Emitter], Node | None]] = {
     "aten::any": _reduced,
     "aten::sum": _reduced,
     "aten::select": _selected,
+    "aten::scatter": _scattered,
     "aten::index": _indexed,
 }

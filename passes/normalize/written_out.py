@@ -5,7 +5,7 @@ diff(x, prepend=p)                     =>     whole = cat([p, x], -1);  whole[1:
 native_layer_norm(x, ...)[0]           =>     layer_norm(x, ...)
 flatten(x, -2)  of any B and S         =>     reshape(x, [x.size(0), x.size(1), 96])
 mv(x, w)                               =>     linear(x, w[None]).squeeze(-1)
-addmm(rows, x, w)                      =>     rows + mm(x, w)
+addmm(rows, x, w)                      =>     rows + mm(x, w)         and baddbmm
 index_add(x, 0, at, rows, alpha=2)     =>     index_add(x, 0, at, rows * 2)
 mm(x, w, out=part)                     =>     part.copy_(mm(x, w))
 bucketize(x, bounds)                   =>     searchsorted(bounds, x)
@@ -34,7 +34,7 @@ __all__ = ["spell_contraries", "write_out"]
 _aten = torch.ops.aten
 WRITTEN_OUT = frozenset({
     "aten::addcmul", "aten::addcmul_", "aten::diff", "aten::flatten", "aten::unflatten", "aten::mv", "aten::matmul",
-    "aten::addmm", "aten::index_add", "aten::index_add_",
+    "aten::addmm", "aten::baddbmm", "aten::index_add", "aten::index_add_",
 })  # fmt: skip
 
 
@@ -71,9 +71,10 @@ def write_out(graph: Graph) -> None:
                 scaled = emit(_aten.mul.Scalar, given["source"], given["alpha"])
                 respell(node, node.target, (given["self"], given["dim"], given["index"], scaled), {})
             continue
-        if op_name(node) == "aten::addmm":
+        if op_name(node) in ("aten::addmm", "aten::baddbmm"):
+            target = _aten.mm.default if op_name(node) == "aten::addmm" else _aten.bmm.default
             if given["beta"] == given["alpha"] == 1 and same_shape(shape_of(node) or (), shape_of(given["self"]) or ()):
-                respell(node, _aten.add.Tensor, (given["self"], emit(_aten.mm.default, *node.args[1:])), {})
+                respell(node, _aten.add.Tensor, (given["self"], emit(target, *node.args[1:])), {})
             continue
         if op_name(node) == "aten::diff":
             if tensor_of(node).dtype is not torch.bool:

@@ -38,6 +38,7 @@ def parameters(layer: Layer) -> list[Node]:
 def settle_parameters(layer: Layer, program: Program) -> None:
     """Move casts, changes of shape, and parts of parameters out of the body."""
     graph = layer.body.graph
+    graph.eliminate_dead_code()  # two transpositions that cancelled out would be moved out for nobody
     both = zip(parameters(layer), _given(layer), strict=True)
     ranks = {param: len(shape_of(outer) or ()) - 1 for param, outer in both}
     slice_cuts(graph, ranks)

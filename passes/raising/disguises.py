@@ -184,8 +184,11 @@ def _rows_written(root: Node) -> tuple[Region | Miss, set[Node]] | None:
     if ids is None or axes is None:
         return None
     sizes, tokens, place = axes
-    if slot_number(ids) is not None or Walk(root, {**sizes, SLOT: 1}, tokens, (), {}).ids_of(ids, place[:-1]) is None:
-        return None  # rows of several slots per token, which are summed somewhere
+    column = slot_number(ids)
+    if column is not None and len(column[1].users) > 1:
+        return None  # rows of one of several slots per token, which are summed somewhere
+    if Walk(root, {**sizes, SLOT: 1}, tokens, (), {}).ids_of(ids, place[:-1]) is None:
+        return None
     region = one_slot_at(root)
     return (region, {root}) if region is not None else None
 

@@ -124,7 +124,15 @@ counts = either(
     *(aten.sum(aten.sum(one_hot_slots, dim), [0]) for dim in ([0], [1], [-2])),
 )
 counts = optional(lambda many: aten.to(many, OneOfValues(torch.int32, torch.int64)), counts)
+#: which ids are no larger than each number: as many as rows up to where its expert's end
+up_to_each = either(
+    aten.le(aten.unsqueeze(any_ids, Last(1)), numbers),
+    *(aten.ge(each, aten.unsqueeze(any_ids, Last(1))) for each in (numbers, aten.unsqueeze(numbers, 0))),
+    aten.le(aten.unsqueeze(any_ids, Last(1)), aten.unsqueeze(numbers, 0)),
+)
 offsets = either(
+    aten.to(aten.sum(up_to_each, [0]), torch.int32),
+    aten.sum(up_to_each, [0], dtype=torch.int32),
     aten.cumsum(counts, only_dim, dtype=torch.int32),
     aten.to(aten.cumsum(counts, only_dim), torch.int32),
     aten.searchsorted(sorted_ids, numbers, out_int32=True, right=True),

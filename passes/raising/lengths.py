@@ -2,6 +2,7 @@
 
 counts = bincount(ids, E)
 rows = cat([body(x[start : start + counts[e]]) for e in range(E)])      # as many as counts add up to: T * K
+slots = rows.view(T, K, -1)                                             # as long as a row
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.fx import Graph, Node
 from moe_fx.matcher import arguments, op_name
 from moe_fx.shapes import Dim, depends_on_values, known_equal, same_expression, shape_of
 
-__all__ = ["joined_lengths"]
+__all__ = ["joined_lengths", "settle_features"]
 
 
 def joined_lengths(graph: Graph) -> Iterator[tuple[torch.SymInt, Dim]]:
@@ -32,13 +33,28 @@ def joined_lengths(graph: Graph) -> Iterator[tuple[torch.SymInt, Dim]]:
         if adds_up is None or not depends_on_values(length) or any(same_expression(length, each) for each in told):
             continue
         counts = Counts({})
-        if not adds_up(node, counts) or "ids" not in counts.bindings or "counted_once" in counts.bindings:
+        if not adds_up(node, counts) or "ids" not in counts.bindings:
             continue
         ids = counts.bindings["ids"]
-        # An id that is no expert's would be counted nowhere.
-        if selection_of(ids, counts.num_experts).in_range:
+        selection = selection_of(ids, counts.num_experts)
+        # An id that is no expert's would be counted nowhere, and one that is there twice perhaps once.
+        if selection.in_range and (selection.distinct or "counted_once" not in counts.bindings):
             told.append(length)
             yield length, math.prod(shape_of(ids) or ())
+
+
+def settle_features(graph: Graph) -> None:
+    """Where rows are parted into slots by ``view(T, K, -1)``, let what is left be the rows' own length, a number."""
+    settled: list[tuple[Any, int]] = []
+    for node in graph.nodes:
+        shape = shape_of(node) or ()
+        if op_name(node) == "aten::reshape" and shape and depends_on_values(shape[-1]):
+            rows, *own = shape_of(arguments(node)["self"]) or (0,)
+            if len(own) == 1 and isinstance(own[0], int) and known_equal(rows, math.prod(shape[:-1])):
+                settled.append((shape[-1], own[0]))
+        known = [next((own for size, own in settled if same_expression(size, each)), each) for each in shape]
+        if any(each is not size for each, size in zip(known, shape, strict=True)):
+            node.meta["val"] = node.meta["val"].new_empty(known)
 
 
 def _parts_add_up(joined: Node, counts: Counts) -> bool:

@@ -231,9 +231,11 @@ def found_slot(expert: Pattern, token: Pattern, slots: Pattern) -> tuple[Piece, 
     """The routing weight of the slot in which a token's ids name the expert: the only one, if they are distinct."""
     mine = mine_of(expert, token, slots)
     # Every row of these tokens has such a slot, and the largest of noughts and ones is there.
-    slot = aten.argmax(optional(lambda mask: aten.to(mask, ANY), mine), Last(-1), True)
+    mine = optional(lambda mask: aten.to(mask, ANY), mine)
+    number = either(aten.argmax(mine, Last(-1)), aten.argmax(mine, Last(-1), False))
+    slot = either(aten.argmax(mine, Last(-1), True), aten.unsqueeze(number, Last(1)))
     narrow = aten.gather(aten.index(slot_value, [token]), Last(-1), slot)
-    single = either(aten.squeeze(narrow, Last(1)), aten.reshape(narrow, [-1]))
+    single = either(aten.squeeze(narrow, Last(1)), aten.reshape(narrow, [-1]), aten.index(slot_value, [token, number]))
     return Slot(HITS, narrow), Slot(HITS, single), Slot(HITS, aten.unsqueeze(single, Last(1)))
 
 

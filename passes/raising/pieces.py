@@ -114,6 +114,6 @@ def spread(value: Pattern) -> Pattern:
     return optional(lambda single: aten.expand(single, ANY), value)
 
 
-def widened_arange() -> Pattern:
+def widened_arange(numbers: Pattern | None = None) -> Pattern:
     """0, 0, 1, 1, ...: each token's number once for every slot, as `repeat_interleave` is decomposed."""
-    return aten.reshape(optional(aten.clone, spread(aten.unsqueeze(arange(), Last(1)))), ANY)
+    return aten.reshape(optional(aten.clone, spread(aten.unsqueeze(numbers or arange(), Last(1)))), ANY)

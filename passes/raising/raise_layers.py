@@ -16,7 +16,7 @@ from moe_fx.passes.raising.anchors import anchors_behind, anchors_near, is_ancho
 from moe_fx.passes.raising.choices_left import choices_left
 from moe_fx.passes.raising.disguises import one_slot_at, region_at
 from moe_fx.passes.raising.experts_first import drop_unread
-from moe_fx.passes.raising.lengths import joined_lengths
+from moe_fx.passes.raising.lengths import joined_lengths, settle_features
 from moe_fx.passes.raising.one_slot import ends_of_one_slot
 from moe_fx.passes.raising.prove import Proof, prove
 from moe_fx.passes.raising.region import Region
@@ -43,6 +43,7 @@ UNKNOWN_FORM = "experts"
 def raise_layers(work: Work) -> None:
     """Replace the layers found; file a miss for what looks like one and is not proven."""
     with assuming(joined_lengths(work.program.graph)):
+        settle_features(work.program.graph)
         _raise_all(work)
 
 

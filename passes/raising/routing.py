@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from moe_fx.constants import filled_with
 from moe_fx.matcher import Match, arguments, match, op_name
 from moe_fx.pattern import ANY, WHOLE, Last, Var, aten, either, optional
 from moe_fx.shapes import known_equal, shape_of, tensor_of
@@ -88,7 +89,7 @@ def selection_of(ids: Node, num_experts: int) -> Selection:
             break
         node = node.args[0]
     if op_name(node) in ("aten::cat", "aten::stack") and not dropped:
-        parts = _of_parts(node, num_experts)
+        parts = _of_columns(node, num_experts) or _of_parts(node, num_experts)
         parts = parts or _maxima(node, num_experts, clamped) or _of_rows(node, num_experts)
         if parts is None:
             return Selection(None, clamped, False)
@@ -153,6 +154,29 @@ def _chosen_among(ids: Any) -> int | None:
     return count if isinstance(count, int) else None
 
 
+def _of_columns(joined: Node, num_experts: int) -> Selection | None:
+    """Columns of ids one by one, and beside one another again."""
+    parts, rank = arguments(joined)["tensors"], len(shape_of(joined) or ())
+    columns = [_column(part, op_name(joined) == "aten::stack") for part in parts]
+    if arguments(joined)["dim"] not in (-1, rank - 1) or None in columns or len({*columns}) < len(columns):
+        return None
+    sources = {column[0] for column in columns if column is not None}
+    found = selection_of(sources.pop(), num_experts) if len(sources) == 1 else None
+    return found if found is not None and found.chooser is not None else None
+
+
+def _column(part: Node, single: bool) -> tuple[Node, int] | None:
+    """Which column a value is of what: ``single``, without a dimension of its own."""
+    if op_name(part) != ("aten::select" if single else "aten::slice"):
+        return None
+    given = arguments(part)
+    rank = len(shape_of(given["self"]) or ())
+    place: Any = given["index"] if single else given["start"]
+    if not isinstance(place, int) or place < 0 or given["dim"] not in (-1, rank - 1):
+        return None
+    return (given["self"], place) if single or given["end"] == place + 1 else None
+
+
 def _of_parts(joined: Node, num_experts: int) -> Selection | None:
     """Ids joined that were chosen among different experts each: of the first half, say, and of the second."""
     parts, rank = arguments(joined)["tensors"], len(shape_of(joined) or ())
@@ -163,10 +187,17 @@ def _of_parts(joined: Node, num_experts: int) -> Selection | None:
     for part in parts:
         node: Any = part
         first = 0
+        if len(shape_of(part) or ()) < rank and op_name(joined) == "aten::cat":
+            return None
+        always = filled_with(part)
+        if type(always) is int and 0 <= always < num_experts:  # an expert of every token, such as a shared one
+            distinct &= op_name(joined) == "aten::stack" or known_equal((shape_of(part) or (0,))[-1], 1)
+            spans.append((always, always + 1))
+            continue
         while op_name(node) == "aten::add" and isinstance(node.args[0], Node) and type(node.args[1]) is int:
             node, first = node.args[0], first + node.args[1]
         chooser = selection_of(node, 0).chooser
-        if chooser is None or (len(shape_of(part) or ()) < rank and op_name(joined) == "aten::cat"):
+        if chooser is None:
             return None
         given = arguments(chooser)
         count = (shape_of(given["self"]) or (0,))[given.get("dim", -1)]

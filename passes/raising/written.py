@@ -26,6 +26,7 @@ from moe_fx.passes.raising.each_expert import specific
 from moe_fx.passes.raising.grouped import sorted_ids
 from moe_fx.passes.raising.loops import all_places, expert_of, literal, places
 from moe_fx.passes.raising.parts import FAR, part_of_one
+from moe_fx.passes.raising.pieces import arange, widened_arange
 from moe_fx.passes.raising.region import Region
 from moe_fx.passes.raising.steps import in_order, merge_steps
 from moe_fx.passes.raising.walk import Walk
@@ -34,8 +35,8 @@ from torch.fx import Node
 
 from moe_fx.constants import is_zero
 from moe_fx.matcher import Match, Miss, chain, match
-from moe_fx.pattern import As, AtLeast, Last, Var, aten, either, optional
-from moe_fx.shapes import known_equal, shape_of
+from moe_fx.pattern import ANY, As, AtLeast, Last, Var, aten, either, optional
+from moe_fx.shapes import known_equal, same_shape, shape_of
 
 __all__ = ["ids_written", "written"]
 
@@ -52,6 +53,12 @@ COLUMN = optional(
     lambda column: aten.unsqueeze(column, Last(1)), aten.select(Var("table", rank=2), Last(1), As("expert", AtLeast(0)))
 )
 TOKEN = aten.floor_divide(Var("at", rank=1), Var("top_k"))
+#: each token's number, once for every slot
+counted = As("counted", arange())
+token_numbers = either(
+    aten.repeat_interleave(counted, ANY), aten.repeat_interleave(counted, ANY, ANY), widened_arange(counted)
+)
+NUMBERED = aten.index(As("numbers", token_numbers), [Var("at")])
 CUT_BY_SLOT = aten.index(Var("rows"), [Var("at"), Var("slot_at")])
 
 
@@ -143,9 +150,17 @@ def _cuts_by_division(found: Match) -> dict[Node, Node]:
     cuts: dict[Node, Node] = {}
     slots = (shape_of(found["flat_ids"]) or (0,))[0]
     for divided in found["at"].users:
-        if isinstance(told := match(TOKEN, divided, {"at": found["at"]}), Match) and isinstance(told["top_k"], int):
-            read = {user: match(CUT, user, {"at": divided}) for user in divided.users}
-            for user, cut in read.items():
-                if isinstance(cut, Match) and known_equal((shape_of(cut["rows"]) or (0,))[0] * told["top_k"], slots):
-                    cuts[user] = cut["rows"]
+        told = match(TOKEN, divided, {"at": found["at"]})
+        listed = match(NUMBERED, divided, {"at": found["at"]})
+        for user, cut in _cuts_at(divided).items():
+            tokens = (shape_of(cut) or (0,))[0]
+            if isinstance(told, Match) and isinstance(told["top_k"], int):
+                alike = known_equal(tokens * told["top_k"], slots)
+            elif isinstance(listed, Match):
+                numbers = [(shape_of(listed[name]) or (0,))[0] for name in ("counted", "numbers")]
+                alike = same_shape((tokens, slots), numbers)
+            else:
+                alike = False
+            if alike:
+                cuts[user] = cut
     return cuts

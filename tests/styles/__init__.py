@@ -34,6 +34,7 @@ from styles import (
     spelled_otherwise,
     stacked,
     turned_and_numbered,
+    turned_over,
     weighted_stack,
     wide,
 )
@@ -75,6 +76,7 @@ __all__ = [
     "spelled_otherwise",
     "stacked",
     "turned_and_numbered",
+    "turned_over",
     "weighted_stack",
     "wide",
 ]
