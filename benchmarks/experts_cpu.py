@@ -8,6 +8,7 @@ result is compared with the layer in float32 on the weights that its format stan
 """
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -55,8 +56,8 @@ def main() -> None:
     models = {name: Experts("middle", name).bfloat16() for name in PEERS}
     for weight in models["eager"].parameters():
         weight.data.normal_(0, 0.02)
-    for model in models.values():
-        model.load_state_dict(models["eager"].state_dict(), assign=True)
+    for model in models.values():  # weights of their own: none finds them in cache because another has just read them
+        model.load_state_dict(models["eager"].state_dict())
     _, top_k, hidden, _ = LAYERS["middle"]
     rows, lines = [], []
     for tokens in options.tokens:
@@ -69,7 +70,7 @@ def main() -> None:
         for name in PEERS[1:]:
             if name != "batched_mm" or tokens * top_k <= GATHERED:
                 calls[f"transformers {name}, compiled"] = torch.compile(models[name], fullgraph=True, dynamic=False)
-        program = torch.export.export(models["grouped_mm"], inputs[0])
+        program = torch.export.export(copy.deepcopy(models["grouped_mm"]), inputs[0])
         for label in options.formats:
             config = moe_fx.Config(quantize=FORMATS[label], validate=False, require="all")
             transformed = moe_fx.transform(program, config)

@@ -14,7 +14,7 @@ import moe_fx
 from moe_fx.formats import Unquantized
 from moe_fx.kernels import fused_experts as ops
 from moe_fx.kernels import fused_large, fused_launch, fused_tiles, triton_or_none, triton_rows, triton_widen, tuning
-from moe_fx.kernels.triton_routing import route, route_reference
+from moe_fx.kernels.triton_routing import route, route_and_places, route_reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -187,7 +187,8 @@ def tiles(request, monkeypatch):
 @pytest.mark.parametrize("form", ["none", "int8", "int8 dynamic", "float8", "float8 dynamic", "int4"])
 def test_many_rows_per_expert(form, sort, gated, tiles, monkeypatch):
     calls = []
-    monkeypatch.setattr(fused_large, "SORT_ABOVE", 0 if sort else 1 << 30)
+    monkeypatch.setattr(fused_tiles, "SORT_ABOVE", 0 if sort else 1 << 30)
+    monkeypatch.setattr(fused_tiles, "SORT_DYNAMIC_ABOVE", 1 << 30)
     monkeypatch.setattr(fused_launch, "run_large", lambda *each: calls.append(each) or fused_large.run_large(*each))
     layer = Layer(FORMATS[form], torch.bfloat16, gated, 2500, how="ids of no expert")
     layer.check("relu" if gated == "none" else "silu")
@@ -225,7 +226,7 @@ def test_weights_widened_in_registers(gated, dtype, form, monkeypatch):
     monkeypatch.setattr(fused_large, "large_gemm_kernel", Spy())
     bits, blocks = (8, (32, 64, 128)) if form is FORMATS["int8"] else (4, (16, 32, 64, 128))
     blocks = (64, 128) if form == moe_fx.Int4WeightOnly(64) else blocks  # steps of half the length
-    for tokens, experts in ((19, 4), (55, 6), (130, 6), (900, 6), (1000, 2)):
+    for tokens, experts in ((19, 4), (55, 6), (130, 6), (900, 6), (450, 2)):
         layer = Layer(form, dtype, gated, tokens, experts=experts, hidden=1024, inner=640)
         layer.check("relu" if gated == "none" else "silu")
         layer.check("relu" if gated == "none" else "silu", before=True)
@@ -345,16 +346,24 @@ def test_pairs_apart(block):
         torch.testing.assert_close(sums, exact, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("pairs_apart", [False, True])
-def test_rows_in_the_order_of_tiles(pairs_apart):
-    rows = torch.randn(400, 5000, device="cuda").bfloat16()
-    slots, _, _, count = route(torch.randint(0, 5, (400, 2), device="cuda"), 5, 128)
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+@pytest.mark.parametrize("tokens", [40, 3000])
+def test_rows_in_the_order_of_tiles(tokens, top_k):
+    rows = torch.randn(tokens, 5000, device="cuda").bfloat16()
+    count = tokens * top_k
+    (slots, _, _, tiles), places = route_and_places(torch.randint(-1, 6, (tokens, top_k), device="cuda"), 5, 128)
+    slots[int(tiles) :] = count
+    there = (slots < count).flatten()
+    for pairs_apart in (False, True):
+        poison()
+        actual = triton_rows.sort_rows(rows, places, slots.numel(), pairs_apart)
+        expected = triton_rows.sort_rows_reference(rows, slots, top_k, count, pairs_apart)
+        assert torch.equal(actual[there], expected[there])
     poison()
-    actual = triton_rows.sort_rows(rows, slots, count, 2, 800, pairs_apart)
-    slots[int(count) :] = 800
-    there = (slots < 800).flatten()
-    expected = triton_rows.sort_rows_reference(rows, slots, 2, 800, pairs_apart)
-    assert torch.equal(actual[there], expected[there])
+    actual, scale = triton_rows.quantize_rows(rows, torch.int8, places=places, num_places=slots.numel())
+    values, expected = triton_rows.quantize_rows(rows, torch.int8)
+    assert torch.equal(scale, expected)
+    assert torch.equal(actual[there], triton_rows.sort_rows_reference(values, slots, top_k, count)[there])
 
 
 def test_quantized_rows_of_slots():

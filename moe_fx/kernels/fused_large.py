@@ -18,12 +18,12 @@ from moe_fx.kernels.fused_projection import (
 )
 from moe_fx.kernels.fused_tiles import (
     HALF_STEPS_FROM,
-    SORT_ABOVE,
     LargeTile,
     Product,
     block_of_rows,
     large_tile_of,
     loads_by_descriptor,
+    sorts,
     widens_first,
 )
 from moe_fx.kernels.triton_large import large_gemm_kernel
@@ -50,8 +50,8 @@ def takes_descriptors(
 
 def _has_rows_enough(projection: Projection, dtype: torch.dtype, num_slots: int, num_experts: int) -> bool:
     wide = in_registers(projection, dtype)
-    half_steps = wide and _step(projection, dtype, True) < 128 // dtype.itemsize
-    if half_steps and block_of_rows(projection.kind, num_slots, num_experts, wide) < HALF_STEPS_FROM:
+    block = block_of_rows(projection.kind, num_slots, num_experts, wide)
+    if block < HALF_STEPS_FROM and _half_steps(projection, dtype):
         return False
     return loads_by_descriptor(projection.kind, num_slots, num_experts, wide)
 
@@ -173,6 +173,11 @@ def _step(projection: Projection, dtype: torch.dtype, pairs: bool) -> int:
     return most if whole or not pairs else most // 2
 
 
+def _half_steps(projection: Projection, dtype: torch.dtype) -> bool:
+    """Whether words of two weights, widened in registers, are read in half steps of the loop."""
+    return in_registers(projection, dtype) and _step(projection, dtype, True) < 128 // dtype.itemsize
+
+
 def run_large(
     tokens: torch.Tensor, slot: torch.Tensor | None, up: Projection, down: Projection, routing: Routing,
     activation: str, alpha: float, limit: float, slot_before: bool, out_dtype: torch.dtype,
@@ -180,11 +185,10 @@ def run_large(
     """The whole layer, as :func:`moe_fx.kernels.fused_launch.run_experts` does it."""
     assert routing.tiles is not None
     ids, dtype, num_slots = routing.ids, tokens.dtype, routing.ids.numel()
-    slots, _, _, tile_count = routing.tiles
+    slots = routing.tiles[0]
     read = as_read(up, dtype, routing)
-    rows, scale = rows_for(read, tokens, ids)
-    if not (gather := _gathers(read, rows)):
-        rows = sort_rows(rows, slots, tile_count, ids.shape[1], num_slots, in_pairs(read, dtype, routing.block))
+    gather = _gathers(read, dtype, routing)
+    rows, scale = rows_for(read, tokens, routing, gather)
     inner = large_gemm(
         rows, scale, read, routing, ids.shape[1], gather=gather, sorted_rows="out", dtype=dtype,
         activation=activation, alpha=alpha, limit=limit, slot=slot if slot_before else None, slot_before=True,
@@ -203,13 +207,10 @@ def run_large(
 
 def run_linear_large(rows: torch.Tensor, projection: Projection, routing: Routing, row_div: int) -> torch.Tensor:
     """One projection, as :func:`moe_fx.kernels.fused_launch.run_linear` does it."""
-    assert routing.tiles is not None
-    dtype, (slots, _, _, tile_count) = rows.dtype, routing.tiles
+    dtype = rows.dtype
     read = as_read(projection, dtype, routing)
-    rows, scale = rows_for(read, rows, routing.ids)
-    if not (gather := bits_of(read, rows.dtype) == 0):
-        pairs = in_pairs(read, dtype, routing.block)
-        rows = sort_rows(rows, slots, tile_count, row_div, routing.ids.numel(), pairs)
+    gather = bits_of(read, dtype) == 0
+    rows, scale = rows_for(read, rows, routing, gather)
     return large_gemm(rows, scale, read, routing, row_div, gather=gather, sorted_rows="", dtype=dtype)
 
 
@@ -220,18 +221,33 @@ def as_read(projection: Projection, dtype: torch.dtype, routing: Routing) -> Pro
 
 def _widens(projection: Projection, dtype: torch.dtype, routing: Routing) -> bool:
     return widens_first(
-        projection.kind, routing.ids.numel(), routing.num_experts, in_registers(projection, dtype)
+        projection.kind, routing.ids.numel(), routing.num_experts, in_registers(projection, dtype),
+        _half_steps(projection, dtype),
     )  # fmt: skip
 
 
-def rows_for(projection: Projection, rows: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows as a projection multiplies them, and their scale; ids where there is none."""
+def rows_for(
+    projection: Projection, rows: torch.Tensor, routing: Routing, gather: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as a projection multiplies them, in the order of the tiles unless it gathers them; and their scale, of rows
+    as they were, or ids where there is none.
+    """
+    assert routing.tiles is not None
+    assert routing.places is not None
+    num_places = routing.tiles[0].numel()
     if projection.kind == "dynamic":
-        return quantize_rows(rows, projection.tensors[0].dtype, for_large=True)
-    return rows, ids
+        return quantize_rows(
+            rows, projection.tensors[0].dtype, places=None if gather else routing.places, num_places=num_places,
+            for_large=True,
+        )  # fmt: skip
+    if gather:
+        return rows, routing.ids
+    return sort_rows(rows, routing.places, num_places, in_pairs(projection, rows.dtype, routing.block)), routing.ids
 
 
-def _gathers(projection: Projection, rows: torch.Tensor) -> bool:
+def _gathers(projection: Projection, dtype: torch.dtype, routing: Routing) -> bool:
     """Whether the kernel gathers rows; a copy of them in their order pays if each is read by many tiles."""
-    few = output_width(projection) // (1 if projection.gated in ("none", "two") else 2) < SORT_ABOVE
-    return bits_of(projection, rows.dtype) == 0 and (few or rows.stride(0) * rows.element_size() % 16 != 0)
+    if bits_of(projection, dtype) != 0:
+        return False
+    inner = output_width(projection) // (1 if projection.gated in ("none", "two") else 2)
+    return not sorts(projection.kind, inner, routing.ids.numel() / routing.num_experts)

@@ -115,9 +115,10 @@ def run_linear(rows: torch.Tensor, ids: torch.Tensor, num_experts: int, projecti
     """What ``moe_fx::slot_linear`` does."""
     if ids.numel() == 0:
         return rows.new_empty((0, output_width(projection)))
-    routing = Routing.of(ids.contiguous(), num_experts, (projection,), rows.dtype)
+    large = takes_descriptors(rows, (projection,), ids.numel(), num_experts)
+    routing = Routing.of(ids.contiguous(), num_experts, (projection,), rows.dtype, placed=large)
     row_div = 1 if rows.shape[0] == ids.numel() else ids.shape[1]
-    if takes_descriptors(rows, (projection,), ids.numel(), num_experts):
+    if large:
         return run_linear_large(_dense(rows), projection, routing, row_div)
     if widens_first(projection.kind, ids.numel(), num_experts):
         projection = widened(projection, rows.dtype)
@@ -137,8 +138,9 @@ def run_experts(
     slot = slot.contiguous() if slot is not None else None
     if takes_token(ids, num_experts, (up, down), tokens.dtype):
         return run_token(tokens, ids, slot, up, down, num_experts, activation, alpha, limit, slot_before, out_dtype)
-    routing = Routing.of(ids, num_experts, (up, down), tokens.dtype)
-    if takes_descriptors(tokens, (up, down), num_slots, num_experts):
+    large = takes_descriptors(tokens, (up, down), num_slots, num_experts)
+    routing = Routing.of(ids, num_experts, (up, down), tokens.dtype, placed=large)
+    if large:
         return run_large(tokens, slot, up, down, routing, activation, alpha, limit, slot_before, out_dtype)
     if widens_first(up.kind, num_slots, num_experts):
         up = widened(up, tokens.dtype)

@@ -9,7 +9,7 @@ import torch
 
 from moe_fx.kernels.fused_tiles import FEW_SLOTS, block_of_digits, block_of_rows
 from moe_fx.kernels.triton_or_none import is_opaque
-from moe_fx.kernels.triton_routing import Tiles, route
+from moe_fx.kernels.triton_routing import Tiles, route, route_and_places
 from moe_fx.kernels.triton_widen import widen, widen_int4
 
 __all__ = ["KINDS", "Operands", "Projection", "Routing", "in_registers", "operands", "output_width", "widened"]
@@ -133,16 +133,20 @@ def output_width(projection: Projection) -> int:
 class Routing:
     """ids ``[T, K]``, and the slots sorted into tiles of ``block`` rows; or not, if there are few.
 
-    Blocks of fewer than 8 rows are of rows in digits.
+    Blocks of fewer than 8 rows are of rows in digits. places: where each slot is in the tiles, if that was asked for.
     """
 
     ids: torch.Tensor
     num_experts: int
     block: int
     tiles: Tiles | None
+    places: torch.Tensor | None = None
 
     @staticmethod
-    def of(ids: torch.Tensor, num_experts: int, projections: Sequence[Projection], dtype: torch.dtype) -> Routing:
+    def of(
+        ids: torch.Tensor, num_experts: int, projections: Sequence[Projection], dtype: torch.dtype, *,
+        placed: bool = False,
+    ) -> Routing:  # fmt: skip
         """For all of these projections, of rows of ``dtype``."""
         block = None
         if dtype.itemsize == 2 and all(each.digits for each in projections):
@@ -150,8 +154,11 @@ class Routing:
         if block is None:
             wide = is_opaque() and all(in_registers(each, dtype) for each in projections)
             block = block_of_rows(projections[0].kind, ids.numel(), num_experts, wide)
-        few = ids.numel() <= FEW_SLOTS
-        return Routing(ids, num_experts, block, None if few else route(ids, num_experts, block))
+        if ids.numel() <= FEW_SLOTS:
+            return Routing(ids, num_experts, block, None)
+        if placed:
+            return Routing(ids, num_experts, block, *route_and_places(ids, num_experts, block))
+        return Routing(ids, num_experts, block, route(ids, num_experts, block))
 
     @property
     def digits(self) -> bool:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from math import inf, log2
 
 __all__ = [
-    "FEW_SLOTS", "HALF_STEPS_FROM", "JOINED", "JOINED_SORTED", "LARGE", "SORT_ABOVE", "TILES", "TUNED", "TUNED_LARGE",
+    "FEW_SLOTS", "HALF_STEPS_FROM", "JOINED", "JOINED_SORTED", "LARGE", "TILES", "TUNED", "TUNED_LARGE",
     "LargeTile", "Product", "Tile", "block_of_digits", "block_of_rows", "large_product", "large_tile_of",
-    "loads_by_descriptor", "parts_of", "reads_apart", "reads_together", "tile_of", "widens_first",
+    "loads_by_descriptor", "parts_of", "reads_apart", "reads_together", "sorts", "tile_of", "widens_first",
 ]  # fmt: skip
 
 #: up to how many slots each tile finds its rows by itself, without a routing kernel
@@ -188,13 +188,17 @@ HALF_STEPS_FROM = 64
 #: above so many rows per expert, if they are sorted
 SHORT = LargeTile(128, 3, 4, persistent=2)
 SHORT_STEPS, SHORT_ABOVE = 16, 320
-#: inner size from which on rows are copied into the order of the tiles, to be loaded by descriptors as well
-SORT_ABOVE = 4096
+#: inner size from which on rows are copied into the order of the tiles, to be loaded by descriptors as well; and rows
+#: per expert above which "dynamic" ones are, as they are quantized, whatever the size
+SORT_ABOVE, SORT_DYNAMIC_ABOVE = 4096, 448
 
-#: rows per expert above which stored weights are widened once, and multiplied as 2-byte ones
-WIDEN_ABOVE = {"widened": 640.0, "int4": 448.0}
-#: the same where tiles that are loaded by descriptors can widen them in registers
-WIDEN_ABOVE_IN_REGISTERS = {"widened": 1400.0, "int4": 1024.0}
+#: rows per expert above which stored weights are widened once, and multiplied as 2-byte ones: float8, and int4 that is
+#: asymmetric or in groups of 32
+WIDEN_ABOVE = {"widened": 250.0, "int4": 120.0}
+#: the same where tiles that are loaded by descriptors can widen them in registers; and where int4 is read there in half
+#: steps
+WIDEN_ABOVE_IN_REGISTERS = {"widened": 1400.0, "int4": 900.0}
+WIDEN_ABOVE_HALF_STEPS = 500.0
 
 #: rows per tile, and up to how many rows of an expert that is hit they are taken
 BLOCKS = {
@@ -277,10 +281,22 @@ def loads_by_descriptor(kind: str, num_slots: int, num_experts: int, in_register
     return kind in ("plain", "dynamic") or in_registers or widens_first(kind, num_slots, num_experts)
 
 
-def widens_first(kind: str, num_slots: int, num_experts: int, in_registers: bool = False) -> bool:
-    """Whether weights are widened ahead of the product: where they are read by enough rows to pay for it."""
-    above = WIDEN_ABOVE_IN_REGISTERS if in_registers else WIDEN_ABOVE
-    return kind in above and num_slots > above[kind] * num_experts
+def widens_first(
+    kind: str, num_slots: int, num_experts: int, in_registers: bool = False, half_steps: bool = False
+) -> bool:
+    """Whether weights are widened ahead of the product: where they are read by enough rows to pay for it.
+
+    half_steps: in registers, they are read in half steps of the loop.
+    """
+    above = (WIDEN_ABOVE_IN_REGISTERS if in_registers else WIDEN_ABOVE).get(kind, inf)
+    if in_registers and half_steps and kind == "int4":
+        above = WIDEN_ABOVE_HALF_STEPS
+    return num_slots > above * num_experts
+
+
+def sorts(kind: str, inner: int, rows: float) -> bool:
+    """Whether rows are copied into the order of tiles that are loaded by descriptors, with so many rows per expert."""
+    return inner >= SORT_ABOVE or (kind == "dynamic" and rows > SORT_DYNAMIC_ABOVE)
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,14 @@
 // Groups of very few rows leave most of a tile empty; they are dot products, from registers alone. Groups of many rows
 // are left to torch.mm, which cuts its operands to fit the caches; their weights are widened for it here.
 
-#include <ATen/native/CPUBlas.h>
+#include <c10/util/BFloat16.h>
 #include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <memory>
 #include <vector>
 
@@ -20,9 +23,16 @@ namespace {
 constexpr long BLOCK = 32;  // rows, and outputs, of a product of tiles
 constexpr long LANES = 16;
 constexpr long STEP = 32;  // bfloat16 values in a register
-constexpr long AHEAD = 4096;  // bytes of weights that are asked for early
+constexpr long AHEAD = 8192;  // bytes of weights that are asked for early: of four rows of 1024, the next four
 constexpr int FEWEST = 4;  // rows that share one read of the weights in dot products
 constexpr int OUTPUTS = 4;  // outputs that are summed up side by side
+
+// Of the kernel's asm/prctl.h: a process asks for leave to use tiles.
+constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+
+struct alignas(64) Line {  // what tiles are read from lies in whole lines of memory
+  uint16_t values[STEP];
+};
 
 struct Weights {
   const void* data;
@@ -115,8 +125,13 @@ void transpose(const float* from, long ld, long count, float* to, long ld_to) {
   for (long i = 0; i < LANES; ++i) _mm512_storeu_ps(to + i * ld_to, b[i]);
 }
 
-void store(float* sums, uint16_t* out) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(sums)));
+// `count` sums, BLOCK or half of it: a whole line of memory is written at once.
+void store(const float* sums, long count, uint16_t* out) {
+  const __m512 low = _mm512_loadu_ps(sums);
+  if (count == BLOCK)
+    _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(sums + LANES), low));
+  else
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), (__m256i)_mm512_cvtneps_pbh(low));
 }
 
 // The outputs n .. n + count of ROWS rows.
@@ -136,7 +151,7 @@ void dots(const Weights& w, long n, long count, const uint16_t* x, uint16_t* out
     }
     for (int m = 0; m < ROWS; ++m)
       for (int o = 0; o < OUTPUTS; ++o)
-        out[m * N + i + o] = at::BFloat16(_mm512_reduce_add_ps(sums[o][m])).x;
+        out[m * N + i + o] = c10::BFloat16(_mm512_reduce_add_ps(sums[o][m])).x;
   }
 }
 
@@ -149,13 +164,14 @@ void dots(const Weights& w, long n, long count, const uint16_t* x, long rows, ui
   if (rows == 1) dots<Row, 1>(w, n, count, x, out, N);
 }
 
+// `count` rows of weights; `pitch` values are between a row and the next, `step` between STEP values of a row and its next.
 template <class Row>
-void widen(const Weights& w, long n, long count, uint16_t* to) {
-  for (long i = 0; i < count; ++i, to += w.K) {
+void widen(const Weights& w, long n, long count, uint16_t* to, long pitch, long step) {
+  for (long i = 0; i < count; ++i, to += pitch) {
     Row row(w, n + i);
     for (long start = 0; start < w.K; start += w.group) {
       row.enter(start / w.group);
-      for (long k = start; k < start + w.group; k += STEP) _mm512_storeu_si512(to + k, row.at(k));
+      for (long k = start; k < start + w.group; k += STEP) _mm512_storeu_si512(to + k / STEP * step, row.at(k));
     }
   }
 }
@@ -181,6 +197,65 @@ void lay_out(const Chunk& chunk, const uint16_t* rows, long K, uint16_t* laid_ou
   }
 }
 
+// A tile is 16 rows of 64 bytes. Tiles 0 to 3 are sums, 4 and 5 weights, 6 and 7 rows of tokens.
+struct Tiles {
+  struct alignas(64) {
+    uint8_t palette = 1, first_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } config;
+  Tiles() { _tile_loadconfig(&config); }
+  ~Tiles() { _tile_release(); }
+};
+
+// Weights, as `widen` lays them out or as they are stored, and those that are asked for early meanwhile.
+struct Operand {
+  const uint16_t* weights;
+  long pitch, step;
+  const uint16_t* next;
+  long ahead;  // rows of `next`, as long as these
+};
+
+// `sums` [16 * WEIGHTS, 16 * ROWS]: products of 16 * WEIGHTS weight rows and 16 * ROWS rows of tokens, laid out.
+template <int WEIGHTS, int ROWS>
+void multiply(const Operand& from, long K, const uint16_t* tokens, float* sums) {
+  constexpr long WIDTH = ROWS * LANES, PITCH = WIDTH * sizeof(float);
+  const long pitch = from.pitch * sizeof(uint16_t);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (long k = 0; k < K; k += STEP, tokens += STEP * WIDTH) {
+    for (long i = 0; i < from.ahead; ++i) _mm_prefetch(from.next + i * K + k, _MM_HINT_T1);
+    const uint16_t* weights = from.weights + k / STEP * from.step;
+    _tile_loadd(4, weights, pitch);
+    _tile_loadd(6, tokens, PITCH);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (ROWS == 2) {
+      _tile_loadd(7, tokens + 2 * LANES, PITCH);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (WEIGHTS == 2) {
+      _tile_loadd(5, weights + LANES * from.pitch, pitch);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (ROWS == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, sums, PITCH);
+  if constexpr (ROWS == 2) _tile_stored(1, sums + LANES, PITCH);
+  if constexpr (WEIGHTS == 2) {
+    _tile_stored(2, sums + LANES * WIDTH, PITCH);
+    if constexpr (ROWS == 2) _tile_stored(3, sums + LANES * WIDTH + LANES, PITCH);
+  }
+}
+
+void multiply(const Operand& from, long count, long K, const uint16_t* tokens, long width, float* sums) {
+  if (count == BLOCK && width == BLOCK) return multiply<2, 2>(from, K, tokens, sums);
+  if (count == BLOCK) return multiply<2, 1>(from, K, tokens, sums);
+  if (width == BLOCK) return multiply<1, 2>(from, K, tokens, sums);
+  multiply<1, 1>(from, K, tokens, sums);
+}
+
 template <class Row, bool AS_STORED>
 void run(
     const uint16_t* rows, const Weights& w, const int32_t* offsets, long E, long N, uint16_t* out, long few, long many,
@@ -202,50 +277,58 @@ void run(
       }
     groups.push_back(std::move(group));
   }
-  const auto laid_out = std::make_unique_for_overwrite<uint16_t[]>(total);
-  const long blocks = (N + BLOCK - 1) / BLOCK;
+  const auto lines = std::make_unique_for_overwrite<Line[]>(total / STEP);
+  uint16_t* laid_out = lines[0].values;
+  const long blocks = (N + BLOCK - 1) / BLOCK, tasks = long(groups.size()) * blocks;
 #pragma omp parallel num_threads(threads)
   {
     // Without tiles nobody waits here for the others.
     if (!chunks.empty()) {
 #pragma omp for schedule(static)
-      for (size_t c = 0; c < chunks.size(); ++c) lay_out(chunks[c], rows, K, laid_out.get());
+      for (size_t c = 0; c < chunks.size(); ++c) lay_out(chunks[c], rows, K, laid_out);
     }
-    const auto buffer = std::make_unique_for_overwrite<uint16_t[]>(AS_STORED ? 0 : BLOCK * K);
-    alignas(64) float sums[BLOCK * BLOCK], turned[LANES * LANES];
+    const Tiles tiles;
+    const auto buffer = std::make_unique_for_overwrite<Line[]>(AS_STORED ? 0 : K);
+    alignas(64) float sums[BLOCK * BLOCK], turned[LANES * BLOCK];
 #pragma omp for schedule(dynamic)
-    for (long task = 0; task < long(groups.size()) * blocks; ++task) {
+    for (long task = 0; task < tasks; ++task) {
       const Group& group = groups[task / blocks];
       const long n = task % blocks * BLOCK, count = std::min(BLOCK, N - n), row = group.expert * N + n;
       if (group.chunks.empty()) {
         dots<Row>(w, row, count, rows + group.start * K, group.count, out + group.start * N + n, N);
         continue;
       }
-      const auto* weights = static_cast<const uint16_t*>(w.data) + row * K;
-      if constexpr (!AS_STORED) {
-        widen<Row>(w, row, count, buffer.get());
-        weights = buffer.get();
+      const auto stored = [&](long task) {
+        const long first = groups[task / blocks].expert * N + task % blocks * BLOCK;
+        return static_cast<const uint16_t*>(w.data) + first * K;
+      };
+      Operand from{stored(task), K, STEP, nullptr, 0};
+      if constexpr (AS_STORED) {
+        // What this thread is likely to take next, a few rows with each chunk.
+        from.next = stored(std::min(task + threads, tasks - 1));
+        from.ahead = count / std::ssize(group.chunks);
+      } else {
+        widen<Row>(w, row, count, buffer[0].values, STEP, count * STEP);
+        from = {buffer[0].values, STEP, count * STEP, nullptr, 0};
       }
       for (const Chunk& chunk : group.chunks) {
-        at::native::cpublas::brgemm(
-            count, chunk.width, K, K, chunk.width, chunk.width, false, reinterpret_cast<const at::BFloat16*>(weights),
-            reinterpret_cast<const at::BFloat16*>(laid_out.get() + chunk.place), sums);
-        for (long m = 0; m < chunk.count; m += LANES)
-          for (long i = 0; i < count; i += LANES) {
-            transpose(sums + i * chunk.width + m, chunk.width, LANES, turned, LANES);
-            for (long j = 0; j < std::min(LANES, chunk.count - m); ++j)
-              store(turned + j * LANES, out + (chunk.start + m + j) * N + n + i);
-          }
+        multiply(from, count, K, laid_out + chunk.place, chunk.width, sums);
+        from.next += from.ahead * K;
+        for (long m = 0; m < chunk.count; m += LANES) {
+          for (long i = 0; i < count; i += LANES)
+            transpose(sums + i * chunk.width + m, chunk.width, LANES, turned + i, BLOCK);
+          for (long j = 0; j < std::min(LANES, chunk.count - m); ++j)
+            store(turned + j * BLOCK, count, out + (chunk.start + m + j) * N + n);
+        }
       }
     }
-    at::native::cpublas::brgemm_release();
   }
 }
 
 }  // namespace
 
 extern "C" int usable() {
-  return at::native::cpublas::could_pack(at::kBFloat16);
+  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
 
 extern "C" void grouped_mm(
@@ -264,7 +347,7 @@ extern "C" void widen(
 #pragma omp parallel for num_threads(threads)
   for (long n = 0; n < N; n += BLOCK) {
     const long row = expert * N + n, count = std::min(BLOCK, N - n);
-    if (bits == 8) widen<Int8>(w, row, count, out + n * K);
-    if (bits == 4) widen<Int4>(w, row, count, out + n * K);
+    if (bits == 8) widen<Int8>(w, row, count, out + n * K, K, STEP);
+    if (bits == 4) widen<Int4>(w, row, count, out + n * K, K, STEP);
   }
 }

@@ -28,7 +28,9 @@ NEEDED = frozenset({"amx_bf16", "avx512_bf16", "avx512bw"})
 #: up to how many rows of a group are multiplied by dot products, by bits of a weight: measured on two cores
 FEW_ROWS = {16: 2, 8: 4, 4: 4}
 #: beyond how many rows of a group torch.mm is faster, weights being widened for it first
-MANY_ROWS = 96
+MANY_ROWS = {16: 320, 8: 384, 4: 384}
+#: and beyond how many numbers in a group's bfloat16 rows, which are read anew for every few outputs: what L2 holds
+MANY_NUMBERS = 2**19
 
 
 def unavailable() -> str | None:
@@ -83,16 +85,16 @@ def grouped_mm_amx(
     group = inputs if scale is None else inputs // scale.shape[2]
     stored = (*map(_pointer, (weights, scale, zero)), *map(ctypes.c_long, (outputs, inputs, bits, group)))
     threads = torch.get_num_threads()
+    many = min(MANY_ROWS[bits], MANY_NUMBERS // inputs) if bits == 16 else MANY_ROWS[bits]
     library.grouped_mm(
-        *stored, threads, *map(_pointer, (rows, offsets, out)),
-        *map(ctypes.c_long, (experts, FEW_ROWS[bits], MANY_ROWS)),
-    )  # fmt: skip
-    if rows.shape[0] <= MANY_ROWS:
+        *stored, threads, *map(_pointer, (rows, offsets, out)), *map(ctypes.c_long, (experts, FEW_ROWS[bits], many))
+    )
+    if rows.shape[0] <= many:
         return
     wide = None if bits == 16 else rows.new_empty(outputs, inputs)
     start = 0
     for expert, end in enumerate(offsets.tolist()):
-        if end - start > MANY_ROWS:
+        if end - start > many:
             if wide is not None:
                 library.widen(*stored, threads, ctypes.c_long(expert), _pointer(wide))
             matrix = weights[expert] if wide is None else wide

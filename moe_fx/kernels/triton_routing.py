@@ -15,7 +15,7 @@ import torch
 
 from moe_fx.kernels.triton_or_none import after_previous, before_next, jit, overlapped, overlaps, tl, wrapped
 
-__all__ = ["Tiles", "max_tiles", "route", "route_reference"]
+__all__ = ["Tiles", "max_tiles", "route", "route_and_places", "route_reference"]
 
 #: slots, tile_expert, tile_group, tile_count
 Tiles = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -52,9 +52,12 @@ def route_reference(ids: torch.Tensor, num_experts: int, block: int) -> Tiles:
 
 
 @jit(do_not_specialize=("S",))
-def route_few_kernel(ids, slots, tile_expert, tile_group, tile_count, S, E, SP: tl.constexpr, EP: tl.constexpr,
-                     BM: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """One program per expert: it counts the slots of all, and places its own in their order."""
+def route_few_kernel(ids, slots, places, tile_expert, tile_group, tile_count, S, E, SP: tl.constexpr, EP: tl.constexpr,
+                     BM: tl.constexpr, PLACES: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """One program per expert: it counts the slots of all, and places its own in their order.
+
+    PLACES: where each slot is, or -1, is stored as well.
+    """
     after_previous(OVERLAP)
     before_next(OVERLAP)
     expert = tl.program_id(0)
@@ -69,6 +72,9 @@ def route_few_kernel(ids, slots, tile_expert, tile_group, tile_count, S, E, SP: 
     mine = some == expert
     place = first * BM + tl.cumsum(mine.to(tl.int32), 0) - 1
     tl.store(slots + place, s, mask=mine)
+    if PLACES:
+        nowhere = (expert == 0) & (valid == 0) & (s < S)
+        tl.store(places + s, tl.where(mine, place, -1), mask=mine | nowhere)
     filled = tl.sum(mine.to(tl.int32), 0)
     rest = filled + tl.arange(0, BM)
     tl.store(slots + first * BM + rest, tl.zeros((BM,), tl.int32) + S, mask=rest < many * BM)
@@ -115,13 +121,15 @@ def plan_kernel(counts, start, slots, tile_expert, tile_group, tile_count, S, B,
 
 
 @jit(do_not_specialize=("S",))
-def place_kernel(ids, start, slots, S, E, CHUNK: tl.constexpr, APART: tl.constexpr):
-    """Each slot into the next free place of its expert."""
+def place_kernel(ids, start, slots, places, S, E, CHUNK: tl.constexpr, APART: tl.constexpr, PLACES: tl.constexpr):
+    """Each slot into the next free place of its expert. PLACES: as above."""
     s = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     some = tl.load(ids + s, mask=s < S, other=-1).to(tl.int32)
     valid = (some >= 0) & (some < E)
     place = tl.atomic_add(start + tl.where(valid, some, 0) * APART, 1, mask=valid, sem="relaxed")
     tl.store(slots + place, s, mask=valid)
+    if PLACES:
+        tl.store(places + s, tl.where(valid, place, -1), mask=s < S)
 
 
 def _power_of_two(size: int) -> int:
@@ -139,6 +147,16 @@ def route(ids: torch.Tensor, num_experts: int, block: int) -> Tiles:
         slots int32 ``[B, BM]``, tile_expert int32 ``[B]``, tile_group int32 ``[B, 2]``, tile_count int32 ``[1]``; of
         the tiles from tile_count on nothing is said.
     """
+    return _route(ids, num_experts, block, None)
+
+
+def route_and_places(ids: torch.Tensor, num_experts: int, block: int) -> tuple[Tiles, torch.Tensor]:
+    """The same, and int32 ``[T * K]``: where each slot is in ``slots``, or -1."""
+    places = ids.new_empty((ids.numel(),), dtype=torch.int32)
+    return _route(ids, num_experts, block, places), places
+
+
+def _route(ids: torch.Tensor, num_experts: int, block: int, places: torch.Tensor | None) -> Tiles:
     num_slots = ids.numel()
     count = max_tiles(num_slots, num_experts, block)
     padded = max(_power_of_two(num_experts), 2)
@@ -148,8 +166,9 @@ def route(ids: torch.Tensor, num_experts: int, block: int) -> Tiles:
     tile_count = ids.new_empty((1,), dtype=torch.int32)
     if num_slots <= ONE_KERNEL:
         overlapped(route_few_kernel)[(num_experts,)](
-            ids, slots, tile_expert, tile_group, tile_count, num_slots, num_experts,
-            SP=max(_power_of_two(num_slots), 256), EP=padded, BM=block, OVERLAP=overlaps(), num_warps=8,
+            ids, slots, ids if places is None else places, tile_expert, tile_group, tile_count,
+            num_slots, num_experts, SP=max(_power_of_two(num_slots), 256), EP=padded, BM=block,
+            PLACES=places is not None, OVERLAP=overlaps(), num_warps=8,
         )  # fmt: skip
         return slots, tile_expert, tile_group, tile_count
     apart = 1 if num_experts <= FEW_EXPERTS else APART
@@ -162,5 +181,8 @@ def route(ids: torch.Tensor, num_experts: int, block: int) -> Tiles:
         counts, start, slots, tile_expert, tile_group, tile_count, num_slots, count,
         EP=padded, BM=block, TILES=16, APART=apart, num_warps=4,
     )  # fmt: skip
-    wrapped(place_kernel)[(chunks,)](ids, start, slots, num_slots, num_experts, CHUNK=chunk, APART=apart, num_warps=4)
+    wrapped(place_kernel)[(chunks,)](
+        ids, start, slots, ids if places is None else places, num_slots, num_experts,
+        CHUNK=chunk, APART=apart, PLACES=places is not None, num_warps=4,
+    )  # fmt: skip
     return slots, tile_expert, tile_group, tile_count

@@ -15,6 +15,9 @@ __all__ = [
 #: from how many rows in the order of tiles on the next kernel is not set up early: its programs, which go on from tile
 #: to tile, would stay where multiprocessors happened to be free first, and take up to 9 % longer
 MANY_ROWS = 1024
+#: up to how many rows that are sorted each copy is made by a program of its own: a layer of 128 experts took 5 to 10 %
+#: longer behind fewer programs than that
+FEW_ROWS = 1024
 
 
 def quantize_rows_reference(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,11 +57,13 @@ def _steps(x, scale, INT: tl.constexpr, ASM: tl.constexpr):
 
 @jit(do_not_specialize=("R", "S"))
 def quantize_rows_kernel(rows, values, scales, slots, R, S, N, stride, BOUND: tl.constexpr, SMALLEST: tl.constexpr,
-                         SLOTS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-                         ASM: tl.constexpr, OVERLAP: tl.constexpr, NEXT: tl.constexpr):  # fmt: skip
+                         SLOTS: tl.constexpr, COPIES: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+                         BLOCK: tl.constexpr, ASM: tl.constexpr, OVERLAP: tl.constexpr,
+                         NEXT: tl.constexpr):  # fmt: skip
     """ROWS rows per program, rounded as :func:`quantize_rows_reference` does; SLOTS: only rows that are a slot's.
 
-    PARTS of BLOCK columns hold a row. NEXT: the next kernel may be set up at once.
+    COPIES: of each row so many, at the places slots [R, COPIES] that are not negative; 0: one, where the row is. PARTS
+    of BLOCK columns hold a row. NEXT: the next kernel may be set up at once.
     """
     after_previous(OVERLAP)
     before_next(NEXT)
@@ -78,11 +83,20 @@ def quantize_rows_kernel(rows, values, scales, slots, R, S, N, stride, BOUND: tl
         parts = parts + (x,)  # type: ignore[assignment]  # noqa: RUF005 (what Triton takes)
         largest = tl.maximum(largest, tl.abs(x.to(tl.float32)).to(tl.int32, bitcast=True))
     scale = scale_of_largest(largest.to(tl.float32, bitcast=True), BOUND, SMALLEST)
+    places = ()
+    for copy in tl.static_range(COPIES):
+        place = tl.load(slots + r * COPIES + copy, mask=there, other=-1)
+        places = places + (place,)  # type: ignore[assignment]  # noqa: RUF005 (what Triton takes)
     tl.store(scales + r, scale, mask=there)
     for part in tl.static_range(PARTS):
         column = part * BLOCK + n
         steps = _steps(parts[part].to(tl.float32), scale[:, None], values.dtype.element_ty == tl.int8, ASM)
-        tl.store(values + at * N + column, steps.to(values.dtype.element_ty), mask=there[:, None] & (column < N))
+        steps = steps.to(values.dtype.element_ty)
+        if COPIES == 0:
+            tl.store(values + at * N + column, steps, mask=there[:, None] & (column < N))
+        for copy in tl.static_range(COPIES):
+            to = places[copy][:, None]
+            tl.store(values + to.to(tl.int64) * N + column, steps, mask=(to >= 0) & (column < N))
 
 
 def _parts(width: int) -> int:
@@ -92,15 +106,16 @@ def _parts(width: int) -> int:
 
 def quantize_rows(
     rows: torch.Tensor, dtype: torch.dtype, slots: torch.Tensor | None = None, num_slots: int = 0, *,
-    for_large: bool = False,
+    places: torch.Tensor | None = None, num_places: int = 0, for_large: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """As :func:`quantize_rows_reference`, in one kernel; the last dimension must be dense.
 
-    Where ``slots`` int32 ``[R]`` is given, only rows whose slot is below ``num_slots`` are written. for_large: the next
-    kernel is one of large tiles, and not to be set up early (see MANY_ROWS).
+    Where ``slots`` int32 ``[R]`` is given, only rows whose slot is below ``num_slots`` are written. Where ``places``
+    int32 ``[R * C]`` are, the values are ``[num_places, N]``, with C copies of each row, none at a negative place; the
+    scales stay ``[R]``. for_large: the next kernel is one of large tiles, and not to be set up early (see MANY_ROWS).
     """
     count, width = rows.shape
-    values = rows.new_empty((count, width), dtype=dtype)
+    values = rows.new_empty((num_places if places is not None else count, width), dtype=dtype)
     scales = rows.new_empty((count,), dtype=torch.float32)
     block = 1 << (width - 1).bit_length()
     # Of many rows a warp takes 4096 numbers, in one row or several: that warps need not wait for one another counts for
@@ -110,9 +125,10 @@ def quantize_rows(
     at_once = max(1, 4096 // block) if many else 1
     warps = min(max(1, block // 4096), 32) if many else 4 if block <= 2048 else 8 if block <= 4096 else 16
     overlapped(quantize_rows_kernel)[(-(-count // at_once),)](
-        rows, values, scales, rows if slots is None else slots, count, num_slots, width, rows.stride(0),
-        BOUND=LARGEST_ACTIVATION[dtype], SMALLEST=SMALLEST_SCALE, SLOTS=slots is not None, ROWS=at_once, PARTS=parts,
-        BLOCK=block if parts == 1 else width // parts, ASM=not INTERPRETED, OVERLAP=overlaps(),
+        rows, values, scales, next((each for each in (slots, places) if each is not None), rows),
+        count, num_slots, width, rows.stride(0), BOUND=LARGEST_ACTIVATION[dtype], SMALLEST=SMALLEST_SCALE,
+        SLOTS=slots is not None, COPIES=places.numel() // count if places is not None else 0, ROWS=at_once,
+        PARTS=parts, BLOCK=block if parts == 1 else width // parts, ASM=not INTERPRETED, OVERLAP=overlaps(),
         NEXT=overlaps() and not for_large, num_warps=warps,
     )  # fmt: skip
     return values, scales
@@ -191,37 +207,42 @@ def sort_rows_reference(
     return torch.where(there.unsqueeze(-1), rows[torch.where(there, flat, 0) // row_div], 0)
 
 
-@jit(do_not_specialize=("S",))
-def sort_rows_kernel(rows, slots, tile_count, out, S, N, row_div, stride, PAIRS_APART: tl.constexpr,
-                     BM: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr, NEXT: tl.constexpr):  # fmt: skip
-    """BLOCK columns of one place of a tile per program. NEXT: as in :func:`quantize_rows_kernel`."""
+@jit()
+def sort_rows_kernel(rows, places, out, N, stride, PARTS: tl.constexpr, COPIES: tl.constexpr,
+                     PAIRS_APART: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+                     NEXT: tl.constexpr):  # fmt: skip
+    """BLOCK columns of one row per program, to COPIES of its PARTS * COPIES places.
+
+    NEXT: as in :func:`quantize_rows_kernel`.
+    """
     after_previous(OVERLAP)
     before_next(NEXT)
-    r = tl.program_id(0)
-    if r // BM >= tl.load(tile_count):
-        return
-    slot = tl.load(slots + r)
-    if slot >= S:
-        return
+    p = tl.program_id(0)
     first = tl.program_id(1) * BLOCK
     n = first + tl.arange(0, BLOCK)
-    row = tl.load(rows + (slot // row_div).to(tl.int64) * stride + n, mask=n < N)
-    one = tl.arange(0, 1)
-    store_columns(out + (one + r).to(tl.int64) * N, first, row[None, :], one == 0, N, PAIRS_APART)
+    row = tl.load(rows + (p // PARTS).to(tl.int64) * stride + n, mask=n < N)[None, :]
+    found = ()
+    for copy in tl.static_range(COPIES):
+        place = tl.load(places + p * COPIES + copy + tl.arange(0, 1))
+        found = found + (place,)  # type: ignore[assignment]  # noqa: RUF005 (what Triton takes)
+    for copy in tl.static_range(COPIES):
+        place = found[copy]
+        store_columns(out + place.to(tl.int64) * N, first, row, place >= 0, N, PAIRS_APART)
 
 
-def sort_rows(
-    rows: torch.Tensor, slots: torch.Tensor, tile_count: torch.Tensor, row_div: int, num_slots: int,
-    pairs_apart: bool = False,
-) -> torch.Tensor:  # fmt: skip
-    """As :func:`sort_rows_reference`, in one kernel; what is no slot's, or in no tile, is left unwritten."""
-    width = rows.shape[1]
-    out = rows.new_empty((slots.numel(), width))
+def sort_rows(rows: torch.Tensor, places: torch.Tensor, num_places: int, pairs_apart: bool = False) -> torch.Tensor:
+    """As :func:`sort_rows_reference`, in one kernel; what is no slot's is left unwritten.
+
+    places: int32 ``[R * C]``: where in ``[num_places, N]`` the C copies of each row go; nowhere, if negative.
+    """
+    count, width = rows.shape
+    out = rows.new_empty((num_places, width))
     block = min(1 << (width - 1).bit_length(), 4096)
-    overlapped(sort_rows_kernel)[(slots.numel(), -(-width // block))](
-        rows, slots, tile_count, out, num_slots, width, row_div, rows.stride(0),
-        PAIRS_APART=pairs_apart, BM=slots.shape[1], BLOCK=block, OVERLAP=overlaps(),
-        NEXT=overlaps() and slots.numel() < MANY_ROWS, num_warps=4,
+    parts = places.numel() // count if count < FEW_ROWS else 1
+    overlapped(sort_rows_kernel)[(count * parts, -(-width // block))](
+        rows, places, out, width, rows.stride(0), PARTS=parts, COPIES=places.numel() // count // parts,
+        PAIRS_APART=pairs_apart, BLOCK=block, OVERLAP=overlaps(), NEXT=overlaps() and num_places < MANY_ROWS,
+        num_warps=4,
     )  # fmt: skip
     return out
 

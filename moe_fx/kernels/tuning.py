@@ -24,7 +24,7 @@ import torch
 
 from moe_fx.errors import ConfigError
 from moe_fx.formats import Unquantized, WeightFormat
-from moe_fx.kernels.fused_large import as_read, in_pairs, large_gemm, product_of, rows_for, takes_descriptors
+from moe_fx.kernels.fused_large import as_read, large_gemm, product_of, rows_for, takes_descriptors
 from moe_fx.kernels.fused_launch import expert_gemm, sum_block
 from moe_fx.kernels.fused_projection import Projection, Routing, operands, widened
 from moe_fx.kernels.fused_tiles import (
@@ -39,7 +39,7 @@ from moe_fx.kernels.fused_tiles import (
 )  # fmt: skip
 from moe_fx.kernels.fused_token import takes_token
 from moe_fx.kernels.triton_or_none import opaque, unavailable
-from moe_fx.kernels.triton_rows import sort_rows, split_pairs
+from moe_fx.kernels.triton_rows import split_pairs
 
 __all__ = ["candidates", "large_candidates", "load", "save", "tune", "use"]
 
@@ -165,10 +165,10 @@ def _trials(
     ids = [torch.rand(count, num_experts, device=device).topk(top_k, 1).indices for _ in range(4)]
     if takes_token(ids[0], num_experts, (up, down), dtype):
         return
-    routings = [Routing.of(each, num_experts, (up, down), dtype) for each in ids]
     hidden, inner = down.tensors[0].shape[1], operands(up, ids[0]).width
     rows = [torch.randn(count, hidden, device=device).to(dtype), torch.randn(slots, inner, device=device).to(dtype)]
     large = takes_descriptors(rows[0], (up, down), slots, num_experts)
+    routings = [Routing.of(each, num_experts, (up, down), dtype, placed=large) for each in ids]
     kind = "plain" if widens_first(up.kind, slots, num_experts) else up.kind
     for place, stored in enumerate((up, down)):
         activation = "silu" if place == 0 and stored.gated != "none" else "none"
@@ -197,15 +197,12 @@ def _large_trial(
     """The same of a projection whose tiles are loaded by descriptors: rows are sorted, as all but small layers' are."""
     ids, dtype = routings[0].ids, rows.dtype
     projection = as_read(stored, dtype, routings[0])
-    left, scale = rows_for(projection, rows, ids)
+    in_order = [rows_for(projection, rows, routing, gather=False) for routing in routings]
+    left = in_order[0][0]
     product = large_product(product_of(projection, left, routings[0]), ids.numel() / routings[0].num_experts)
-    in_order, pairs = [], in_pairs(projection, dtype, routings[0].block)
-    for routing in routings:
-        assert routing.tiles is not None
-        in_order.append(sort_rows(left, routing.tiles[0], routing.tiles[3], row_div, ids.numel(), pairs))
 
     def call(i: int, tile: LargeTile) -> torch.Tensor:
-        return large_gemm(in_order[i], scale, projection, routings[i], row_div, gather=False, sorted_rows="",
+        return large_gemm(*in_order[i], projection, routings[i], row_div, gather=False, sorted_rows="",
                           dtype=dtype, activation=activation, tile=tile)  # fmt: skip
 
     return product, large_candidates(product), call
