@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from lookalikes_serving import LOOKALIKES, lookalike
 from styles.base import H
-from styles.turned_over import EndsByComparison, TableByExpert, TokensListed, WeakChoices
+from styles.turned_over import Bag, EndsByComparison, TableByExpert, TokensListed, WeakChoices
 
 __all__ = ["LOOKALIKES", "lookalike"]
 
@@ -55,3 +55,19 @@ class IntoOnes(TableByExpert):
         table = torch.ones(self.E, columns.shape[1]).scatter(0, ids, weights)
         results = torch.matmul(self.down, F.relu(torch.matmul(self.up, columns)))
         return torch.einsum("et,eht->th", table, results)
+
+
+@lookalike("dense_stack_rows_of_the_mirrored_token", "the results are those of other tokens")
+class MirroredToken(Bag):
+    def forward(self, x):
+        ids, weights = self.router(x)
+        rows = ids * x.shape[0] + torch.arange(x.shape[0]).flip(0)[:, None]
+        return (self.results(x)[rows] * weights.unsqueeze(-1)).sum(1)
+
+
+@lookalike("dense_stack_largest_by_embedding_bag", "of a bag's rows the largest numbers are taken")
+class LargestOfBag(Bag):
+    def forward(self, x):
+        ids, weights = self.router(x)
+        rows = ids * x.shape[0] + torch.arange(x.shape[0])[:, None]
+        return F.embedding_bag(rows, self.results(x), mode="max") * weights.sum(-1, keepdim=True)

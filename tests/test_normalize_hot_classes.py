@@ -45,6 +45,14 @@ SAME = {
         lambda x, ids: written_at(x, ids == 1, by_mask=True),
         lambda x, ids: written_at(x, ids == 1),
     ),
+    "rows by numbers": (
+        lambda x, ids: torch.stack([x, x.sin(), x.cos()]).view(15, 3)[ids * 5 + torch.arange(5)[:, None]],
+        lambda x, ids: torch.stack([x, x.sin(), x.cos()])[ids, torch.arange(5)[:, None]],
+    ),
+    "bags of as many rows": (
+        lambda x, ids: F.embedding_bag(ids, x.sin(), per_sample_weights=x[:, :2].cos(), mode="sum"),
+        lambda x, ids: (x.sin()[ids.reshape(-1)].view(-1, 2, 3) * x[:, :2].cos()[..., None]).sum(1),
+    ),
     "a sum that is added to in a batched product": (
         lambda x, ids: torch.baddbmm(x[:, :, None], x[:, :, None], x[:, :1, None]),
         lambda x, ids: x[:, :, None] + torch.bmm(x[:, :, None], x[:, :1, None]),
@@ -63,6 +71,13 @@ def test_two_ways_to_write_it_are_one_graph(name):
 OTHERS = {
     "classes from the second one on": (lambda x, ids: F.one_hot(ids, 5)[..., 1:].permute(2, 0, 1)[0], "one_hot", 1),
     "every second class": (lambda x, ids: F.one_hot(ids, 5)[..., :4:2].permute(2, 0, 1)[1], "one_hot", 1),
+    "rows by token and class": (
+        lambda x, ids: torch.stack([x, x.sin(), x.cos()], 1).view(15, 3)[torch.arange(5)[:, None] * 3 + ids], "mul", 1,
+    ),
+    "the mean of bags": (lambda x, ids: F.embedding_bag(ids, x.sin(), mode="mean"), "embedding_bag", 1),
+    "bags of which the last has fewer rows": (
+        lambda x, ids: F.embedding_bag(ids.view(-1), x.sin(), torch.arange(0, 10, 3), mode="sum"), "embedding_bag", 1,
+    ),
     "a table that is not of one value": (
         lambda x, ids: x.sin().t().scatter(0, x.topk(2).indices.t(), x[:, :2].sin().t()), "transpose", 3,
     ),

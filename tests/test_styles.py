@@ -94,6 +94,8 @@ NOT_OF_ONE_TOKEN = (
     "bins_chunked_by_module_deepspeed",
     "bins_read_by_module_and_stacked",
     "bins_unbound_by_module",
+    "dense_stack_read_by_numbers_of_rows",
+    "dense_stack_summed_by_embedding_bag",
     "gathered_projections_of_values_switchhead",
     "one_hot_bsec_bins_of_all_groups_in_a_bmm",
     "one_hot_bsec_switch_mesh_capacity",

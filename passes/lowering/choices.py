@@ -6,7 +6,7 @@ values, ids = topk(scores, k)   =>   values, ids = moe_fx.top_k(scores, k)
 from __future__ import annotations
 
 import torch
-from moe_fx.passes.raising.routing import ancestors
+from moe_fx.passes.raising.ancestors import ancestors
 from torch.fx import Node
 
 from moe_fx.kernels.top_k import MOST_CHOSEN, MOST_SCORES, top_k

@@ -8,6 +8,7 @@ from moe_fx.passes.normalize.column_lists import spell_column_lists
 from moe_fx.passes.normalize.cut_rows import spell_parts
 from moe_fx.passes.normalize.divided_places import spell_divided_places
 from moe_fx.passes.normalize.dropped import spell_dropped_rows
+from moe_fx.passes.normalize.embedding_bags import write_out_bags
 from moe_fx.passes.normalize.equal_values import merge_equal_values
 from moe_fx.passes.normalize.functional import functionalize
 from moe_fx.passes.normalize.hot_classes import spell_hot_classes
@@ -19,6 +20,7 @@ from moe_fx.passes.normalize.masked_copies import spell_masked_copies
 from moe_fx.passes.normalize.masks import flatten_masks, flatten_places, select_masks
 from moe_fx.passes.normalize.no_ops import drop_no_ops
 from moe_fx.passes.normalize.nonzero_lists import spell_nonzero_lists
+from moe_fx.passes.normalize.numbered_rows import spell_numbered_rows
 from moe_fx.passes.normalize.one_slot_masks import spell_one_slot_masks
 from moe_fx.passes.normalize.places_in_turn import spell_places_in_turn
 from moe_fx.passes.normalize.put_in_turn import spell_put_in_turn
@@ -45,6 +47,7 @@ def normalize(work: Work) -> None:
     graph = work.program.graph
     inline_regions(work.program.graph_module)
     write_out(graph)
+    write_out_bags(graph)
     written = work.written = functionalize(graph)
     spell_literals(work.program)
     spell(graph)
@@ -74,6 +77,7 @@ def normalize(work: Work) -> None:
     if spell_rows_put(graph, written):
         merge_equal_values(graph, written, work.program.weights)  # what the sums read is one for all experts
     spell_divided_places(graph, written)
+    spell_numbered_rows(graph, written)
     spell_parts(graph)
     spell_nonzero_lists(graph, written)
     spell_selections(graph, written)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import operator
 
 import torch
+from moe_fx.passes.raising.ancestors import MIXING, ancestors
 from moe_fx.passes.raising.contraction import contraction
-from moe_fx.passes.raising.routing import CHOOSING, MIXING, ancestors
+from moe_fx.passes.raising.routing import CHOOSING
 from moe_fx.passes.raising.where_chains import is_where_chain
 from torch.fx import Node
 

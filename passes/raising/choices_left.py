@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 from moe_fx.passes.raising import routing
-from moe_fx.passes.raising.routing import MIXING, ancestors
+from moe_fx.passes.raising.ancestors import MIXING, ancestors
 from moe_fx.passes.raising.single_token import chosen_for_one_token, with_remedy
 from torch.fx import Graph, Node
 

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from moe_fx.passes.raising.ancestors import ancestors
 from moe_fx.passes.raising.memory import written_in_place
 from moe_fx.passes.raising.negatives import may_be_negative
 from moe_fx.passes.raising.region import Region
-from moe_fx.passes.raising.routing import CHOOSING, Selection, ancestors, foreign_slot, selection_of
+from moe_fx.passes.raising.router import foreign_slot
+from moe_fx.passes.raising.routing import CHOOSING, Selection, selection_of
 from moe_fx.passes.raising.rows_of_linears import several_rows_at_once
 from torch.fx import Node
 

@@ -20,7 +20,7 @@ from moe_fx.passes.raising.lengths import joined_lengths, settle_features
 from moe_fx.passes.raising.one_slot import ends_of_one_slot
 from moe_fx.passes.raising.prove import Proof, prove
 from moe_fx.passes.raising.region import Region
-from moe_fx.passes.raising.routing import describe_router
+from moe_fx.passes.raising.router import describe_router
 from moe_fx.passes.raising.single_token import with_remedy
 from moe_fx.passes.raising.taken import flatten, stack_and_shorten
 from moe_fx.passes.raising.without_parameters import write_terms

@@ -1,14 +1,14 @@
-"""What can be known of a layer's routing: are its ids valid and distinct, where do they and the weights come from."""
+"""What can be known of a layer's ids: the op that chose them, and whether they are valid and distinct."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import operator
-from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
+from moe_fx.passes.raising.ancestors import ancestors
 from torch.fx import Node
 
 from moe_fx.constants import filled_with
@@ -16,7 +16,7 @@ from moe_fx.matcher import Match, arguments, match, op_name
 from moe_fx.pattern import ANY, WHOLE, Last, Var, aten, either, optional
 from moe_fx.shapes import known_equal, shape_of, tensor_of
 
-__all__ = ["Selection", "chosen_once", "describe_router", "foreign_slot", "selection_of"]
+__all__ = ["CHOOSING", "Selection", "chosen_once", "selection_of"]
 
 #: ops that choose experts by score
 CHOOSING = frozenset({"aten::topk", "aten::sort", "aten::argsort", "aten::argmax", "aten::max"})
@@ -25,8 +25,6 @@ MOVING = frozenset({
     "aten::reshape", "aten::slice", "aten::to", "aten::clone", "aten::unsqueeze", "aten::squeeze", "aten::select",
     "aten::contiguous", "aten::transpose", "aten::unflatten", "aten::expand", "aten::narrow",
 })  # fmt: skip
-#: where one token's features are mixed: what lies behind is no longer the router's doing
-MIXING = frozenset({"aten::linear", "aten::mm", "aten::addmm", "aten::matmul", "aten::bmm"})
 
 
 #: one-hot rows as a mask: scores that were set to minus infinity by it
@@ -282,72 +280,3 @@ def _holds(cast: Node, num_experts: int) -> bool:
         return value is not None and num_experts <= 2
     exact = 2 / torch.finfo(value.dtype).eps if value.is_floating_point() else torch.iinfo(value.dtype).max
     return num_experts - 1 <= exact
-
-
-def ancestors(node: Node, limit: int = 200, through: Collection[str] = ()) -> Iterator[Node]:
-    """What a value is computed from, up to and including matrix products (but those named in ``through``)."""
-    pending = [node]
-    seen: set[Node] = set()
-    while pending and len(seen) < limit:
-        current = pending.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        yield current
-        if (op_name(current) not in MIXING or op_name(current) in through) and current.op == "call_function":
-            pending.extend(current.all_input_nodes)
-
-
-def foreign_slot(slot: Node, ids: Node, selection: Selection) -> Node | None:
-    """The op that chose a routing weight, if it is another one than chose the layer's ids."""
-    if selection.chooser is None:
-        return None
-    mine = set(ancestors(ids))
-    chosen = [node for node in ancestors(slot) if op_name(node) in CHOOSING]
-    # Of the same scores, the largest and its place are one choice.
-    scores = arguments(selection.chooser)["self"]
-    if not chosen or any(node in mine or arguments(node)["self"] is scores for node in chosen):
-        return None
-    if ids in ancestors(slot):
-        return None
-    return chosen[0]
-
-
-def describe_router(ids: Node, slots: list[Node], selection: Selection, fqn_of: dict[Node, str]) -> str:
-    """One line on the router: scores, choice, what happens to the weights, and the weight's name."""
-    if selection.chooser is None:
-        return "ids are given" if ids.op == "placeholder" else "unknown choice"
-    behind = list(ancestors(ids)) + [node for slot in slots for node in ancestors(slot)]
-    names = [op_name(node) for node in behind]
-    words = []
-    scores = [word for word in ("softmax", "sigmoid", "softplus", "tanh") if f"aten::{word}" in names]
-    if "aten::softmax" in names and selection.chooser is not None:
-        after = not any(op_name(n) == "aten::softmax" for n in ancestors(selection.chooser))
-        scores = [word + " after choice" if word == "softmax" and after else word for word in scores]
-    words += scores or ["raw scores"]
-    k = shape_of(ids)
-    choice = (op_name(selection.chooser) or "").removeprefix("aten::")
-    groups = sum(node is not selection.chooser and op_name(node) == "aten::topk" for node in set(behind))
-    words.append(f"{choice} {k[-1] if k else '?'}" + (" within groups" if groups else ""))
-    renormalized = any(
-        op_name(node) in ("aten::div", "aten::div_") and _divides_by_sum(node)
-        for slot in slots
-        for node in ancestors(slot)
-    )
-    words += ["renormalised"] if renormalized else []
-    scales = {arguments(n)["other"] for slot in slots for n in ancestors(slot)
-              if op_name(n) == "aten::mul" and isinstance(arguments(n)["other"], float)}  # fmt: skip
-    words += [f"times {scale:g}" for scale in sorted(scales)]
-    weights = dict.fromkeys(fqn_of[n.args[1]] for n in behind
-                            if op_name(n) == "aten::linear" and n.args[1] in fqn_of)  # fmt: skip
-    dtypes = {str(value.dtype).removeprefix("torch.") for slot in slots if (value := tensor_of(slot)) is not None}
-    words += sorted(dtypes)
-    return ", ".join(words) + (f" of {', '.join(weights)}" if weights else "")
-
-
-def _divides_by_sum(node: Node) -> bool:
-    return (
-        any(op_name(part) == "aten::sum" for part in ancestors(node.args[1], 8))
-        if isinstance(node.args[1], Node)
-        else False
-    )

@@ -283,3 +283,27 @@ class FirstAsFloats(Listed):
             mask = first == float(e)
             out[mask, :] = expert(rows[mask, :]) * weight[mask][:, None]
         return out.view(x.shape).transpose(0, 1)
+
+
+@style("dense_stack_read_by_numbers_of_rows")
+class Numbered(Simple):
+    """Results of all experts in one dimension, in which the rows of an expert are numbered by token."""
+
+    def results(self, x):
+        table = torch.bmm(self.act(torch.einsum("th,eih->eti", x, self.up)), self.down.mT)
+        return table.reshape(self.E * x.shape[0], H)
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        rows = ids * x.shape[0] + torch.arange(x.shape[0])[:, None]
+        return (self.results(x)[rows] * weights.unsqueeze(-1)).sum(1)
+
+
+@style("dense_stack_summed_by_embedding_bag")
+class Bag(Numbered):
+    """A token's results are a bag of rows, with weights."""
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        rows = ids * x.shape[0] + torch.arange(x.shape[0])[:, None]
+        return F.embedding_bag(rows, self.results(x), per_sample_weights=weights, mode="sum")
