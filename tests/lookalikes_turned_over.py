@@ -71,3 +71,22 @@ class LargestOfBag(Bag):
         ids, weights = self.router(x)
         rows = ids * x.shape[0] + torch.arange(x.shape[0])[:, None]
         return F.embedding_bag(rows, self.results(x), mode="max") * weights.sum(-1, keepdim=True)
+
+
+@lookalike(
+    "slots_copied_tokens_listed_by_counts",
+    "rows are those of the tokens with the experts' numbers",
+    shape=(4, H),
+    dynamic=False,
+)
+class ListedByCounts(TokensListed):
+    def forward(self, x):
+        ids, weights = self.router(x)
+        flat = ids.flatten()
+        counts = F.one_hot(flat, self.E).sum(0)
+        token = torch.arange(self.E).repeat_interleave(counts, output_size=flat.shape[0])
+        slots = torch.zeros(flat.shape[0], H)
+        for e, expert in enumerate(self.experts):
+            at = torch.where(flat == e)[0]
+            slots = slots.index_copy(0, at, expert(x[token[at]]))
+        return (slots.view(-1, self.K, H) * weights[..., None]).sum(1)

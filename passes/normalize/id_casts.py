@@ -124,7 +124,8 @@ def _sort(user: Node, cast: Node, value: Node, values: FakeValues) -> None:
 
 def _searched(user: Node, cast: Node) -> bool:
     given = arguments(user)
-    return given["sorted_sequence"] is cast and op_name(given["self"]) == "aten::arange"
+    whole = not tensor_of(cast).is_floating_point()  # among floats it may be halves that are searched for
+    return whole and given["sorted_sequence"] is cast and op_name(given["self"]) == "aten::arange"
 
 
 def _numbers(user: Node, dtype: torch.dtype, values: FakeValues) -> Node:

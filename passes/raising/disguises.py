@@ -185,7 +185,7 @@ def _rows_written(root: Node) -> tuple[Region | Miss, set[Node]] | None:
         return None
     sizes, tokens, place = axes
     column = slot_number(ids)
-    if column is not None and len(column[1].users) > 1:
+    if column is not None and (len(column[1].users) > 1 or op_name(next(iter(column[1].users))) != "aten::select"):
         return None  # rows of one of several slots per token, which are summed somewhere
     if Walk(root, {**sizes, SLOT: 1}, tokens, (), {}).ids_of(ids, place[:-1]) is None:
         return None

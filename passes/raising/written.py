@@ -56,7 +56,7 @@ TOKEN = aten.floor_divide(Var("at", rank=1), Var("top_k"))
 #: each token's number, once for every slot
 counted = As("counted", arange())
 token_numbers = either(
-    aten.repeat_interleave(counted, ANY), aten.repeat_interleave(counted, ANY, ANY), widened_arange(counted)
+    *(aten.repeat_interleave(counted, AtLeast(1), *dim) for dim in ((), (ANY,))), widened_arange(counted)
 )
 NUMBERED = aten.index(As("numbers", token_numbers), [Var("at")])
 CUT_BY_SLOT = aten.index(Var("rows"), [Var("at"), Var("slot_at")])
