@@ -18,7 +18,10 @@ from torch.fx import Node
 from moe_fx import pattern as p
 from moe_fx.shapes import shape_of
 
-__all__ = ["Match", "Miss", "arguments", "chain", "match", "op_name"]
+__all__ = ["Match", "Miss", "arguments", "chain", "is_pointwise", "match", "op_name"]
+
+#: elementwise ops that lack the tag (torch 2.11 to 2.15)
+UNTAGGED = frozenset({"aten::hardswish", "aten::log_sigmoid"})
 
 Bindings = Mapping[str, Any]
 
@@ -59,6 +62,12 @@ def op_name(node: object) -> str | None:
     if isinstance(node, Node) and isinstance(node.target, torch._ops.OpOverload):
         return _name_of(node.target)
     return None
+
+
+def is_pointwise(target: object) -> bool:
+    """Whether a call's target is an op that makes every element of its result of one element of each operand."""
+    tagged = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+    return tagged or (isinstance(target, torch._ops.OpOverload) and _name_of(target) in UNTAGGED)
 
 
 @functools.cache

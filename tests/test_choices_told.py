@@ -50,7 +50,7 @@ class GroupedConvolution(Written):
         up, down = (each.transpose(1, 2).reshape(-1, each.shape[1], 1) for each in (self.up, self.down))
         hidden = F.conv1d(x.repeat(1, E).unsqueeze(-1), up, groups=E)
         done = F.conv1d(F.relu(hidden), down, groups=E).view(-1, E, H)
-        return (done * table.unsqueeze(-1)).sum(1)
+        return sum((done * table.unsqueeze(-1)).unbind(1))
 
 
 UNKNOWN = [TwoAtATime, BlockDiagonal, GroupedConvolution]

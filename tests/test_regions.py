@@ -142,3 +142,26 @@ def test_a_program_with_regions_and_no_layer_stays_as_it_is():
     program = torch.export.export(NormThenAttention().eval(), (torch.randn(5, 8),))
     after = moe_fx.transform(program)
     assert [node.name for node in after.graph.nodes] == [node.name for node in program.graph.nodes]
+
+
+class ConvolutionOfRows(torch.nn.Module):
+    """Of which torch, when asked, tells one algorithm for a few rows and another for many."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.conv = Gathered(), torch.nn.Conv1d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            neighbours = self.conv(x.t()[None])
+        return self.layer(x), neighbours
+
+
+def test_a_convolution_under_autocast_sets_no_limit_to_the_number_of_rows():
+    model = ConvolutionOfRows()
+    after = moe_fx.transform(exported(model), moe_fx.Config(require="all"))
+    x = torch.randn(3000, 8)
+    with torch.no_grad():
+        (want, neighbours), (have, have_neighbours) = model(x), after.module()(x)
+    assert (have - want).abs().max() <= 1e-6 * want.abs().max()
+    assert torch.equal(have_neighbours, neighbours)

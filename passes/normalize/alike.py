@@ -17,7 +17,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from moe_fx.matcher import op_name
+from moe_fx.matcher import is_pointwise, op_name
 from moe_fx.rewrite import Emitter
 from moe_fx.shapes import same_shape, shape_of, tensor_of
 
@@ -98,7 +98,7 @@ class Alike:
         if target is aten.einsum.default:
             return self._einsum(values)
         known = isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded not in target.tags
-        elementwise = known and (torch.Tag.pointwise in target.tags or target in ELEMENTWISE)
+        elementwise = known and (is_pointwise(target) or target in ELEMENTWISE)
         if not (elementwise or target in (*PRODUCTS, *MOVED)) or target._schema.is_mutable:
             return None
         args = list(zip(*(each.args for each in values), strict=True))

@@ -17,7 +17,7 @@ import torch
 from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Graph, Node
 
-from moe_fx.matcher import op_name
+from moe_fx.matcher import is_pointwise, op_name
 from moe_fx.rewrite import replace
 from moe_fx.shapes import same_shape, shape_of, tensor_of
 
@@ -64,7 +64,7 @@ def _joins_ids(node: Node) -> bool:
 def _is_elementwise(node: Node) -> bool:
     tags = getattr(node.target, "tags", ())
     random = torch.Tag.nondeterministic_seeded in tags
-    return op_name(node) == "aten::to" or (torch.Tag.pointwise in tags and not random)
+    return op_name(node) == "aten::to" or (is_pointwise(node.target) and not random)
 
 
 def _key(arg: Any) -> Any:

@@ -16,7 +16,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from moe_fx.matcher import arguments, op_name
+from moe_fx.matcher import arguments, is_pointwise, op_name
 from moe_fx.rewrite import Emitter, FakeValues, respell
 from moe_fx.shapes import same_shape, tensor_of
 
@@ -151,7 +151,7 @@ def _promoted_form(node: Node) -> torch._ops.OpOverload | None:
     """``aten.add.Tensor`` for ``aten.add_.Tensor`` of several float dtypes: computed in the widest, then rounded."""
     functional = _out_of_place(node)
     tensors = [tensor_of(node), *map(tensor_of, node.all_input_nodes)]
-    elementwise = functional is not None and torch.Tag.pointwise in functional.tags
+    elementwise = functional is not None and is_pointwise(functional)
     return (
         functional if elementwise and all(each is not None and each.is_floating_point() for each in tensors) else None
     )

@@ -23,6 +23,7 @@ from moe_fx.passes.normalize.nonzero_lists import spell_nonzero_lists
 from moe_fx.passes.normalize.numbered_rows import spell_numbered_rows
 from moe_fx.passes.normalize.one_slot_masks import spell_one_slot_masks
 from moe_fx.passes.normalize.places_in_turn import spell_places_in_turn
+from moe_fx.passes.normalize.pointwise_convs import spell_pointwise_convs
 from moe_fx.passes.normalize.put_in_turn import spell_put_in_turn
 from moe_fx.passes.normalize.regions import inline_regions
 from moe_fx.passes.normalize.rows_put import spell_rows_put
@@ -50,6 +51,7 @@ def normalize(work: Work) -> None:
     write_out_bags(graph)
     written = work.written = functionalize(graph)
     spell_literals(work.program)
+    spell_pointwise_convs(graph, written)
     spell(graph)
     spell_id_casts(graph, written)
     spell_scattered_in_turn(graph, written)

@@ -24,7 +24,7 @@ AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
 #: ops that say themselves which dtype they yield
 CASTS = frozenset({"aten::to", "aten::_to_copy", "aten::type_as", "aten::copy"})
-#: ops whose operands must be of one dtype, which fake tensors do not check
+#: ops whose operands must be of one dtype, which fake tensors do not check, and which yield that dtype
 PRODUCTS = frozenset({
     "aten::linear", "aten::matmul", "aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::einsum",
     "aten::scaled_dot_product_attention", "aten::_grouped_mm", "aten::conv1d", "aten::conv2d", "aten::conv3d",
@@ -99,8 +99,8 @@ def _cast_operands(graph: Graph, node: Node, known: dict[tuple[Node, torch.dtype
     yielded = _float_dtypes(node.meta.get("val"))
     if not isinstance(node.target, torch._ops.OpOverload) or not operands or not yielded or _says_dtype(node):
         return
-    mixed = len({tensor_of(each).dtype for each in operands}) > 1 and op_name(node) in PRODUCTS
-    if _yields(node) == yielded and not mixed:
+    given = {tensor_of(each).dtype for each in operands}
+    if given == set(yielded) if op_name(node) in PRODUCTS else _yields(node) == yielded:
         return
     for operand in operands:
         if tensor_of(operand).dtype is yielded[0]:

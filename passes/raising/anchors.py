@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 
-import torch
 from moe_fx.passes.raising.ancestors import MIXING, ancestors
 from moe_fx.passes.raising.contraction import contraction
 from moe_fx.passes.raising.routing import CHOOSING
@@ -12,7 +11,7 @@ from moe_fx.passes.raising.where_chains import is_where_chain
 from torch.fx import Node
 
 from moe_fx.constants import reads_shapes
-from moe_fx.matcher import arguments, op_name
+from moe_fx.matcher import arguments, is_pointwise, op_name
 from moe_fx.report import module_of
 from moe_fx.rewrite import GIVEN
 from moe_fx.shapes import depends_on_values, known_equal, shape_of
@@ -136,10 +135,9 @@ def is_cut_linear(value: Node) -> bool:
     for _ in range(12):
         if op_name(node) in ("aten::linear", "aten::addmm", "aten::mm", "aten::matmul"):
             return cut
-        pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
         cut |= op_name(node) == "aten::reshape" and len(shape_of(node) or ()) > len(shape_of(node.args[0]) or ())
         views = ("aten::reshape", "aten::to", "aten::split_with_sizes", "aten::slice")
-        passes = pointwise or op_name(node) in views or node.target is operator.getitem
+        passes = is_pointwise(node.target) or op_name(node) in views or node.target is operator.getitem
         if not passes or not isinstance(node.args[0], Node):
             return False
         node = node.args[0]
@@ -165,8 +163,7 @@ def _is_number(value: object, depth: int = 0) -> bool:
         return True
     if _is_inner_product(made_by):
         return True
-    pointwise = isinstance(value.target, torch._ops.OpOverload) and torch.Tag.pointwise in value.target.tags
-    steps = pointwise or op_name(value) in MOVING
+    steps = is_pointwise(value.target) or op_name(value) in MOVING
     return steps and all(_is_number(each, depth + 1) for each in value.all_input_nodes)
 
 

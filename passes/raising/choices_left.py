@@ -197,17 +197,23 @@ def _routes(group: Sequence[Node], window: Sequence[Node]) -> bool:
 
 def _parameter(product: Node) -> Node | None:
     """The parameter, or input, that is one of a product's factors."""
+    return next(iter(_read(product)), None)
+
+
+def _read(product: Node) -> list[Node]:
+    """The parameter that is one of a product's factors, and what it is read through, from there on."""
     for operand in product.all_input_nodes:
-        while operand.all_input_nodes and (op_name(operand) in (*READ, *JOINED, None)):
-            operand = operand.all_input_nodes[0]
-        shape = shape_of(operand) or ()
+        read = [operand]
+        while read[0].all_input_nodes and (op_name(read[0]) in (*READ, *JOINED, None)):
+            read.insert(0, read[0].all_input_nodes[0])
+        shape = shape_of(read[0]) or ()
         if (
-            operand.op in ("placeholder", "get_attr")
+            read[0].op in ("placeholder", "get_attr")
             and len(shape) > 1
             and all(isinstance(each, int) for each in shape)
         ):
-            return operand
-    return None
+            return read
+    return []
 
 
 def _meet_experts(window: Sequence[Node], count: int) -> bool:
@@ -219,13 +225,13 @@ def _meet_experts(window: Sequence[Node], count: int) -> bool:
             continue
         if any(op_name(each) == "aten::stack" and len(each.args[0]) == count for each in _operands(node)):
             return True
-        parameter = _parameter(node)
-        if parameter is None:
+        read = _read(node)
+        if not read:
             continue
-        shape = shape_of(parameter) or ()
-        if len(shape) > 2 and any(known_equal(size, count) for size in shape):
+        shapes = [shape_of(each) or () for each in read]
+        if any(len(shape) > 2 and any(known_equal(size, count) for size in shape) for shape in shapes):
             return True
-        alike.setdefault(tuple(shape), []).append(parameter)
+        alike.setdefault(tuple(shapes[0]), []).append(read[0])
         for user in node.users:
             inner = (shape_of(user) or ())[-2:] if op_name(user) in VIEWS else ()
             if any(known_equal(size, count) for size in inner) or (op_name(user) in CUTS and len(user.users) == count):

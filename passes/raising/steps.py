@@ -16,7 +16,7 @@ from moe_fx.passes.raising.region import Region
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from moe_fx.experts import per_row
-from moe_fx.matcher import Miss, op_name
+from moe_fx.matcher import Miss, is_pointwise, op_name
 from moe_fx.rewrite import same_graph
 from moe_fx.shapes import same_shape, shape_of, tensor_of
 
@@ -158,7 +158,7 @@ def _read(graph: Graph, user: Node, matrix: Node, rows: Node, shapes: Shapes) ->
         if name in ("aten::rms_norm", "aten::layer_norm") and matrix in args[2:]:
             _norm(graph, user, matrix, rows, shapes)
             return True
-        if matrix.op != "placeholder" or torch.Tag.pointwise not in user.target.tags:
+        if matrix.op != "placeholder" or not is_pointwise(user.target):
             return False
         lifted = _beside_rows(graph, matrix, rows, shapes, user)
     user.replace_input_with(matrix, lifted)

@@ -20,7 +20,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from moe_fx.constants import filled_with
-from moe_fx.matcher import Match, Miss, match, op_name
+from moe_fx.matcher import Match, Miss, is_pointwise, match, op_name
 from moe_fx.pattern import ANY, As, AtLeast, Last, Pattern, Var, aten, either, optional
 from moe_fx.shapes import known_equal, shape_of, tensor_of
 
@@ -253,7 +253,7 @@ def is_step(node: Node) -> bool:
     given = [arg for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, Node)]
     if not isinstance(node.target, torch._ops.OpOverload) or len(given) != 1 or len(node.all_input_nodes) != 1:
         return False  # a tensor times itself has two
-    pointwise = torch.Tag.pointwise in node.target.tags or op_name(node) in ("aten::to", "aten::clone")
+    pointwise = is_pointwise(node.target) or op_name(node) in ("aten::to", "aten::clone")
     return pointwise and isinstance(node.args[0], Node) and not node.target._schema.is_mutable
 
 
@@ -303,7 +303,7 @@ def _is_zero(node: Node, zero: set[Node]) -> bool:
     if name == "aten::linear":
         return first in zero and (len(node.args) < 3 or node.args[2] is None)
     operands = node.all_input_nodes
-    if torch.Tag.pointwise not in node.target.tags or not operands or not all(arg in zero for arg in operands):
+    if not is_pointwise(node.target) or not operands or not all(arg in zero for arg in operands):
         return False
     # An elementwise op of zeros and literals: what it makes of them is the same everywhere.
     given: Any = map_arg(node.args, lambda _: torch.zeros(1, dtype=torch.float64))

@@ -18,7 +18,7 @@ from moe_fx.passes.raising.axes import Place, aligned, axes_of, feature_dim, fea
 from moe_fx.passes.raising.whole import whole_of
 from torch.fx import Node
 
-from moe_fx.matcher import arguments, op_name
+from moe_fx.matcher import arguments, is_pointwise, op_name
 from moe_fx.shapes import Dim, is_number, known_equal, shape_of
 
 __all__ = ["Through", "is_elementwise", "is_view", "through"]
@@ -63,8 +63,7 @@ class Through:
 
 
 def is_elementwise(node: Node) -> bool:
-    name = op_name(node)
-    return name in ELEMENTWISE or (name is not None and torch.Tag.pointwise in node.target.tags)
+    return op_name(node) in ELEMENTWISE or is_pointwise(node.target)
 
 
 def is_view(node: Node) -> bool:
@@ -109,6 +108,11 @@ def _elementwise(node: Node, place: Place, sizes: Mapping[str, Dim]) -> Through 
             return "an operand that is a tensor or a number"
         operands.append((operand, own))
     return Through(tuple(operands), node.args, dict(node.kwargs))
+
+
+def _has_rows(dim: tuple[Any, ...]) -> bool:
+    """Whether a dimension stands for rows, or for rows and features of theirs."""
+    return any(isinstance(axis, str) for axis in dim)
 
 
 def _source(node: Node) -> Node:
@@ -254,7 +258,7 @@ def _along(node: Node, given: dict[str, Any], argument: str, place: Place) -> Th
         for dim in range(len(own_shape)):
             size = own_shape[dim]
             if dim in dims:
-                if not isinstance(size, int) or (not drops and is_row_dim(place[dim])):
+                if not isinstance(size, int) or (not drops and _has_rows(place[dim])):
                     return wrong
                 feature: tuple[Any, ...] = (size,) if size > 1 else ()
                 if drops:
@@ -283,7 +287,7 @@ def _call(node: Node, given: dict[str, Any], changed: dict[str, Any]) -> tuple[t
 
 def _norm(node: Node, given: dict[str, Any], place: Place) -> Through | str:
     over = len(given["normalized_shape"])
-    if any(is_row_dim(dim) or any(isinstance(axis, str) for axis in dim) for dim in place[-over:]):
+    if any(map(_has_rows, place[-over:])):
         return "a norm over less than all"
     shared = tuple(arg for arg in node.args[2:] if isinstance(arg, Node))
     return Through(((_source(node), place),), node.args, dict(node.kwargs), shared)
@@ -304,7 +308,7 @@ def _part(node: Node, place: Place) -> Through | str:
     if name == "aten::unbind":
         own = (*place[:dim], (shape[dim],), *place[dim:])
     else:
-        if is_row_dim(place[dim]):
+        if _has_rows(place[dim]):
             return "an op along other dimensions than the rows"
         own = (*place[:dim], (shape[dim],), *place[dim + 1 :])
     moved = feature_dim(own, dim)
