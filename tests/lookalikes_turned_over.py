@@ -65,6 +65,14 @@ class MirroredToken(Bag):
         return (self.results(x)[rows] * weights.unsqueeze(-1)).sum(1)
 
 
+@lookalike("dense_stack_embedding_bag_without_its_last_row", "the last token's last expert is left out")
+class WithoutTheLastRow(Bag):
+    def forward(self, x):
+        ids, weights = self.router(x)
+        rows = ids * x.shape[0] + torch.arange(x.shape[0])[:, None]
+        return F.embedding_bag(rows, self.results(x), mode="sum", per_sample_weights=weights, padding_idx=-1)
+
+
 @lookalike("dense_stack_largest_by_embedding_bag", "of a bag's rows the largest numbers are taken")
 class LargestOfBag(Bag):
     def forward(self, x):

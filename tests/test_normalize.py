@@ -13,6 +13,7 @@ from moe_fx.passes.normalize import (
     spell,
     spell_choices_in_turn,
     spell_dropped_rows,
+    spell_whole_rows,
     synonyms,
 )
 from moe_fx.passes.normalize.spelling import leftover
@@ -35,6 +36,7 @@ def normal(program):
     module = torch.fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
     written = functionalize(module.graph)
     spell(module.graph)
+    spell_whole_rows(module.graph, written)
     drop_no_ops(module.graph, written)
     module.graph.lint()
     return module, written

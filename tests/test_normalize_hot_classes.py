@@ -74,6 +74,9 @@ OTHERS = {
     "rows by token and class": (
         lambda x, ids: torch.stack([x, x.sin(), x.cos()], 1).view(15, 3)[torch.arange(5)[:, None] * 3 + ids], "mul", 1,
     ),
+    "the last row left out": (
+        lambda x, ids: F.embedding_bag(ids, x.sin(), mode="sum", padding_idx=-1), "embedding_bag", 1
+    ),
     "the mean of bags": (lambda x, ids: F.embedding_bag(ids, x.sin(), mode="mean"), "embedding_bag", 1),
     "bags of which the last has fewer rows": (
         lambda x, ids: F.embedding_bag(ids.view(-1), x.sin(), torch.arange(0, 10, 3), mode="sum"), "embedding_bag", 1,

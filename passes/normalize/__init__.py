@@ -27,6 +27,7 @@ from moe_fx.passes.normalize.selections import spell_selections
 from moe_fx.passes.normalize.spelling import spell
 from moe_fx.passes.normalize.turned import spell_turned
 from moe_fx.passes.normalize.unmerge_products import unmerge_products
+from moe_fx.passes.normalize.whole_rows import spell_whole_rows
 from moe_fx.passes.normalize.written_out import spell_contraries, write_out
 
 __all__ = [
@@ -34,5 +35,5 @@ __all__ = [
     "normalize", "select_masks", "spell", "spell_bins_in_turn", "spell_choices_in_turn", "spell_column_lists",
     "spell_contraries", "spell_dropped_rows", "spell_mask_rows", "spell_masked_copies", "spell_nonzero_lists",
     "spell_one_slot_masks", "spell_parts", "spell_places_in_turn", "spell_rows_put", "spell_selected_rows",
-    "spell_selections", "spell_turned", "unmerge_products", "write_out",
+    "spell_selections", "spell_turned", "spell_whole_rows", "unmerge_products", "write_out",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import operator
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch.fx import Graph, Node
 
 from moe_fx.constants import reads_shapes
 from moe_fx.matcher import Match, arguments, match, op_name
-from moe_fx.pattern import ANY, As, Last, OneOfValues, Var, aten, either, optional
+from moe_fx.pattern import ANY, As, OneOfValues, Var, aten, either, optional
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, only_asserted, replace
 from moe_fx.shapes import known_equal, same_expression, tensor_of
 
@@ -36,13 +36,8 @@ __all__ = ["spell_column_lists"]
 _aten = torch.ops.aten
 
 token = Var("token")
-wide = either(aten.unsqueeze(token, Last(1)), aten.reshape(token, [-1, 1]))
 source = As("source", ANY)
-ADDED = either(
-    aten.index_add(Var("base"), 0, token, source),
-    aten.index_put(Var("base"), [token], source, True),
-    aten.scatter_add(Var("base"), 0, either(aten.expand(wide, ANY), aten.repeat(wide, ANY)), source),
-)
+ADDED = either(aten.index_add(Var("base"), 0, token, source), aten.index_put(Var("base"), [token], source, True))
 joined = As("joined", aten.cat(ANY, 0))
 RESULTS = optional(lambda rows: aten.to(rows, Var("dtype")), either(aten.mul(joined, Var("weights")), joined))
 #: how many places each column has, and one of these as a number of Python
@@ -97,7 +92,7 @@ def _listed(where: Node, columns: dict[Any, Node]) -> Listed | None:
     if value is None or value.dtype is not torch.bool or value.dim() != 2 or not isinstance(value.shape[1], int):
         return None
     places, counts = columns[1], _counts(mask)
-    for root in _readers(places) if counts else ():
+    for root in places.users if counts else ():
         ending = match(ADDED, root, {"token": places})
         results = match(RESULTS, ending["source"]) if isinstance(ending, Match) else None
         if not isinstance(ending, Match) or not isinstance(results, Match):
@@ -106,14 +101,6 @@ def _listed(where: Node, columns: dict[Any, Node]) -> Listed | None:
         if len(joins) == len(counts):
             return Listed(mask, places, columns.get(0), counts, root, ending, joins, weights, results.get("dtype"))
     return None
-
-
-def _readers(token: Node) -> Iterator[Node]:
-    """What reads places, also as the rows of a matrix that holds them."""
-    for user in token.users:
-        yield user
-        if op_name(user) in ("aten::unsqueeze", "aten::reshape", "aten::expand", "aten::repeat"):
-            yield from _readers(user)
 
 
 def _counts(mask: Node) -> list[Any]:

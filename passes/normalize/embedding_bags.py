@@ -50,7 +50,9 @@ def write_out_bags(graph: Graph) -> None:
 def _of_each(node: Node) -> int | None:
     """Of how many rows each bag is a sum, if all are of as many."""
     given: dict[str, Any] = arguments(node) if op_name(node) in BAGS else {"mode": None}
-    if given["mode"] != SUM or given["include_last_offset"] or given["padding_idx"] not in (None, -1):
+    # -1 stands for no padding where core ATen has it, and for the last row where torch.export does.
+    none = None if op_name(node) == "aten::embedding_bag" else -1
+    if given["mode"] != SUM or given["include_last_offset"] or given.get("padding_idx", none) != none:
         return None
     begin, places = match(BEGIN, given["offsets"]), shape_of(given["indices"]) or ()
     if not isinstance(begin, Match) or not isinstance(begin["each"], int) or len(places) != 1:

@@ -34,6 +34,7 @@ from moe_fx.passes.normalize.some_slot import spell_some_slot
 from moe_fx.passes.normalize.spelling import spell
 from moe_fx.passes.normalize.turned import spell_turned
 from moe_fx.passes.normalize.unmerge_products import unmerge_products
+from moe_fx.passes.normalize.whole_rows import spell_whole_rows
 from moe_fx.passes.normalize.wide_linears import spell_wide_linears
 from moe_fx.passes.normalize.written_out import spell_contraries, write_out
 from moe_fx.passes.normalize.zeros_computed import drop_computed_zeros
@@ -54,6 +55,7 @@ def normalize(work: Work) -> None:
     spell_pointwise_convs(graph, written)
     spell(graph)
     spell_id_casts(graph, written)
+    spell_whole_rows(graph, written)
     spell_scattered_in_turn(graph, written)
     spell_contraries(graph, written)
     drop_no_ops(graph, written)

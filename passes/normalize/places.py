@@ -5,7 +5,6 @@
 | `nonzero(mask).unbind(1)`, `nonzero(mask).T.unbind(0)` | `where(mask)` |
 | `nonzero(mask).T[0]` | `nonzero(mask)[:, 0]` |
 | `masked_scatter(out, mask[:, None], rows)`, as many rows as the mask says | `index_put(out, [mask], rows)` |
-| `scatter(out, 0, places[:, None].expand(-1, H), rows)` | `index_put(out, [places], rows)` |
 | `scatter_reduce(x, d, places, rows, "sum")` | `scatter_add(x, d, places, rows)` |
 | `index_put(out, [places], rows.reshape([]))` of one place and one row | `index_put(out, [places], rows)` |
 | `sum(mask, d) > 0`, `sum(mask, d) != 0`, `sum(mask, d)` as a mask; `amax(mask, d)` | `any(mask, d)` |
@@ -91,21 +90,6 @@ def _scatter_add(node: Node, given: dict[str, Any]) -> Spelling | None:
     if given["reduce"] != "sum" or not given["include_self"]:
         return None
     return aten.scatter_add.default, (given["self"], given["dim"], given["index"], given["src"])
-
-
-def _scattered(node: Node, given: dict[str, Any]) -> Spelling | None:
-    """Whole rows, whose places are repeated for each of their elements."""
-    index, rows, out = given["index"], given.get("src"), given["self"]
-    shape = shape_of(rows) or ()
-    if op_name(index) != "aten::expand" or given["dim"] not in (0, -2) or len(shape) != 2 or given.get("reduce"):
-        return None
-    column = index.args[0]
-    wide = same_shape(shape_of(index) or (), shape) and known_equal((shape_of(out) or (0,))[-1], shape[-1])
-    single = op_name(column) == "aten::unsqueeze" and arguments(column)["dim"] in (1, -1)
-    place = column.args[0] if single else None
-    if not wide or not isinstance(place, Node) or len(shape_of(place) or ()) != 1:
-        return None
-    return aten.index_put.default, (out, [place], rows)
 
 
 def _one_put(node: Node, given: dict[str, Any]) -> Spelling | None:
@@ -201,7 +185,6 @@ RULES: dict[str, Callable[[Node, dict[str, Any]], Spelling | None]] = {
     "aten::select": _column,
     "aten::masked_scatter": _rows_put,
     "aten::scatter_reduce": _scatter_add,
-    "aten::scatter": _scattered,
     "aten::index_put": _one_put,
     "aten::to": _to,
     "aten::ne": _some,

@@ -24,7 +24,7 @@ from torch.fx import Graph, Node
 
 from moe_fx.matcher import arguments, op_name
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
-from moe_fx.shapes import same_shape, shape_of, tensor_of
+from moe_fx.shapes import shape_of, tensor_of
 
 __all__ = ["spell_put_in_turn"]
 
@@ -96,20 +96,11 @@ def _read(node: Node, choices: Choices) -> Call | None:
 def _added(node: Node) -> tuple[Node, Node] | None:
     """The places, and the rows that are added there; None for any other op."""
     name = op_name(node)
-    if name not in ("aten::index_add", "aten::scatter_add", "aten::index_put"):
+    if name not in ("aten::index_add", "aten::index_put"):
         return None
     given = arguments(node)
     if name == "aten::index_put":
         indices = given["indices"]
         return (indices[0], given["values"]) if given["accumulate"] and len(indices) == 1 else None
-    places: Any = given["index"]
-    rows: Any = given.get("source", given.get("src"))
-    if given["dim"] != 0 or given.get("alpha", 1) != 1:
-        return None
-    if name == "aten::scatter_add":  # a place for each element of a row, all of them the same
-        column = places.args[0] if op_name(places) == "aten::expand" else None
-        whole = same_shape(shape_of(places) or (), shape_of(rows) or ())
-        if not whole or op_name(column) != "aten::unsqueeze" or column.args[1] not in (1, -1):
-            return None
-        places = column.args[0]
-    return places, rows
+    plain = given["dim"] == 0 and given.get("alpha", 1) == 1
+    return (given["index"], given["source"]) if plain else None

@@ -27,7 +27,7 @@ from torch.fx import Graph, Node
 
 from moe_fx.constants import is_zero
 from moe_fx.matcher import Match, arguments, match, op_name
-from moe_fx.pattern import ANY, Last, Var, aten, either, item
+from moe_fx.pattern import Last, Var, aten, either, item
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
 from moe_fx.shapes import Dim, depends_on_values, known_equal, same_shape, shape_of, tensor_of
 
@@ -41,9 +41,7 @@ listed = aten.nonzero(mask)
 PLACES = either(
     item(aten.where(mask), 0), aten.select(listed, 1, 0), aten.squeeze(listed, Last(1)), aten.reshape(listed, [-1])
 )
-PUTS = ("aten::index_put", "aten::index_copy", "aten::index_add", "aten::scatter")
-#: a row's number, once for each of its elements
-WIDE = aten.expand(either(aten.unsqueeze(Var("at"), Last(1)), aten.reshape(Var("at"), [-1, 1])), ANY)
+PUTS = ("aten::index_put", "aten::index_copy", "aten::index_add")
 
 
 @dataclass(frozen=True)
@@ -209,13 +207,6 @@ def _put(node: Node) -> Rows | None:
     given, shape = arguments(node), shape_of(node) or ()
     if op_name(node) == "aten::index_put":
         (at, *more), values, adds = given["indices"], given["values"], given["accumulate"]
-    elif op_name(node) == "aten::scatter":
-        wide = match(WIDE, given["index"])
-        if not isinstance(wide, Match) or not same_shape(
-            shape_of(given["index"]) or (), shape_of(given.get("src")) or ()
-        ):
-            return None
-        at, more, values, adds = wide["at"], [], given["src"], False
     else:
         at, more, values, adds = given["index"], [], given["source"], op_name(node) == "aten::index_add"
     zeros, rows = given["self"], shape_of(values) or ()

@@ -40,14 +40,8 @@ TOKEN = either(
     aten.div(numbers(ANY), top_k, rounding_mode=OneOfValues("floor", "trunc")),
 )
 base, rows = Var("base", rank=2), Var("rows", rank=2)
-#: the number of a token, once for each element of its rows
-wide = aten.expand(either(aten.unsqueeze(Var("token"), Last(1)), aten.reshape(Var("token"), [-1, 1])), ANY)
-ADDED = either(
-    aten.index_add(base, 0, Var("token"), rows),
-    aten.index_put(base, [Var("token")], rows, True),
-    aten.scatter_add(base, 0, wide, rows),
-)
-ADDS = frozenset({"aten::index_add", "aten::index_put", "aten::scatter_add"})
+ADDED = either(aten.index_add(base, 0, Var("token"), rows), aten.index_put(base, [Var("token")], rows, True))
+ADDS = frozenset({"aten::index_add", "aten::index_put"})
 
 
 def spell_slots_added(graph: Graph, written: Collection[Node]) -> None:

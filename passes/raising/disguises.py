@@ -113,7 +113,7 @@ def _adds_rows_of_an_expert(root: Node) -> bool:
     """Whether a value ends a loop that adds or writes rows, of which only values tell how many there are."""
 
     def step(node: Node) -> bool:
-        if op_name(node) not in ("aten::index_add", "aten::index_put", "aten::scatter_add"):
+        if op_name(node) not in ("aten::index_add", "aten::index_put"):
             return False
         given = arguments(node)
         rows = next(given[name] for name in ("source", "values", "src") if name in given)

@@ -19,7 +19,6 @@ from moe_fx.passes.raising.loops import (
     any_slots_of,
     by_slot,
     by_token,
-    each_element,
     expert_of,
     literal,
     one_slot_of,
@@ -80,7 +79,6 @@ def puts(token: Pattern) -> Pattern:
         aten.index_put(put_into, [token], rows, ANY),
         aten.index_copy(put_into, 0, token, rows),
         aten.index_add(put_into, 0, token, rows),
-        aten.scatter(put_into, 0, each_element(token), rows),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from moe_fx.passes.raising.pieces import EXPERT_MAJOR, Dispatch, Piece, arange
 
-from moe_fx.pattern import ANY, Last, Var, aten, either, optional
+from moe_fx.pattern import ANY, Var, aten, either, optional
 
 __all__ = ["ADDED", "PIECES"]
 
@@ -18,18 +18,11 @@ copies = Var("num_copies")
 row = either(aten.unsqueeze(arange(), 0), aten.reshape(arange(), [1, -1]))
 times = either(aten.expand(row, [copies, ANY]), aten.repeat(row, [copies, 1]))
 token = either(aten.reshape(optional(aten.clone, times), ANY), aten.repeat(arange(), [copies]))
-column = either(aten.unsqueeze(aten.reshape(optional(aten.clone, times), [-1]), Last(1)),
-                aten.reshape(optional(aten.clone, times), [-1, 1]))  # fmt: skip
-wide = either(aten.expand(column, ANY), aten.repeat(column, ANY))
 base, summed = Var("base", rank=2), Var("summed", rank=2)
 
 #: where such a layer ends
 ADDED = either(
-    aten.scatter_add(base, 0, wide, summed),
     aten.index_add(base, 0, token, summed),
     aten.index_put(base, [token], summed, True),
 )
-PIECES: tuple[Piece, ...] = (
-    Dispatch(EXPERT_MAJOR, aten.gather(Var("tokens", rank=2), 0, wide)),
-    Dispatch(EXPERT_MAJOR, aten.index(Var("tokens", rank=2), [token])),
-)
+PIECES: tuple[Piece, ...] = (Dispatch(EXPERT_MAJOR, aten.index(Var("tokens", rank=2), [token])),)

@@ -145,19 +145,12 @@ token_of_row = either(
 )  # fmt: skip
 
 
-def wide(places: Pattern) -> Pattern:
-    """A place for each element of a row."""
-    column = either(aten.unsqueeze(places, Last(1)), aten.reshape(places, [-1, 1]))
-    return either(aten.expand(column, ANY), aten.expand_as(column, ANY), aten.repeat(column, ANY))
-
-
 #: rows added to their tokens, to which the slots need not be brought back
 summed, base = Var("summed", rank=2), Var("base", rank=2)
 
 
 def added_to(token_of_row: Pattern) -> Pattern:
     return either(
-        aten.scatter_add(base, 0, wide(token_of_row), summed),
         aten.index_add(base, 0, token_of_row, summed),
         aten.index_put(base, [token_of_row], summed, True),
     )
@@ -197,14 +190,12 @@ def put_back(perm: Pattern) -> Pattern:
         # Every row is written once: what stood there before is gone.
         aten.index_put(ANY, [perm], any_rows),
         aten.index_copy(ANY, 0, perm, any_rows),
-        aten.scatter(ANY, 0, wide(perm), rows),
     )
 
 
 PIECES: tuple[Piece, ...] = (
     View(TOKEN_MAJOR, put_back(perm), to=SORTED),
     Dispatch(SORTED, aten.index(Var("tokens"), [token_of_row])),
-    Dispatch(SORTED, aten.gather(Var("tokens", rank=2), 0, wide(token_of_row))),
     Slot(SORTED, aten.index(aten.reshape(Var("slot", rank=(2, 3)), ANY), [perm])),
     Slot(SORTED, aten.index(aten.unsqueeze(aten.reshape(Var("slot", rank=2), ANY), Last(1)), [perm])),
     Slot(SORTED, aten.index(Var("slot", rank=1), [perm])),  # one for each token

@@ -67,18 +67,11 @@ class Loop:
     once: bool
 
 
-def each_element(token: Pattern) -> Pattern:
-    """A token's number, once for each element of its row."""
-    column = either(aten.unsqueeze(token, Last(1)), aten.reshape(token, [-1, 1]))
-    return either(aten.expand(column, ANY), aten.repeat(column, ANY))
-
-
 def adds(token: Pattern) -> Pattern:
     """The rows of ``token`` are added to."""
     return either(
         aten.index_add(base, 0, token, summed),
         aten.index_put(base, [token], summed, True),
-        aten.scatter_add(base, 0, each_element(token), summed),
     )
 
 
@@ -178,7 +171,6 @@ def dispatch(token: Pattern) -> tuple[Piece, ...]:
     tokens = Var("tokens", rank=2)
     return (
         Dispatch(HITS, aten.index(tokens, [token])),
-        Dispatch(HITS, aten.gather(tokens, 0, each_element(token))),
         Dispatch(HITS, aten.reshape(aten.index(aten.unsqueeze(tokens, 0), [None, token]), ANY)),
     )
 

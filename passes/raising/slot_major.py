@@ -20,7 +20,6 @@ token_of_row = either(aten.remainder(perm, Var("num_tokens")), aten.index(aten.r
 PIECES: tuple[Piece, ...] = (
     View(SLOT_MAJOR, grouped.put_back(perm), to=SORTED),
     Dispatch(SORTED, aten.index(Var("tokens"), [token_of_row])),
-    Dispatch(SORTED, aten.gather(Var("tokens", rank=2), 0, grouped.wide(token_of_row))),
     View(SORTED, aten.index(Var("rows", rank=(1, 2)), [perm]), to=SLOT_MAJOR),
     Dispatch(SLOT_MAJOR, aten.repeat(Var("tokens", rank=2), [top_k, 1])),
 )
