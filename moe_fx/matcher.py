@@ -20,6 +20,8 @@ from moe_fx.shapes import shape_of
 
 __all__ = ["Match", "Miss", "arguments", "chain", "is_pointwise", "match", "op_name"]
 
+#: ops with a factor of their second operand
+SUMS = frozenset({"aten::add", "aten::sub", "aten::rsub"})
 #: elementwise ops that lack the tag (torch 2.11 to 2.15)
 UNTAGGED = frozenset({"aten::hardswish", "aten::log_sigmoid"})
 
@@ -57,11 +59,15 @@ class Miss:
 def op_name(node: object) -> str | None:
     """``"aten::sort"`` for a node that calls any overload of it; None for anything that is no op call.
 
-    What is given a tensor for its result is ``"aten::sort.out"``: it says something else.
+    What says something else by the same name has another: what is given a tensor for its result ``"aten::sort.out"``,
+    a sum that takes its second operand several times ``"aten::add.alpha"``, and a scatter that adds to or multiplies
+    what is there ``"aten::scatter.reduce"``.
     """
-    if isinstance(node, Node) and isinstance(node.target, torch._ops.OpOverload):
-        return _name_of(node.target)
-    return None
+    if not isinstance(node, Node) or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    name = _name_of(node.target)
+    scales = name in SUMS and (node.kwargs.get("alpha", 1) != 1 or (len(node.args) > 2 and node.args[2] != 1))
+    return f"{name}.alpha" if scales else name
 
 
 def is_pointwise(target: object) -> bool:
@@ -73,8 +79,10 @@ def is_pointwise(target: object) -> bool:
 @functools.cache
 def _name_of(overload: torch._ops.OpOverload) -> str:
     schema = overload._schema
-    given = any(arg.kwarg_only and arg.alias_info is not None and arg.alias_info.is_write for arg in schema.arguments)
-    return f"{schema.name}.out" if given else schema.name
+    if any(arg.kwarg_only and arg.alias_info is not None and arg.alias_info.is_write for arg in schema.arguments):
+        return f"{schema.name}.out"
+    reduces = schema.name == "aten::scatter" and any(arg.name == "reduce" for arg in schema.arguments)
+    return f"{schema.name}.reduce" if reduces else schema.name
 
 
 def arguments(node: Node) -> dict[str, Any]:

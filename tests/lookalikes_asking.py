@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from lookalikes_parts_of_rows import LOOKALIKES, lookalike
+from lookalikes_by_arguments import LOOKALIKES, lookalike
 from styles.asking import ReturnsTheToken
 from styles.base import ASKS, Listed
 from styles.dispatcher import Gated, SparseDispatcher

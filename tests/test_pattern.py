@@ -109,6 +109,20 @@ def test_an_op_that_is_given_its_result_is_another_op():
     assert not match(aten.mm(A, A), node)
 
 
+OTHERWISE = {
+    "aten::add.alpha": lambda x: torch.add(x, x.cos(), alpha=2),
+    "aten::sub.alpha": lambda x: torch.sub(x, x.cos(), alpha=0.5),
+    "aten::scatter.reduce": lambda x: x.scatter(0, torch.zeros(1, dtype=torch.int64), 2.0, reduce="add"),
+    "aten::add": lambda x: torch.add(x, x.cos(), alpha=1),
+    "aten::scatter": lambda x: x.scatter(0, torch.zeros(1, dtype=torch.int64), 2.0),
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_an_op_that_an_argument_makes_another_has_another_name(name):
+    assert op_name(root(OTHERWISE[name], (2,))) == name
+
+
 def test_names_bound_before_hold():
     node = root(lambda x, y: x.relu() + y, (2,), (2,))
     x = node.args[0].args[0]

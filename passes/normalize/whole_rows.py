@@ -41,7 +41,7 @@ def spell_whole_rows(graph: Graph, written: Collection[Node]) -> None:
         moved, wide = given["self"], given["index"]
         rows = wide if op_name(node) == "aten::gather" else given.get("src")  # none, where a number is written
         found = match(WIDE, wide) if isinstance(wide, Node) else None
-        if not isinstance(found, Match) or given["dim"] not in (0, -2) or given.get("reduce"):
+        if not isinstance(found, Match) or given["dim"] not in (0, -2):
             continue
         at = found["places"]
         if not isinstance(rows, Node) or not _are_whole(moved, wide, rows, found["column"]):

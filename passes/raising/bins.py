@@ -89,7 +89,7 @@ def _written(walk: Outside, node: Node, place: Place) -> Source | None:
     argument, adds = WRITES[op_name(written) or ""]
     given = arguments(written)
     rows = given.get("values", given.get("source", given.get("src")))
-    if given.get("dim", 0) != 0 or not isinstance(rows, Node) or given.get("reduce") or given.get("alpha", 1) != 1:
+    if given.get("dim", 0) != 0 or not isinstance(rows, Node) or given.get("alpha", 1) != 1:
         return None
     if (adds or given.get("accumulate")) and filled_with(given["self"]) != 0:
         return None

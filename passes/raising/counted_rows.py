@@ -39,7 +39,7 @@ def _put(walk: Outside, node: Node, place: Place) -> Source | None:
     argument, _ = WRITES[op_name(node) or ""]
     given = arguments(node)
     rows = given.get("values", given.get("source", given.get("src")))
-    if given.get("dim", 0) != 0 or not isinstance(rows, Node) or given.get("accumulate") or given.get("reduce"):
+    if given.get("dim", 0) != 0 or not isinstance(rows, Node) or given.get("accumulate"):
         return None
     if op_name(node) in ("aten::index_add", "aten::scatter_add"):
         return None

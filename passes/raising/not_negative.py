@@ -59,7 +59,5 @@ def is_not_negative(value: Any, depth: int = 0) -> bool:
         return all(is_not_negative(each, depth + 1) for each in given["tensors"])
     if name not in KEEPS:
         return False
-    if name == "aten::add" and given["alpha"] != 1:
-        return False
     kept = [given.get(argument, given.get("value")) for argument in KEEPS[name]]
     return all(map(functools.partial(is_not_negative, depth=depth + 1), kept))

@@ -1,4 +1,4 @@
-"""What moves a part of each row only, where a layer moves rows: see `passes/normalize/whole_rows.py`."""
+"""What differs from a layer in an argument of one op only: a width, or a factor."""
 
 from __future__ import annotations
 
@@ -60,4 +60,57 @@ class HalfAddedByExperts(Listed):
             token, slot = torch.where(ids == e)
             results = expert(x[token]) * weights[token, slot, None]
             out = out.scatter_add(0, token[:, None].expand(-1, H // 2), results)
+        return out
+
+
+class AllTokens(Listed):
+    """Every expert on every token, weighted by its column of a table."""
+
+    def begin(self, x):
+        return torch.zeros_like(x)
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        table = torch.zeros(x.shape[0], self.E).scatter(1, ids, weights)
+        out = self.begin(x)
+        for e, expert in enumerate(self.experts):
+            out = self.add(out, expert(x) * table[:, e, None])
+        return out
+
+
+@lookalike("dense_loop_each_expert_added_twice", "a sum has a factor")
+class AddedTwice(AllTokens):
+    def add(self, out, part):
+        return torch.add(out, part, alpha=2)
+
+
+@lookalike("dense_loop_what_was_added_before_counts_twice", "a sum has a factor")
+class DoubledInTurn(AllTokens):
+    def add(self, out, part):
+        return torch.add(part, out, alpha=2)
+
+
+@lookalike("dense_loop_taken_away_in_place", "a difference has a factor")
+class TakenAway(AllTokens):
+    def add(self, out, part):
+        return out.sub_(part, alpha=0.5)
+
+
+@lookalike("dense_loop_table_of_products", "experts that were not chosen have a weight of one")
+class TableOfProducts(AllTokens):
+    def forward(self, x):
+        ids, weights = self.router(x)
+        table = torch.ones(x.shape[0], self.E).scatter(1, ids, weights, reduce="multiply")
+        return sum(expert(x) * table[:, e, None] for e, expert in enumerate(self.experts))
+
+
+@lookalike("modulelist_put_into_zeros_and_added_twice", "a sum has a factor")
+class PutAndAddedTwice(Listed):
+    def forward(self, x):
+        ids, weights = self.router(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            part = torch.zeros_like(x).index_copy(0, token, expert(x[token]) * weights[token, slot, None])
+            out = torch.add(out, part, alpha=3)
         return out
