@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from moe_fx.config import Config
@@ -36,7 +36,7 @@ from moe_fx.pipeline import Layer, Work, run_passes
 from moe_fx.program import ExportedWork
 from moe_fx.questions import EveryExpert, NothingJoined
 from moe_fx.report import source_line
-from moe_fx.rewrite import WITHOUT_PARAMETERS, Outline, drop_dead_code, erase_dead, outline, same_graph
+from moe_fx.rewrite import WITHOUT_PARAMETERS, Outline, drop_dead_code, erase_dead, only_asserted, outline, same_graph
 from moe_fx.symbolic_int import ASKED_FOR, symbolic_int
 from moe_fx.tracing import EachExpert
 from moe_fx.transform import FIND, WRITE, work_report
@@ -276,6 +276,8 @@ def _raised(given: Given, mode: EachExpert | EveryExpert, partial: bool = False)
         raise ExportError(f"torch.export cannot trace {type(model).__name__}: {what}{_statement(error)}") from error
     if not mode.asked:
         return traced
+    if not _all_visited(traced):
+        raise ExportError(f"{_name(given)} loops over some of the experts that were hit, and not over all of them")
     work = Work(
         ExportedWork(without_vmaps(traced)), Config(experts="grouped_mm", validate=not partial), partial=partial
     )
@@ -287,6 +289,16 @@ def _raised(given: Given, mode: EachExpert | EveryExpert, partial: bool = False)
     if left:
         raise ExportError(_explanation(left, work))
     return work
+
+
+def _all_visited(traced: ExportedProgram) -> bool:
+    """Whether of the experts that stand for those that were hit each is read, if any is."""
+    read: dict[Node, set[bool]] = {}
+    for module in traced.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+            if node.target is torch.ops.moe_fx.each_expert.default:
+                read.setdefault(node.args[0], set()).add(only_asserted(node))
+    return all(len(kinds) == 1 for kinds in read.values())
 
 
 def _traced(given: Given, mode: EachExpert | EveryExpert) -> ExportedProgram:

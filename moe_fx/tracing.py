@@ -6,13 +6,14 @@ of every input: `moe_fx.export` has to prove that the program means the same wha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from moe_fx.carried import Steps
 from moe_fx.counted import plain_slices
 from moe_fx.errors import ExportError
 from moe_fx.kernels import each_expert
@@ -114,6 +115,14 @@ class Places(_Answer):
     """What ``nonzero`` of a vector answers: rows of one column, ``[[e], [e]]``; or, flattened, the column."""
 
     what = "the experts that were hit"
+    #: the loops over these places so far, where they stand for more; None where they are all there are
+    loops: list[Steps] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.loops is None:
+            return list.__iter__(self)
+        self.loops.append(Steps())
+        return self.loops[-1].over(self)
 
     def __getitem__(self, place: Any) -> Any:
         if isinstance(place, tuple) and place == (slice(None), 0):
@@ -128,7 +137,9 @@ class Places(_Answer):
         return self.flatten() if dim in (-1, 1) else self
 
     def flatten(self) -> Places:
-        return Places(place[0] if isinstance(place, list) else place for place in self)
+        flat = Places(place[0] if isinstance(place, list) else place for place in list.__iter__(self))
+        flat.loops = self.loops
+        return flat
 
     view = reshape = lambda self, *_: self.flatten()
 
@@ -141,7 +152,7 @@ class Places(_Answer):
         return len(self)
 
     def dim(self) -> Any:
-        return 2 if any(isinstance(place, Row) for place in self) else 1
+        return 2 if any(isinstance(place, Row) for place in list.__iter__(self)) else 1
 
     def size(self, dim: Any = None) -> Any:
         sizes = torch.Size([len(self), 1][: self.dim()])
@@ -169,6 +180,7 @@ class EachExpert(TorchFunctionMode):
         super().__init__()
         self.steps, self.last_apart, self.last_too = steps, last_apart, last_too
         self.places: list[int | torch.SymInt] = []
+        self.loops: list[Steps] = []
         #: what was read at one of the places: of an expert that was hit, so some row of it is not zero
         self.chosen: list[torch.Tensor] = []
 
@@ -186,6 +198,7 @@ class EachExpert(TorchFunctionMode):
             args = (args[0], plain_slices(args[1]), *args[2:])
         if func in NONZERO and is_vector(args[0]):
             rows = Places(Row([place]) for place in self.places_of(args[0]))
+            rows.loops = self.loops
             return (rows.flatten(),) if kwargs.get("as_tuple") else rows
         result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor) and any(arg is place for arg in args for place in self.places):
@@ -196,7 +209,13 @@ class EachExpert(TorchFunctionMode):
         return result
 
     def finish(self) -> None:
-        """The trace is complete."""
+        """The trace is complete.
+
+        Raises:
+            ExportError: it may not be that of a loop with more steps.
+        """
+        for loop in self.loops:
+            loop.check()
 
     def places_of(self, hits: torch.Tensor) -> list[int | torch.SymInt]:
         count = hits.shape[0] - self.last_apart

@@ -214,13 +214,12 @@ def test_refuses_a_last_class_that_is_not_left_out():
 def test_refuses_what_depends_on_how_many_experts_were_hit():
     class Averaged(Looped):
         def experts(self, x, ids, weights):
-            out, count = torch.zeros_like(x), 0
-            mask = self.mask(ids)
-            for found in self.hit(mask):
+            out, mask = torch.zeros_like(x), self.mask(ids)
+            hit = self.hit(mask)
+            for found in hit:
                 token, slot = self.places(mask, found[0])
                 out.index_add_(0, token, self.expert(x[token], found[0]) * weights[token, slot, None])
-                count += 1
-            return out / count
+            return out / len(hit)
 
     assert "something but the sum depends on how many there are" in refusal(Averaged())
 
@@ -309,7 +308,89 @@ def test_refuses_a_loop_that_counts_its_steps():
                 out.index_add_(0, token, rows * weights[token, slot, None])
             return out
 
-    assert "wanted a loop whose every step does the same to its expert, found steps that differ" in refusal(Fading())
+    assert "changes step with every step (0, then 1)" in refusal(Fading())
+
+
+class Counting(Looped):
+    """Looks at its experts until something that Python counts says that these were enough."""
+
+    applied = 0
+
+    def left(self, count):
+        return False
+
+    def skipped(self, count):
+        return False
+
+    def experts(self, x, ids, weights):
+        out, count, self.applied = torch.zeros_like(x), 0, 0
+        mask = self.mask(ids)
+        for e in self.hit(mask).flatten():
+            if self.left(count):
+                break
+            if not self.skipped(count):
+                token, slot = self.places(mask, e)
+                out.index_add_(0, token, self.expert(x[token], e) * weights[token, slot, None])
+            count, self.applied = self.counted(count)
+        return out
+
+    def counted(self, count):
+        return count + 1, 0
+
+
+class LeftAfterTwo(Counting):
+    def left(self, count):
+        return count == 2
+
+
+class LeftAfterThree(Counting):
+    def left(self, count):
+        return count == 3
+
+
+class SkippingAfterThree(Counting):
+    def skipped(self, count):
+        return count > 2
+
+
+class LeftByItsModule(Counting):
+    def left(self, count):
+        return self.applied == 3
+
+    def counted(self, count):
+        return 0, self.applied + 1
+
+
+class FirstTwo(Looped):
+    def experts(self, x, ids, weights):
+        out, mask = torch.zeros_like(x), self.mask(ids)
+        hit = self.hit(mask)
+        for place in range(min(2, len(hit))):
+            token, slot = self.places(mask, hit[place][0])
+            out.index_add_(0, token, self.expert(x[token], hit[place][0]) * weights[token, slot, None])
+        return out
+
+
+@pytest.mark.parametrize(
+    "kind, reason",
+    [
+        (LeftAfterTwo, "is left before the last of them"),
+        (LeftAfterThree, "changes count with every step (1, then 2)"),
+        (SkippingAfterThree, "changes count with every step (1, then 2)"),
+        (LeftByItsModule, "changes self.applied with every step (1, then 2)"),
+        (FirstTwo, "loops over some of the experts that were hit, and not over all of them"),
+    ],
+)
+def test_refuses_a_loop_that_may_do_something_else_after_a_few_steps(kind, reason):
+    assert reason in refusal(kind())
+
+
+def test_a_loop_that_counts_for_nothing_is_traced_expert_by_expert():
+    model = Counting().eval()
+    with torch.no_grad():
+        program = moe_fx.export(model, (x(),), dynamic_shapes=AUTO)
+        for tokens in (6, 9):
+            assert torch.allclose(program.module()(x(tokens)), model(x(tokens)), rtol=0, atol=1e-6)
 
 
 def test_refuses_a_loop_whose_experts_read_the_sum():
@@ -403,16 +484,16 @@ def test_refuses_what_depends_on_how_many_experts_were_hit_in_a_region_of_its_ow
     class Counting(Looped):
         def experts(self, x, ids, weights):
             out = torch.zeros_like(x)
-            mask, many = self.mask(ids), 0
-            for found in self.hit(mask):
-                many += 1
+            mask = self.mask(ids)
+            hit = self.hit(mask)
+            for found in hit:
                 token, slot = self.places(mask, found[0])
                 out.index_add_(0, token, self.expert(x[token], found[0]) * weights[token, slot, None])
             if region == "no_grad":
                 with torch.no_grad():
-                    return out + x * float(many)
+                    return out + x * float(len(hit))
             with torch.autocast("cpu", enabled=region == "autocast", dtype=torch.bfloat16):
-                return out + x * float(many)
+                return out + x * float(len(hit))
 
     assert "something but the sum depends on how many there are" in refusal(Counting())
 

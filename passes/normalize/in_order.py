@@ -90,3 +90,4 @@ def normalize(work: Work) -> None:
     spell_choices_in_turn(graph, written)
     if spell_put_in_turn(graph, written) | spell_bins_in_turn(graph, written):
         merge_equal_values(graph, written, work.program.weights)  # ids that were put together for their counts as well
+    spell(graph)  # what was written on the way

@@ -259,3 +259,15 @@ class WhereSlots(Listed):
                 mask = (ids[..., k] == e).unsqueeze(-1)
                 out = out + torch.where(mask, expert(x) * weights[..., k].unsqueeze(-1), torch.zeros_like(x))
         return out
+
+
+@style("dense_bmm_table_of_one_hot_columns")
+class TableOfColumns(Apart):
+    """A table that is added up slot by slot, of one-hot rows and a column of weights."""
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        table = sum(F.one_hot(ids[:, k], self.E) * weights[:, k : k + 1] for k in range(self.K))
+        rows = x.unsqueeze(0).expand(self.E, -1, -1)
+        h = self.act(torch.bmm(rows, self.w_gate), torch.bmm(rows, self.w_up))
+        return torch.einsum("eth,te->th", torch.bmm(h, self.w_down), table)
