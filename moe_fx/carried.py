@@ -1,8 +1,9 @@
 """What a loop over the experts that were hit carries from one step to the next, as plain Python values.
 
-Such a loop is traced for a few steps, and what these do is taken for what all of them do. What is carried in tensors shows
-in the graph; a counter or a flag does not, if it changes what is done in a later step only. But a step that finds all
-plain values as the step before it found them does what that one did, and leaves them so: from then on nothing changes.
+Such a loop is traced for a few steps, and what these do is taken for what all of them do. What is carried in tensors
+shows in the graph; a counter or a flag does not, if it changes what is done in a later step only. But a step that finds
+all plain values as the step before it found them does what that one did, and leaves them so: from then on nothing
+changes.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from models import build, token_ids
 
 import moe_fx
 
@@ -93,3 +94,13 @@ class BestTokens(torch.nn.Module):
 @torch.no_grad()
 def test_nothing_is_told_where_no_experts_are_chosen(kind):
     assert moe_fx.explain(torch.export.export(kind(), (torch.randn(5, H),))).misses == ()
+
+
+@pytest.mark.parametrize("length", [4, 5, 8, 9])
+def test_attention_of_a_fixed_length_chooses_no_experts(length):
+    """gpt-oss takes its largest logit from the others: along as many as there are keys."""
+    pytest.importorskip("transformers", reason="the models come from transformers")
+    with torch.no_grad():
+        kwargs = dict(input_ids=token_ids((2, length)))
+        program = torch.export.export(build("gpt_oss", "grouped_mm"), (), kwargs, strict=False)
+    moe_fx.transform(program, moe_fx.Config(experts="gather", require="all", validate=False))

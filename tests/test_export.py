@@ -372,7 +372,7 @@ class FirstTwo(Looped):
 
 
 @pytest.mark.parametrize(
-    "kind, reason",
+    ("kind", "reason"),
     [
         (LeftAfterTwo, "is left before the last of them"),
         (LeftAfterThree, "changes count with every step (1, then 2)"),

@@ -7,7 +7,9 @@ into E parts; or if a linear gave each token several scores, and what is chosen 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterator, Sequence
+from itertools import takewhile
 
 from moe_fx.passes.raising import routing
 from moe_fx.passes.raising.ancestors import MIXING, ancestors
@@ -32,6 +34,8 @@ READ = frozenset({
     "aten::reshape", "aten::unsqueeze", "aten::squeeze", "aten::expand", "aten::clone", "aten::gather", "aten::unbind",
     "aten::split_with_sizes", "aten::repeat",
 })  # fmt: skip
+#: what of that gives sizes of its own, such as those of the tokens whose ids it is read by
+PICKED = frozenset({"aten::index", "aten::index_select", "aten::gather", "aten::expand", "aten::repeat"})
 #: what is made of several parameters, of which one is looked at
 JOINED = frozenset({"aten::stack", "aten::cat", "aten::block_diag"})
 VIEWS = frozenset({"aten::reshape", "aten::unflatten"})
@@ -167,12 +171,26 @@ def _choices(graph: Graph) -> list[list[Node]]:
         value = tensor_of(node.args[0]) if op_name(node) in CHOOSING and node.args else None
         if value is None or not value.is_floating_point() or arguments(node).get("dim", -1) is None:
             continue
+        if _keeps_finite(node):
+            continue
         if groups and (not between or set(groups[-1]).intersection(ancestors(node.args[0]))):
             groups[-1].append(node)
         else:
             groups.append([node])
         between = False
     return groups
+
+
+def _keeps_finite(node: Node) -> bool:
+    """Whether of a maximum only the value is used, taken from what an exponential is made of: no choice."""
+    values = list(node.users) if op_name(node) == "aten::max" else []
+    less = [user for value in values for user in value.users]
+    return (
+        bool(less)
+        and all(value.target is operator.getitem and value.args[1] == 0 for value in values)
+        and all(op_name(each) == "aten::sub" for each in less)
+        and all(op_name(user) in ("aten::softmax", "aten::exp") for each in less for user in each.users)
+    )
 
 
 def _counts(group: Sequence[Node]) -> set[int]:
@@ -228,7 +246,8 @@ def _meet_experts(window: Sequence[Node], count: int) -> bool:
         read = _read(node)
         if not read:
             continue
-        shapes = [shape_of(each) or () for each in read]
+        whole = takewhile(lambda each: op_name(each) not in PICKED, read)
+        shapes = [shape_of(each) or () for each in whole]
         if any(len(shape) > 2 and any(known_equal(size, count) for size in shape) for shape in shapes):
             return True
         alike.setdefault(tuple(shapes[0]), []).append(read[0])
