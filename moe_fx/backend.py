@@ -35,9 +35,10 @@ from moe_fx.config import Config
 from moe_fx.errors import ConfigError, ProgramError
 from moe_fx.kernels import kept
 from moe_fx.pipeline import Work, run_passes
-from moe_fx.program import Program, Weight, check_inference
+from moe_fx.program import Program, check_inference
 from moe_fx.report import Report
 from moe_fx.transform import FIND, WRITE, check_requirement, work_report
+from moe_fx.weights import Weight
 
 __all__ = ["Backend", "backend", "named_backend"]
 

@@ -32,11 +32,12 @@ from moe_fx.config import Config
 from moe_fx.constants import moved
 from moe_fx.errors import ExportError
 from moe_fx.matcher import arguments, op_name
+from moe_fx.outline import WITHOUT_PARAMETERS, Outline, outline, same_graph
 from moe_fx.pipeline import Layer, Work, run_passes
 from moe_fx.program import ExportedWork
 from moe_fx.questions import EveryExpert, NothingJoined
 from moe_fx.report import source_line
-from moe_fx.rewrite import WITHOUT_PARAMETERS, Outline, drop_dead_code, erase_dead, only_asserted, outline, same_graph
+from moe_fx.rewrite import drop_dead_code, erase_dead, only_asserted
 from moe_fx.symbolic_int import ASKED_FOR, symbolic_int
 from moe_fx.tracing import EachExpert
 from moe_fx.transform import FIND, WRITE, work_report

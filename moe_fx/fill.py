@@ -10,7 +10,8 @@ from torch.export.passes import move_to_device_pass
 from torch.utils import _pytree as pytree
 
 from moe_fx.errors import ProgramError
-from moe_fx.program import ExportedWork, Weight
+from moe_fx.program import ExportedWork
+from moe_fx.weights import Weight
 
 __all__ = ["fill"]
 

@@ -11,8 +11,8 @@ from toys import Gathered
 
 import moe_fx
 from moe_fx.matcher import op_name
+from moe_fx.outline import same_graph
 from moe_fx.printer import format_graph
-from moe_fx.rewrite import same_graph
 
 E, C = 3, 10
 

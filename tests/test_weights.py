@@ -10,7 +10,7 @@ from test_format_product import FORMATS
 from toys import Gathered, Grouped, export
 
 import moe_fx
-from moe_fx.program import stacked_name
+from moe_fx.weights import stacked_name
 
 INT8 = moe_fx.Int8WeightOnly()
 

@@ -23,9 +23,10 @@ from torch.fx import Node
 from moe_fx.experts import expert_linear, per_row
 from moe_fx.formats import Unquantized, WeightFormat
 from moe_fx.pipeline import Layer
-from moe_fx.program import DerivedWeight, Program, StackedWeight
+from moe_fx.program import Program
 from moe_fx.rewrite import Emitter
 from moe_fx.shapes import shape_of, tensor_of
+from moe_fx.weights import DerivedWeight, StackedWeight
 
 __all__ = ["lower_to_linear"]
 

@@ -17,8 +17,9 @@ from moe_fx.errors import ProgramError
 from moe_fx.experts import expert_linear
 from moe_fx.formats import Torchao, WeightFormat, stored_form
 from moe_fx.pipeline import Layer, Work
-from moe_fx.program import DerivedWeight, Program, StackedWeight, Weight
+from moe_fx.program import Program
 from moe_fx.shapes import tensor_of
+from moe_fx.weights import DerivedWeight, StackedWeight, Weight
 
 __all__ = ["quantize_experts"]
 

@@ -19,8 +19,8 @@ from moe_fx.experts import expert_linear
 from moe_fx.formats import Torchao, WeightFormat, stored_form
 from moe_fx.matcher import op_name
 from moe_fx.pipeline import OtherLinear, Work
-from moe_fx.program import Weight
 from moe_fx.report import module_of
+from moe_fx.weights import Weight
 
 __all__ = ["quantize_linears"]
 

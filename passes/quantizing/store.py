@@ -9,7 +9,8 @@ from torch.fx import Node
 
 from moe_fx.errors import ProgramError
 from moe_fx.formats import AnyLinear, Torchao, WeightFormat, stored_form
-from moe_fx.program import Program, Weight
+from moe_fx.program import Program
+from moe_fx.weights import Weight
 
 __all__ = ["Store"]
 

@@ -29,10 +29,11 @@ from torch.fx import Node
 from moe_fx.experts import experts
 from moe_fx.matcher import Miss, op_name
 from moe_fx.pipeline import Layer, Work
-from moe_fx.program import Program, StackedWeight, assuming
+from moe_fx.program import Program, assuming
 from moe_fx.report import describe_miss, module_of
 from moe_fx.rewrite import PROVENANCE, Emitter, FakeValues, drop_dead_code, erase_dead, replace
 from moe_fx.shapes import known_equal, same_shape, shape_of, tensor_of
+from moe_fx.weights import StackedWeight
 
 __all__ = ["raise_layers"]
 

@@ -19,8 +19,8 @@ from moe_fx.passes.raising.region import Region, told_of_ids
 from torch.fx import Node
 
 from moe_fx.matcher import Match, Miss, match, op_name
+from moe_fx.outline import same_graph
 from moe_fx.pattern import ANY, As, AtLeast, Last, Var, aten, either
-from moe_fx.rewrite import same_graph
 from moe_fx.shapes import known_equal, shape_of, tensor_of
 
 __all__ = ["COLUMN", "merge_slots", "slot_number"]

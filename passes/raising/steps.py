@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from moe_fx.experts import per_row
 from moe_fx.matcher import Miss, is_pointwise, op_name
-from moe_fx.rewrite import same_graph
+from moe_fx.outline import same_graph
 from moe_fx.shapes import same_shape, shape_of, tensor_of
 
 __all__ = ["in_order", "merge_steps"]

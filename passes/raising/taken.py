@@ -13,9 +13,10 @@ import torch
 from moe_fx.passes.raising.region import Region
 from torch.fx import Node
 
-from moe_fx.program import Program, StackedWeight, stacked_name
+from moe_fx.program import Program
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead
 from moe_fx.shapes import known_equal, same_shape, shape_of
+from moe_fx.weights import StackedWeight, stacked_name
 
 __all__ = ["flatten", "stack_and_shorten"]
 

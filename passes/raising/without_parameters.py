@@ -18,8 +18,9 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from moe_fx.matcher import op_name
+from moe_fx.outline import WITHOUT_PARAMETERS
 from moe_fx.program import Program
-from moe_fx.rewrite import WITHOUT_PARAMETERS, Emitter, FakeValues, erase_dead, replace
+from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
 from moe_fx.shapes import same_shape, shape_of
 
 __all__ = ["write_terms"]
