@@ -104,6 +104,17 @@ class TableOfProducts(AllTokens):
         return sum(expert(x) * table[:, e, None] for e, expert in enumerate(self.experts))
 
 
+@lookalike("modulelist_ids_halved", "half of an odd number names no expert")
+class HalvedIds(Listed):
+    def forward(self, x):
+        ids, weights = self.router(x)
+        ids, out = ids.float() / 2, torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            out = out.index_add(0, token, expert(x[token]) * weights[token, slot, None])
+        return out
+
+
 @lookalike("modulelist_put_into_zeros_and_added_twice", "a sum has a factor")
 class PutAndAddedTwice(Listed):
     def forward(self, x):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from lookalikes_rows_put import LOOKALIKES, lookalike
 from styles.base import BATCHED, H
-from styles.routing_map import Batched, RoutingMap
+from styles.routing_map import Batched, MegatronGrouped, PlacesGrouped, RoutingMap
 
 __all__ = ["LOOKALIKES", "lookalike"]
 
@@ -101,3 +101,57 @@ class Before(Places):
 class FirstSequence(Places):
     def read(self, x, b, s):
         return x[b * 0, s]
+
+
+@lookalike("routing_map_grouped_mm_above_a_threshold", "any number of experts takes a token")
+class GroupedThreshold(MegatronGrouped):
+    def maps(self, x):
+        probs = self.router.linear(x).sigmoid()
+        return probs * (probs > 0.5), probs > 0.5
+
+
+@lookalike("routing_map_grouped_mm_of_choices_that_repeat", "a token that names an expert twice has one row of it")
+class GroupedRepeated(MegatronGrouped):
+    def maps(self, x):
+        logits = self.router.linear(x)
+        ids = torch.stack([logits.argmax(-1), (logits + x[:, : self.E]).argmax(-1)], -1)
+        probs = torch.zeros_like(logits).scatter_add(1, ids, torch.ones_like(logits[:, :2]))
+        return probs, torch.zeros_like(logits).int().scatter(1, ids, 1).bool()
+
+
+class MapOf(PlacesGrouped):
+    """A map, the order in which its places are listed, and where its rows end."""
+
+    def listed(self, routing_map):
+        return routing_map.t().nonzero(as_tuple=True)
+
+    def ends_of(self, routing_map):
+        return routing_map
+
+    def forward(self, x):
+        scores = self.router.linear(x).sigmoid()
+        routing_map = torch.zeros_like(scores, dtype=torch.bool).scatter(1, scores.topk(self.K).indices, True)
+        expert, token = self.listed(routing_map)
+        rows = self.experts(x[token], self.ends_of(routing_map))
+        return x.index_add(0, token, rows * scores[token, expert].unsqueeze(1))
+
+
+@lookalike("routing_map_grouped_mm_listed_by_token", "rows stand in the order of the tokens, and are no expert's")
+class ListedByToken(MapOf):
+    def listed(self, routing_map):
+        return reversed(routing_map.nonzero(as_tuple=True))
+
+
+@lookalike("routing_map_grouped_mm_ends_of_the_mirrored_experts", "rows end where other experts' would")
+class MirroredEnds(MapOf):
+    def ends_of(self, routing_map):
+        return routing_map.flip(1)
+
+
+@lookalike("routing_map_grouped_mm_of_what_was_not_chosen", "each expert takes the tokens that did not choose it")
+class NotChosen(MapOf):
+    def listed(self, routing_map):
+        return (~routing_map).t().nonzero(as_tuple=True)
+
+    def ends_of(self, routing_map):
+        return ~routing_map

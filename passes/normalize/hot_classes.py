@@ -54,7 +54,8 @@ def _selected(node: Node, order: list[int], plain: bool) -> Iterator[tuple[Node,
     """
     classes = len(order) - 1
     for user in list(node.users):
-        given, name = arguments(user), op_name(user)
+        name = op_name(user)
+        given = arguments(user) if name is not None else {}
         if given.get("self") is not node:
             continue
         if name == "aten::select" and order[given["dim"]] == classes and isinstance(given["index"], int):

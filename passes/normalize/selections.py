@@ -76,5 +76,7 @@ def _rewrite(mask: Node, selections: dict[Node, Node]) -> None:
             replace(node, column)
         else:
             rows = (source.args[0], [column, row]) if turned else (source, [row, column])
-            replace(node, Emitter(graph, node, values)(_aten.index.Tensor, *rows))
+            read = Emitter(graph, node, values)(_aten.index.Tensor, *rows)
+            read.meta["val"] = node.meta["val"]  # as long as its readers know it to be
+            replace(node, read)
         erase_dead(graph, [node])

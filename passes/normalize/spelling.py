@@ -7,6 +7,7 @@
 | `_to_copy(x, dtype=d)`, `type_as` | `to.dtype` |
 | `div(x, y, rounding_mode="floor")` | `floor_divide` |
 | `permute` that swaps two dimensions, `t`, `mT` | `transpose.int` |
+| `permute` or `transpose` that moves nothing | `alias` |
 | `squeeze.dims` of one dimension | `squeeze.dim` |
 | `chunk`, `split.Tensor`, `tensor_split` | `split_with_sizes` |
 | `where(mask, scalar, x)`; `where(mask, ids, scalar)` | `masked_fill.Scalar`; `where.ScalarOther` |
@@ -32,7 +33,7 @@ from torch.fx import Graph, Node
 
 from moe_fx.matcher import arguments, op_name
 from moe_fx.rewrite import ASSERTS, respell
-from moe_fx.shapes import same_shape, shape_of, tensor_of
+from moe_fx.shapes import known_equal, same_shape, shape_of, tensor_of
 
 __all__ = ["spell"]
 
@@ -98,7 +99,14 @@ def _floor_divide(node: Node, given: dict[str, Any]) -> Spelling | None:
 def _permute(node: Node, given: dict[str, Any]) -> Spelling | None:
     dims = [dim % len(given["dims"]) for dim in given["dims"]]
     moved = [place for place, dim in enumerate(dims) if place != dim]
+    if not moved:
+        return aten.alias.default, (given["self"],)
     return (aten.transpose.int, (given["self"], moved[0], moved[1])) if len(moved) == 2 else None
+
+
+def _transpose(node: Node, given: dict[str, Any]) -> Spelling | None:
+    rank = len(shape_of(node) or ()) or 1
+    return (aten.alias.default, (given["self"],)) if given["dim0"] % rank == given["dim1"] % rank else None
 
 
 def _transpose_last(node: Node, given: dict[str, Any]) -> Spelling | None:
@@ -159,11 +167,15 @@ def _where(node: Node, given: dict[str, Any]) -> Spelling | None:
 
 
 def _transposed_matrix(node: Any) -> Node | None:
-    if op_name(node) not in ("aten::transpose", "aten::permute", "aten::t"):
+    given = arguments(node) if op_name(node) in ("aten::transpose", "aten::permute", "aten::t") else {}
+    if not given or len(shape_of(given["self"]) or ()) != 2:
         return None
-    source = node.args[0]
-    shape, mine = shape_of(source), shape_of(node)
-    return source if shape is not None and mine is not None and len(shape) == 2 else None
+    if "dims" in given:
+        swaps = given["dims"][0] % 2 == 1
+    else:
+        swaps = given.get("dim0", 0) % 2 != given.get("dim1", 1) % 2
+    source: Node = given["self"]
+    return source if swaps else None
 
 
 def _mm(node: Node, given: dict[str, Any]) -> Spelling | None:
@@ -175,6 +187,8 @@ def _addmm(node: Node, given: dict[str, Any]) -> Spelling | None:
     weight, bias = _transposed_matrix(given["mat2"]), shape_of(given["self"])
     if weight is None or bias is None or len(bias) != 1 or given["beta"] != 1 or given["alpha"] != 1:
         return None
+    if not known_equal(bias[0], (shape_of(weight) or (0,))[0]):
+        return None  # one number for all features
     return aten.linear.default, (given["mat1"], weight, given["self"])
 
 
@@ -187,6 +201,7 @@ _RULES: dict[str, Callable[[Node, dict[str, Any]], Spelling | None]] = {
     "aten::type_as": _type_as,
     "aten::div": _floor_divide,
     "aten::permute": _permute,
+    "aten::transpose": _transpose,
     "aten::t": _transpose_last,
     "aten::numpy_T": _transpose_last,
     "aten::mT": _transpose_last,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moe_fx.passes.raising import grouped, loops, slot_major
+from moe_fx.passes.raising import grouped, loops, routing_map, slot_major
 from moe_fx.passes.raising.added_terms import stacked, sum_of_terms
 from moe_fx.passes.raising.anchors import anchors_behind, is_cut_linear, leads_to_experts
 from moe_fx.passes.raising.axes import SLOT, SORTED_ROW, Place, features, size_of
@@ -35,7 +35,7 @@ from moe_fx.shapes import depends_on_values, known_equal, shape_of
 __all__ = ["one_slot_at", "region_at"]
 
 #: rows sorted by expert are added to their tokens; or brought back to the slots
-COMBINE = either(*map(grouped.added_to, (slot_major.token_of_row, grouped.token_of_row)))
+COMBINE = either(*map(grouped.added_to, (slot_major.token_of_row, grouped.token_of_row, routing_map.token_of_row)))
 PUT_BACK = either(*map(grouped.put_back, (slot_major.perm, grouped.perm)))
 #: how deep a walk must have come from a product, of which there are many, to be worth a report
 FAR = 400
@@ -64,6 +64,9 @@ def region_at(root: Node) -> tuple[Region | Miss, set[Node]] | None:
         elif near is None or step.depth > near.depth:
             near = step
     if misses:
+        sorted_by_map = _rows_added(root)
+        if sorted_by_map is not None and isinstance(sorted_by_map[0], Region):
+            return sorted_by_map
         return max(misses, key=lambda miss: miss.depth), {root}
     found = (
         _rows_added(root)

@@ -97,8 +97,18 @@ def chosen(dtype: Any) -> Pattern:
     none = either(
         *(aten.full(ANY, no, dtype=dtype) for no in (0, False)), aten.zeros(ANY, dtype=dtype),
         aten.new_zeros(ANY, ANY, dtype=dtype), aten.new_zeros(optional(lambda ids: aten.to(ids, exact), of_slots), ANY),
+        aten.zeros_like(ANY, dtype=dtype), aten.to(aten.zeros_like(ANY, dtype=ANY), dtype),
+        *(aten.full_like(ANY, no, dtype=dtype) for no in (0, False)),
+        *(aten.to(aten.full_like(ANY, no, dtype=ANY), dtype) for no in (0, False)),
     )  # fmt: skip
     return either(*(aten.scatter(none, Last(-1), of_slots, yes) for yes in (1, True)))
+
+
+def mapped(dtype: Any) -> Pattern:
+    """The same, in a dtype (or as a mask), or as what one-hot rows come to over the slots."""
+    summed_up = (aten.to(aten.sum(one_hot_slots, [dim]), dtype) for dim in (1, -2))
+    any_slot = (aten.any(one_hot_slots, dim) for dim in (1, -2))
+    return either(chosen(dtype), aten.to(chosen(ANY), dtype), *summed_up, *any_slot)
 
 
 zero_each = either(
@@ -120,7 +130,7 @@ counts = either(
     aten.sum(optional(lambda hot: aten.to(hot, exact), one_hot), [0]),
     aten.sum(one_hot_slots, [0, 1]),
     # An expert that a token's ids name twice is there once.
-    As("counted_once", aten.sum(either(chosen(exact_or_mask), aten.to(chosen(ANY), exact)), [0])),
+    As("counted_once", aten.sum(mapped(exact_or_mask), [0])),
     *(aten.sum(aten.sum(one_hot_slots, dim), [0]) for dim in ([0], [1], [-2])),
 )
 counts = optional(lambda many: aten.to(many, OneOfValues(torch.int32, torch.int64)), counts)

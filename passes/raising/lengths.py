@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,9 +17,10 @@ import torch
 from moe_fx.passes.raising.counts import Counts, Total
 from moe_fx.passes.raising.parts import Cut, cut
 from moe_fx.passes.raising.routing import selection_of
+from moe_fx.passes.raising.routing_map import MAP_PLACES
 from torch.fx import Graph, Node
 
-from moe_fx.matcher import arguments, op_name
+from moe_fx.matcher import Match, arguments, match, op_name
 from moe_fx.shapes import Dim, depends_on_values, known_equal, same_expression, shape_of
 
 __all__ = ["joined_lengths", "settle_features"]
@@ -29,7 +31,8 @@ def joined_lengths(graph: Graph) -> Iterator[tuple[torch.SymInt, Dim]]:
     told: list[Any] = []
     for node in graph.nodes:
         adds_up = JOINING.get(op_name(node) or "")
-        length: Any = (shape_of(node) or (0,))[0] if adds_up is not None else 0
+        value = node.meta["val"][0] if op_name(node) == "aten::where" and len(node.args) == 1 else node.meta.get("val")
+        length: Any = value.shape[0] if adds_up is not None and value.dim() else 0
         if adds_up is None or not depends_on_values(length) or any(same_expression(length, each) for each in told):
             continue
         counts = Counts({})
@@ -82,6 +85,18 @@ def _repeats_add_up(rows: Node, counts: Counts) -> bool:
     return isinstance(vector, list) and vector == [{expert: 1} for expert in range(counts.num_experts)]
 
 
+def _chosen_add_up(places: Node, counts: Counts) -> bool:
+    """Whether the places of a routing map are listed, or read at: as many as are chosen."""
+    read = arguments(places)["indices"][0] if op_name(places) == "aten::index" else places
+    listed = read.args[0] if isinstance(read, Node) and read.target is operator.getitem else read
+    found = match(MAP_PLACES, listed)
+    if not isinstance(found, Match):
+        return False
+    counts.bindings = {"ids": found["ids"], "counted_once": True}
+    counts.num_experts = (shape_of(found["listed_once"]) or (0,))[-1]
+    return isinstance(counts.num_experts, int)
+
+
 def _all(experts: int) -> Total:
     """How many rows so many experts have, from the first on."""
     return dict.fromkeys(range(experts), 1)
@@ -89,6 +104,9 @@ def _all(experts: int) -> Total:
 
 JOINING: dict[str, Callable[[Node, Counts], bool]] = {
     "aten::cat": _parts_add_up,
+    "aten::index": _chosen_add_up,
+    "aten::where": _chosen_add_up,
+    "aten::nonzero": _chosen_add_up,
     "aten::slice": _first_rows_add_up,
     "aten::repeat_interleave": _repeats_add_up,
 }

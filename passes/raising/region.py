@@ -202,6 +202,8 @@ def misfit(region: Region) -> Miss | None:
     def size(node: Node, dim: int = 0) -> Dim:
         return (shape_of(node) or (0,))[dim]
 
+    if (value := tensor_of(ids)) is not None and value.is_floating_point():
+        return miss("ids that are whole numbers", ids, f"{ids.name} of {value.dtype}")
     for wanted, node, expected in (
         (f"expert ids for each of {num_tokens} x {top_k} slots", ids, num_tokens * top_k),
         (f"{num_tokens} token rows", tokens, num_tokens * math.prod(region.features.get(tokens, ()))),

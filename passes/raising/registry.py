@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_fx.passes.raising import every_token, gathered, grouped, slot_major
+from moe_fx.passes.raising import every_token, gathered, grouped, routing_map, slot_major
 from moe_fx.passes.raising.pieces import Piece
 
 from moe_fx.errors import ConfigError
@@ -10,7 +10,9 @@ from moe_fx.errors import ConfigError
 __all__ = ["known_pieces", "register"]
 
 #: the pieces between a sum over slots, or over all experts, and the tokens
-PIECES: tuple[Piece, ...] = (*slot_major.PIECES, *grouped.PIECES, *gathered.PIECES, *every_token.PIECES)
+PIECES: tuple[Piece, ...] = (
+    *slot_major.PIECES, *grouped.PIECES, *routing_map.PIECES, *gathered.PIECES, *every_token.PIECES
+)  # fmt: skip
 #: pieces from outside this package
 REGISTERED: list[Piece] = []
 

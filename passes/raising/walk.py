@@ -254,7 +254,7 @@ class Walk(Taking):
         for node in graph.find_nodes(op="call_function", target=per_row):
             node.args = (node.args[0], x)
         s, p, h = (list(captured[kind]) for kind in "sph")
-        once = "counted_once" in self.bindings
+        once = not {"counted_once", "listed_once"}.isdisjoint(self.bindings)
         adds_up = self.summed == {*s} and len(s) == 1 and is_multiple(output.node, captured["s"][s[0]])
         (tokens,) = captured["x"]
         form = "expert_loop" if step else "+".join(sorted(self.forms))

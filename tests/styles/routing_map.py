@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
-from styles.base import ASKS, BATCHED, GeGLU, H, Listed, ReLU2, Sequence, style
+from styles.base import ASKS, BATCHED, Apart, GeGLU, H, Listed, ReLU2, Sequence, normal, style
 
 
 class RoutingMap(Listed):
@@ -61,6 +62,57 @@ class MapBefore(RoutingMap):
         parts = zip(self.experts, x[token].split(counts), probs[token, expert_of_row].split(counts), strict=True)
         results = [expert(rows * weights[:, None]) for expert, rows, weights in parts]
         return torch.zeros_like(x).index_put((token,), torch.cat(results), accumulate=True)
+
+
+class Grouped(Apart):
+    """The same with a grouped product: the rows end where the map's sums, added up, say."""
+
+    maps = RoutingMap.maps
+
+    def product(self, rows, matrices, ends):
+        return torch.ops.moe_fx.grouped_mm(rows, matrices, ends)
+
+    def experts(self, rows, routing_map):
+        ends = routing_map.sum(dim=0).cumsum(0).to(torch.int32)
+        rows = self.act(self.product(rows, self.w_gate, ends), self.product(rows, self.w_up, ends))
+        return self.product(rows, self.w_down, ends)
+
+
+@style("routing_map_selected_grouped_mm_megatron")
+class MegatronGrouped(Grouped):
+    def forward(self, x):
+        probs, routing_map = self.maps(x)
+        turned = routing_map.T.contiguous()
+        token = torch.arange(x.shape[0]).unsqueeze(0).expand(self.E, -1).masked_select(turned)
+        rows = self.experts(x.index_select(0, token), routing_map)
+        rows = rows * probs.T.contiguous().masked_select(turned).unsqueeze(-1)
+        return torch.zeros_like(x).scatter_add(0, token.unsqueeze(1).expand(-1, H), rows)
+
+
+@style("routing_map_nonzero_grouped_mm")
+class PlacesGrouped(Grouped):
+    """Weighted by the scores of all experts, where the map is true."""
+
+    def forward(self, x):
+        scores = self.router.linear(x).sigmoid()
+        routing_map = torch.zeros_like(scores, dtype=torch.bool).scatter(1, scores.topk(self.K).indices, True)
+        expert, token = routing_map.t().nonzero(as_tuple=True)
+        return x.index_add(0, token, self.experts(x[token], routing_map) * scores[token, expert].unsqueeze(1))
+
+
+@style("routing_map_of_one_hot_rows_grouped_mm_bias")
+class HotGrouped(Grouped):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = normal(self.E, H)
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        routing_map = F.one_hot(ids, self.E).sum(1).bool()
+        expert, token = routing_map.t().nonzero().unbind(1)
+        table = x.new_zeros(x.shape[0], self.E).scatter(1, ids, weights)
+        rows = self.experts(x[token] * table.t()[expert, token, None], routing_map) + self.bias[expert]
+        return torch.zeros_like(x).index_add(0, token, rows)
 
 
 class Batched(Listed):
