@@ -4,7 +4,8 @@ Non-public torch API used here: the constructor of ``torch.export.ExportedProgra
 signature: nothing public builds a program from an edited graph and new parameters without tracing it again),
 tried on torch 2.11, 2.13 and 2.15; and the name of ``torch._functorch.predispatch._add_batch_dim``, the call by which
 torch.export keeps that a vmap is entered, tried on torch 2.13 (there is one of that name in 2.11 and 2.15). And where a
-shape environment keeps what ``torch._check`` was told, tried on torch 2.13 and 2.15.
+shape environment keeps what ``torch._check`` was told, tried on torch 2.13 and 2.15, and that it ignores guards within
+``suppress_guards``, tried on torch 2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from moe_fx.rewrite import GIVEN
 from moe_fx.shapes import Dim, tensor_of
 from moe_fx.weights import DerivedWeight, StackedWeight, Weight
 
-__all__ = ["ExportedWork", "Program", "assuming", "check_inference", "enters_vmap"]
+__all__ = ["ExportedWork", "Program", "assuming", "check_inference", "enters_vmap", "without_guards"]
 
 #: where a transformed program carries its report; survives save, load and run_decompositions
 META_KEY = "moe_fx"
@@ -70,6 +71,14 @@ def assuming(equal: Iterable[tuple[torch.SymInt, Dim]]) -> Iterator[None]:
             environment.deferred_runtime_asserts.clear()
             environment.deferred_runtime_asserts.update(asserted)
             environment.num_deferred_runtime_asserts = count
+
+
+@contextlib.contextmanager
+def without_guards(fake_mode: Any) -> Iterator[None]:
+    """Let an op be evaluated for its dtype, and nothing be asserted of the sizes that it asks about."""
+    environment = fake_mode.shape_env
+    with environment.suppress_guards() if environment is not None else contextlib.nullcontext():
+        yield
 
 
 class Program(ABC):

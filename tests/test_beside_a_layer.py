@@ -39,6 +39,9 @@ BESIDE = {
     "a matrix turned around": lambda x, ids, w, b: torch.mm(x, w.permute(-1, 0)),
     "a tensordot": lambda x, ids, w, b: torch.tensordot(x, w, dims=1),
     "one number for all features": lambda x, ids, w, b: torch.addmm(b[:1], x, w.t()),
+    "factors of fewer digits": lambda x, ids, w, b: (
+        torch.addcmul(x[:, :2], ids.add(99).to(torch.uint8), ids.add(9).to(torch.uint8))
+    ),
     "a bias multiplied": lambda x, ids, w, b: torch.addmm(b, x, w.t(), beta=2, alpha=3),
     "a convolution of neighbours": lambda x, ids, w, b: F.conv1d(x.t()[None], w[:, :, None].repeat(1, 1, 3), padding=1),
     "a convolution of places": lambda x, ids, w, b: F.conv1d(x.t()[None], w[:, :2, None], b, groups=E),
@@ -48,6 +51,23 @@ BESIDE = {
         x.index_add(0, torch.where((ids == 1).any(-1))[0] * 0, x[(ids == 1).any(-1)])
     ),
 }  # fmt: skip
+
+
+def under_autocast(function):
+    def within(x, ids, w, b):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return function(x, ids, w, b)
+
+    return within
+
+
+UNDER_AUTOCAST = {
+    "a bilinear": lambda x, ids, w, b: F.bilinear(x, x.cos(), torch.stack([w] * 3), b[:3]),
+    "a convolution turned around": lambda x, ids, w, b: F.conv_transpose1d(x.t()[None], w[:, :, None]),
+    "rows between others": lambda x, ids, w, b: F.interpolate(F.linear(x, w)[None], scale_factor=2),
+    "factors of fewer digits": lambda x, ids, w, b: torch.addcmul(x, F.linear(x, w), F.linear(x.cos(), w)),
+}
+BESIDE |= {f"{name} under autocast": under_autocast(function) for name, function in UNDER_AUTOCAST.items()}
 
 
 class Beside(torch.nn.Module):
@@ -71,6 +91,6 @@ def test_what_stands_beside_a_layer_computes_what_it_did(name):
         after = moe_fx.transform(each, moe_fx.Config(require="all"))
         for tokens in (7, 12):
             x = torch.randn(tokens, H)
-            (want, beside), (have, kept) = model(x), after.module()(x)
+            (want, beside), (have, kept) = each.module()(x), after.module()(x)
             torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(kept, beside, rtol=1e-5, atol=1e-5)

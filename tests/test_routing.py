@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from moe_fx.passes.raising.routing import selection_of
 
 

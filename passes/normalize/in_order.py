@@ -29,6 +29,7 @@ from moe_fx.passes.normalize.regions import inline_regions
 from moe_fx.passes.normalize.rows_put import spell_rows_put
 from moe_fx.passes.normalize.scattered_in_turn import spell_scattered_in_turn
 from moe_fx.passes.normalize.selections import spell_selections
+from moe_fx.passes.normalize.slot_means import spell_slot_means
 from moe_fx.passes.normalize.slots_added import spell_slots_added
 from moe_fx.passes.normalize.some_slot import spell_some_slot
 from moe_fx.passes.normalize.spelling import spell
@@ -38,7 +39,6 @@ from moe_fx.passes.normalize.whole_rows import spell_whole_rows
 from moe_fx.passes.normalize.wide_linears import spell_wide_linears
 from moe_fx.passes.normalize.written_out import spell_contraries, write_out
 from moe_fx.passes.normalize.zeros_computed import drop_computed_zeros
-
 from moe_fx.pipeline import Work
 
 __all__ = ["normalize"]
@@ -56,6 +56,7 @@ def normalize(work: Work) -> None:
     spell(graph)
     spell_id_casts(graph, written)
     spell_whole_rows(graph, written)
+    spell_slot_means(graph, written)
     spell_scattered_in_turn(graph, written)
     spell_contraries(graph, written)
     drop_no_ops(graph, written)

@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from moe_fx.matcher import arguments, op_name
+from moe_fx.program import without_guards
 from moe_fx.shapes import tensor_of
 
 __all__ = ["inline_regions"]
@@ -29,6 +30,11 @@ PRODUCTS = frozenset({
     "aten::linear", "aten::matmul", "aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::einsum",
     "aten::scaled_dot_product_attention", "aten::_grouped_mm", "aten::conv1d", "aten::conv2d", "aten::conv3d",
     "aten::convolution",
+})  # fmt: skip
+#: ops within which autocast casts what is multiplied, and whose results need not tell
+PRODUCTS_WITHIN = frozenset({
+    "aten::bilinear", "aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu", "aten::lstm_cell",
+    "aten::gru_cell", "aten::rnn_tanh_cell", "aten::rnn_relu_cell",
 })  # fmt: skip
 
 
@@ -90,7 +96,10 @@ def _region(owner: GraphModule, call: Node) -> tuple[GraphModule, tuple[Any, ...
     casts = call.target is AUTOCAST and bool(call.args[2])
     region = getattr(owner, str(name.target)) if isinstance(name, Node) and name.op == "get_attr" else None
     only_parts = all(user.target is operator.getitem for user in call.users)
-    return (region, tuple(operands), casts) if isinstance(region, GraphModule) and only_parts else None
+    if not isinstance(region, GraphModule) or not only_parts:
+        return None
+    within = casts and any(op_name(node) in PRODUCTS_WITHIN for node in region.graph.nodes)
+    return (region, tuple(operands), casts) if not within else None
 
 
 def _cast_operands(graph: Graph, node: Node, known: dict[tuple[Node, torch.dtype], Node]) -> None:
@@ -132,7 +141,7 @@ def _yields(node: Node) -> list[torch.dtype] | None:
         if (value := tensor_of(each)) is not None
     )  # fmt: skip
     try:
-        with mode, torch.no_grad():
+        with mode, torch.no_grad(), without_guards(mode):
             return _float_dtypes(target(*args, **kwargs))
     except RuntimeError:  # operands of several dtypes, most likely
         return None

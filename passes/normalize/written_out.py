@@ -22,10 +22,10 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Graph, Node
 
 from moe_fx.matcher import arguments, op_name
+from moe_fx.passes.normalize.functional import memory_of
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace, respell
 from moe_fx.shapes import known_equal, same_shape, shape_of, tensor_of
 
@@ -81,6 +81,8 @@ def write_out(graph: Graph) -> None:
                 replace(node, _differences(emit, given))
                 erase_dead(graph, [node])
             continue
+        if len({tensor_of(given[name]).dtype for name in ("self", "tensor1", "tensor2")}) > 1:
+            continue  # the factors are multiplied in the sum's dtype
         product = emit(_aten.mul.Tensor, given["tensor1"], given["tensor2"])
         if given["value"] != 1:
             product = emit(_aten.mul.Tensor, product, given["value"])

@@ -271,3 +271,21 @@ class TableOfColumns(Apart):
         rows = x.unsqueeze(0).expand(self.E, -1, -1)
         h = self.act(torch.bmm(rows, self.w_gate), torch.bmm(rows, self.w_up))
         return torch.einsum("eth,te->th", torch.bmm(h, self.w_down), table)
+
+
+@style("dense_stack_gathered_mean_of_slots")
+class MeanOfSlots(Listed):
+    """No weights: what the chosen experts make counts alike."""
+
+    def forward(self, x):
+        ids, _ = self.router(x)
+        results = torch.stack([expert(x) for expert in self.experts], -2)
+        return results.gather(-2, ids[..., None].expand(*ids.shape, H)).mean(-2)
+
+
+@style("gathered_einsum_mean_of_weighted_slots")
+class MeanOfWeighted(Apart):
+    def forward(self, x):
+        ids, weights = self.router(x)
+        rows = torch.einsum("th,tkhi->tki", x, self.w_gate[ids]), torch.einsum("th,tkhi->tki", x, self.w_up[ids])
+        return (torch.einsum("tki,tkih->tkh", self.act(*rows), self.w_down[ids]) * weights[..., None]).mean(1)
