@@ -17,6 +17,7 @@ Programs are compiled by several processes beforehand; the timing finds them in 
 
 import argparse
 import copy
+import gc
 import importlib.util
 import json
 import statistics
@@ -296,6 +297,9 @@ def main() -> None:
     for layer, tokens in pairs:
         cells += measure(layer, tokens, options.formats, timed=True, speed=speed)
         print(table(cells[-len(options.formats) :]).split("\n", 2)[-1], flush=True)
+        # Compiled programs hold their weights in cycles: of the largest layer two cells' do not fit.
+        torch.compiler.reset()
+        gc.collect()
         torch.cuda.empty_cache()
         with open(f"{options.out}.json", "w") as file:
             json.dump([asdict(cell) for cell in cells], file, indent=1)
