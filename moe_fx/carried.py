@@ -29,16 +29,26 @@ class Steps:
     def __init__(self) -> None:
         self.found: list[dict[str, Any]] = []
         self.ended = False
+        self.counted = False
+
+    @classmethod
+    def of_count(cls) -> Steps:
+        """What is asked where the number of steps is."""
+        steps = cls()
+        steps.counted = True
+        return steps
 
     def over(self, places: list[Any]) -> Iterator[Any]:
         """The places, one for each step."""
-        for place in list.__iter__(places):
+        for place in places:
             self.found.append(_plain_values(sys._getframe().f_back))
             yield place
         self.ended = True
 
     def check(self) -> None:
         """Raises ExportError: later steps may do something else than those that were traced."""
+        if self.counted:
+            raise ExportError("something depends on how many experts were hit, which is asked for")
         if not self.ended:
             raise ExportError("a loop over the experts that were hit is left before the last of them")
         for one, other in zip(self.found[1:], self.found[2:], strict=False):
@@ -52,13 +62,19 @@ class Steps:
 
 
 def _plain_values(frame: FrameType | None) -> dict[str, Any]:
-    """The plain values among a frame's variables, and in the modules that these name."""
+    """The plain values among a frame's variables, and in the modules that these name; of containers of others the
+    lengths."""
+    if frame is None:
+        return {}
+    read = frame.f_globals.keys() & {*frame.f_code.co_names}
     found = {}
-    for name, value in (frame.f_locals if frame is not None else {}).items():
+    for name, value in ({each: frame.f_globals[each] for each in read} | frame.f_locals).items():
         within = vars(value) if isinstance(value, torch.nn.Module) else {}
         for key, each in ((name, value), *((f"{name}.{key}", each) for key, each in within.items())):
             if _is_plain(each):
                 found[key] = each if type(each) in PLAIN else repr(each)
+            elif type(each) in CONTAINERS:
+                found[f"len({key})"] = len(each)
     return found
 
 

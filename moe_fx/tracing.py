@@ -122,7 +122,18 @@ class Places(_Answer):
         if self.loops is None:
             return list.__iter__(self)
         self.loops.append(Steps())
-        return self.loops[-1].over(self)
+        return self.loops[-1].over([*list.__iter__(self)])
+
+    def __reversed__(self) -> Iterator[Any]:
+        if self.loops is None:
+            return list.__reversed__(self)
+        self.loops.append(Steps())
+        return self.loops[-1].over([*list.__reversed__(self)])
+
+    def __len__(self) -> int:
+        if self.loops is not None:
+            self.loops.append(Steps.of_count())
+        return list.__len__(self)
 
     def __getitem__(self, place: Any) -> Any:
         if isinstance(place, tuple) and place == (slice(None), 0):

@@ -63,6 +63,8 @@ def under_autocast(function):
 
 UNDER_AUTOCAST = {
     "a bilinear": lambda x, ids, w, b: F.bilinear(x, x.cos(), torch.stack([w] * 3), b[:3]),
+    "a loss": lambda x, ids, w, b: F.binary_cross_entropy_with_logits(F.linear(x, w), x.sigmoid(), reduction="none"),
+    "a cell that remembers": lambda x, ids, w, b: torch.rnn_tanh_cell(x, x.cos(), w, w.t(), b, b),
     "a convolution turned around": lambda x, ids, w, b: F.conv_transpose1d(x.t()[None], w[:, :, None]),
     "rows between others": lambda x, ids, w, b: F.interpolate(F.linear(x, w)[None], scale_factor=2),
     "factors of fewer digits": lambda x, ids, w, b: torch.addcmul(x, F.linear(x, w), F.linear(x.cos(), w)),

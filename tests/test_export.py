@@ -221,7 +221,7 @@ def test_refuses_what_depends_on_how_many_experts_were_hit():
                 out.index_add_(0, token, self.expert(x[token], found[0]) * weights[token, slot, None])
             return out / len(hit)
 
-    assert "something but the sum depends on how many there are" in refusal(Averaged())
+    assert "something depends on how many experts were hit, which is asked for" in refusal(Averaged())
 
 
 def test_refuses_what_happens_only_if_the_last_class_is_hit():
@@ -361,6 +361,39 @@ class LeftByItsModule(Counting):
         return 0, self.applied + 1
 
 
+class DoubledForFour(Looped):
+    def experts(self, x, ids, weights):
+        hit = self.hit(self.mask(ids))
+        out = super().experts(x, ids, weights)
+        return 2 * out if len(hit) == 4 else out
+
+
+class KeepingTwo(Looped):
+    """Keeps the last two results only."""
+
+    def experts(self, x, ids, weights):
+        kept, mask = {}, self.mask(ids)
+        for e in self.hit(mask).flatten():
+            token, slot = self.places(mask, e)
+            rows = self.expert(x[token], e) * weights[token, slot, None]
+            kept[len(kept) % 2] = torch.zeros_like(x).index_add(0, token, rows)
+        return kept[0] + kept[1]
+
+
+SEEN = {"steps": 0}
+
+
+class CountingElsewhere(Counting):
+    def experts(self, x, ids, weights):
+        SEEN["steps"], out, mask = 0, torch.zeros_like(x), self.mask(ids)
+        for e in reversed(self.hit(mask).flatten()):
+            token, slot = self.places(mask, e)
+            rows = self.expert(x[token], e) * weights[token, slot, None]
+            out = out if SEEN["steps"] == 3 else out.index_add(0, token, rows)
+            SEEN["steps"] += 1
+        return out
+
+
 class FirstTwo(Looped):
     def experts(self, x, ids, weights):
         out, mask = torch.zeros_like(x), self.mask(ids)
@@ -378,7 +411,10 @@ class FirstTwo(Looped):
         (LeftAfterThree, "changes count with every step (1, then 2)"),
         (SkippingAfterThree, "changes count with every step (1, then 2)"),
         (LeftByItsModule, "changes self.applied with every step (1, then 2)"),
-        (FirstTwo, "loops over some of the experts that were hit, and not over all of them"),
+        (FirstTwo, "something depends on how many experts were hit, which is asked for"),
+        (DoubledForFour, "something depends on how many experts were hit, which is asked for"),
+        (KeepingTwo, "changes len(kept) with every step (1, then 2)"),
+        (CountingElsewhere, "changes SEEN with every step"),
     ],
 )
 def test_refuses_a_loop_that_may_do_something_else_after_a_few_steps(kind, reason):
@@ -495,7 +531,7 @@ def test_refuses_what_depends_on_how_many_experts_were_hit_in_a_region_of_its_ow
             with torch.autocast("cpu", enabled=region == "autocast", dtype=torch.bfloat16):
                 return out + x * float(len(hit))
 
-    assert "something but the sum depends on how many there are" in refusal(Counting())
+    assert "something depends on how many experts were hit, which is asked for" in refusal(Counting())
 
 
 #: a class for masked tokens, biases, a layer without experts; the rest is the exhaustive product

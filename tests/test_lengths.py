@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from moe_fx.passes.normalize import normalize
+from moe_fx.passes.raising.lengths import joined_lengths
 from torch.export import Dim
 
 import moe_fx
-from moe_fx.passes.normalize import normalize
-from moe_fx.passes.raising.lengths import joined_lengths
 from moe_fx.pipeline import Work
 from moe_fx.program import ExportedWork, assuming
 from moe_fx.shapes import known_equal

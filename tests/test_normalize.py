@@ -6,9 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
-
-import moe_fx
-from moe_fx.matcher import op_name
 from moe_fx.passes.normalize import (
     drop_no_ops,
     functionalize,
@@ -20,6 +17,9 @@ from moe_fx.passes.normalize import (
     synonyms,
 )
 from moe_fx.passes.normalize.spelling import leftover
+
+import moe_fx
+from moe_fx.matcher import op_name
 from moe_fx.printer import format_graph
 from moe_fx.rewrite import drop_dead_code, erase_dead
 

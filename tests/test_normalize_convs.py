@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
+from moe_fx.passes.normalize.pointwise_convs import spell_pointwise_convs
 from styles.base import STYLES
 from styles.other_ops import Groups
 from test_normalize import exported, without_assertions
@@ -11,7 +12,6 @@ from torch import nn
 
 import moe_fx
 from moe_fx.matcher import op_name
-from moe_fx.passes.normalize.pointwise_convs import spell_pointwise_convs
 
 CONVOLUTIONS = ("aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::convolution")
 

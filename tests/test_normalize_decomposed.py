@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from moe_fx.passes.normalize import spell_places_in_turn
+from moe_fx.passes.normalize.copies import copied
 from test_normalize import exported, normal
 from toys import writes_parts
 
 from moe_fx.matcher import op_name
-from moe_fx.passes.normalize import spell_places_in_turn
-from moe_fx.passes.normalize.copies import copied
 
 
 def copies(function, *args):

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
+from moe_fx.passes.normalize import normalize
 from test_normalize import exported
 from test_normalize_otherwise import given, rewritten
 
 import moe_fx
-from moe_fx.passes.normalize import normalize
 from moe_fx.pipeline import Work
 from moe_fx.printer import format_graph
 from moe_fx.program import ExportedWork

@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from lookalikes_bins_in_turn import HalfTheTokens
+from moe_fx.passes.normalize import spell_bins_in_turn
 from test_normalize import exported, normal
 from toys import Gathered
 
 import moe_fx
 from moe_fx.matcher import op_name
 from moe_fx.outline import same_graph
-from moe_fx.passes.normalize import spell_bins_in_turn
 from moe_fx.printer import format_graph
 
 E, C = 3, 10

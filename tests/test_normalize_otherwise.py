@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from moe_fx.passes.normalize import normalize
 from test_normalize import exported
 
 import moe_fx
 from moe_fx.matcher import op_name
-from moe_fx.passes.normalize import normalize
 from moe_fx.pipeline import Work
 from moe_fx.program import ExportedWork
 from moe_fx.rewrite import drop_dead_code, only_asserted

@@ -3,9 +3,6 @@
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from test_normalize import exported, normal, without_assertions
-
-from moe_fx.matcher import op_name
 from moe_fx.passes.normalize import (
     flatten_masks,
     flatten_places,
@@ -13,6 +10,9 @@ from moe_fx.passes.normalize import (
     spell_column_lists,
     spell_selections,
 )
+from test_normalize import exported, normal, without_assertions
+
+from moe_fx.matcher import op_name
 
 
 def rewritten(function, *args):

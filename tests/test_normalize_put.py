@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
+from moe_fx.passes.normalize.put_in_turn import spell_put_in_turn
 from test_normalize import exported, normal
 from test_normalize_otherwise import given, rewritten
 
-from moe_fx.passes.normalize.put_in_turn import spell_put_in_turn
 from moe_fx.printer import format_graph
 
 

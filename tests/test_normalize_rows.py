@@ -3,15 +3,15 @@
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from test_normalize import exported, normal, without_assertions
-
-from moe_fx.matcher import op_name
 from moe_fx.passes.normalize import (
     merge_equal_values,
     spell_masked_copies,
     spell_places_in_turn,
     spell_rows_put,
 )
+from test_normalize import exported, normal, without_assertions
+
+from moe_fx.matcher import op_name
 
 
 def prepared(function, *args):

@@ -4,9 +4,9 @@ import operator
 
 import pytest
 import torch
+from moe_fx.passes.normalize import spell
 
 from moe_fx.matcher import Match, Miss, match, op_name
-from moe_fx.passes.normalize import spell
 from moe_fx.pattern import ACC, ANY, As, AtLeast, Fold, Last, OneOfValues, Var, aten, either, item, optional
 
 A, B, C = Var("a"), Var("b"), Var("c")

@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
+from moe_fx.passes.normalize import drop_no_ops, functionalize, spell
+from moe_fx.passes.raising import raise_layers
 from torch import nn
 from toys import Gathered, Grouped, Toy, export, interleaved_clamped_swiglu, relu_squared, swiglu
 
 import moe_fx
 from moe_fx.check import check_layer
-from moe_fx.passes.normalize import drop_no_ops, functionalize, spell
-from moe_fx.passes.raising import raise_layers
 from moe_fx.pipeline import Work
 from moe_fx.printer import format_graph
 from moe_fx.program import ExportedWork

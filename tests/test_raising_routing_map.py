@@ -2,12 +2,12 @@
 
 import torch
 from expecttest import assert_expected_inline
+from moe_fx.passes.normalize import normalize
+from moe_fx.passes.raising import raise_layers
 from styles.routing_map import MegatronGrouped
 from torch.export import Dim
 
 import moe_fx
-from moe_fx.passes.normalize import normalize
-from moe_fx.passes.raising import raise_layers
 from moe_fx.pipeline import Work
 from moe_fx.printer import format_graph
 from moe_fx.program import ExportedWork

@@ -4,14 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
+from moe_fx.passes.normalize import normalize
+from moe_fx.passes.raising import raise_layers
 from styles.base import H
 from styles.serving import PutAtParts
 from styles.slot_major import Gathered
 from torch.export import Dim
 
 import moe_fx
-from moe_fx.passes.normalize import normalize
-from moe_fx.passes.raising import raise_layers
 from moe_fx.pipeline import Work
 from moe_fx.printer import format_graph
 from moe_fx.program import ExportedWork

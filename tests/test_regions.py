@@ -3,11 +3,11 @@
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from moe_fx.passes.normalize import inline_regions
 from torch.export import Dim
 from toys import Gathered
 
 import moe_fx
-from moe_fx.passes.normalize import inline_regions
 from moe_fx.printer import format_graph
 
 

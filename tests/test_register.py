@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from moe_fx.passes.raising import registry
+from moe_fx.passes.raising.pieces import TOKEN_MAJOR, Dispatch
 from toys import Gathered, export
 
 import moe_fx
-from moe_fx.passes.raising import registry
-from moe_fx.passes.raising.pieces import TOKEN_MAJOR, Dispatch
 from moe_fx.pattern import Var, call
 
 

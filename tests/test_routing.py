@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from moe_fx.passes.raising.routing import selection_of
 
 

@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from moe_fx.passes.normalize import drop_no_ops, functionalize, spell, unmerge_products
+from moe_fx.passes.normalize.unmerge_products import merge_products
 from torch.export import Dim
 from toys import Gathered
 
 import moe_fx
 from moe_fx.matcher import op_name
-from moe_fx.passes.normalize import drop_no_ops, functionalize, spell, unmerge_products
-from moe_fx.passes.normalize.unmerge_products import merge_products
 from moe_fx.printer import format_graph
 
 

@@ -6,12 +6,12 @@ values, ids = topk(scores, k)   =>   values, ids = moe_fx.top_k(scores, k)
 from __future__ import annotations
 
 import torch
+from moe_fx.passes.raising.ancestors import ancestors
 from torch.fx import Node
 
 from moe_fx.kernels.top_k import MOST_CHOSEN, MOST_SCORES, top_k
 from moe_fx.kernels.triton_or_none import unavailable
 from moe_fx.matcher import arguments, op_name
-from moe_fx.passes.raising.ancestors import ancestors
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
 from moe_fx.shapes import shape_of, tensor_of
 

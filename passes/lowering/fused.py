@@ -19,6 +19,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from moe_fx.passes.lowering.grouped import lower_to_grouped_mm
+from moe_fx.passes.lowering.known_bodies import KnownBody, Linear, known_body
+from moe_fx.passes.lowering.slots import flat, operands, sum_over_slots, zero_unless
+from moe_fx.passes.lowering.table import RoutedRows, expert_linear_call, unfit_reasons
 from torch.fx import Node
 
 from moe_fx.experts import expert_linear, per_row
@@ -27,10 +31,6 @@ from moe_fx.kernels.fused_experts import fused_experts
 from moe_fx.kernels.fused_projection import Projection, in_registers
 from moe_fx.kernels.fused_tiles import loads_by_descriptor
 from moe_fx.matcher import Miss
-from moe_fx.passes.lowering.grouped import lower_to_grouped_mm
-from moe_fx.passes.lowering.known_bodies import KnownBody, Linear, known_body
-from moe_fx.passes.lowering.slots import flat, operands, sum_over_slots, zero_unless
-from moe_fx.passes.lowering.table import RoutedRows, expert_linear_call, unfit_reasons
 from moe_fx.pipeline import Layer
 from moe_fx.program import Program
 from moe_fx.rewrite import Emitter

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from moe_fx.passes.lowering.slots import flat, operands, rows_by_slot, sum_over_slots, zero_unless
+from moe_fx.passes.lowering.table import RoutedRows, expert_linear_call
 from torch.fx import Node
 
 from moe_fx.experts import expert_linear, per_row
 from moe_fx.formats import WeightFormat
-from moe_fx.passes.lowering.slots import flat, operands, rows_by_slot, sum_over_slots, zero_unless
-from moe_fx.passes.lowering.table import RoutedRows, expert_linear_call
 from moe_fx.pipeline import Layer
 from moe_fx.program import Program
 from moe_fx.rewrite import Emitter

@@ -16,12 +16,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from moe_fx.passes.lowering.slots import beside, flat, operands, rows_by_slot, sum_over_slots
+from moe_fx.passes.lowering.table import RoutedRows, expert_linear_call
 from torch.fx import Node
 
 from moe_fx.experts import expert_linear, per_row
 from moe_fx.formats import Unquantized, WeightFormat
-from moe_fx.passes.lowering.slots import beside, flat, operands, rows_by_slot, sum_over_slots
-from moe_fx.passes.lowering.table import RoutedRows, expert_linear_call
 from moe_fx.pipeline import Layer
 from moe_fx.program import Program
 from moe_fx.rewrite import Emitter

@@ -5,9 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import Node
-
-from moe_fx.experts import expert_linear, experts, per_row
 from moe_fx.passes.lowering.choices import lower_choices
 from moe_fx.passes.lowering.fused import lower_to_fused
 from moe_fx.passes.lowering.gather import lower_to_gather
@@ -15,6 +12,9 @@ from moe_fx.passes.lowering.grouped import lower_to_grouped_mm
 from moe_fx.passes.lowering.linear import lower_to_linear
 from moe_fx.passes.lowering.slots import operands
 from moe_fx.passes.lowering.table import RoutedRows, expert_linear_call
+from torch.fx import Node
+
+from moe_fx.experts import expert_linear, experts, per_row
 from moe_fx.pipeline import Work
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
 from moe_fx.shapes import shape_of, tensor_of

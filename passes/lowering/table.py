@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from moe_fx.passes.lowering.operands import cast, int4_halves, left_operand, rescaled, weight_operand
 from torch.fx import Node
 
 from moe_fx.formats import (
@@ -25,7 +26,6 @@ from moe_fx.formats import (
 )  # fmt: skip
 from moe_fx.kernels import fused_experts, grouped_amx, grouped_int4, grouped_mm, kept
 from moe_fx.kernels.triton_or_none import unavailable
-from moe_fx.passes.lowering.operands import cast, int4_halves, left_operand, rescaled, weight_operand
 from moe_fx.rewrite import Emitter
 from moe_fx.shapes import shape_of, tensor_of
 

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from moe_fx.passes.normalize.alike import Alike, Call, wider, within, write
+from moe_fx.passes.normalize.functional import memory_of
+from moe_fx.passes.normalize.spelling import spell
 from torch.fx import Graph, Node
 
 from moe_fx.constants import filled_with
 from moe_fx.matcher import op_name
-from moe_fx.passes.normalize.alike import Alike, Call, wider, within, write
-from moe_fx.passes.normalize.functional import memory_of
-from moe_fx.passes.normalize.spelling import spell
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
 from moe_fx.shapes import known_equal, same_shape, shape_of, tensor_of
 

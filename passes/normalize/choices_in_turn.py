@@ -16,10 +16,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
+from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Graph, Node
 
 from moe_fx.matcher import Match, match, op_name
-from moe_fx.passes.normalize.functional import memory_of
 from moe_fx.pattern import ANY, WHOLE, As, Last, Pattern, Var, aten, either, optional
 from moe_fx.rewrite import Emitter, FakeValues, after, erase_dead, replace
 from moe_fx.shapes import known_equal, same_shape, shape_of, tensor_of

@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from moe_fx.passes.normalize.functional import memory_of
+from moe_fx.passes.normalize.masks import columns_of
 from torch.fx import Graph, Node
 
 from moe_fx.constants import reads_shapes
 from moe_fx.matcher import Match, arguments, match, op_name
-from moe_fx.passes.normalize.functional import memory_of
-from moe_fx.passes.normalize.masks import columns_of
 from moe_fx.pattern import ANY, As, OneOfValues, Var, aten, either, optional
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, only_asserted, replace
 from moe_fx.shapes import known_equal, same_expression, tensor_of

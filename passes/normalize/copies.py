@@ -14,10 +14,10 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Node
 
 from moe_fx.matcher import arguments, op_name
-from moe_fx.passes.normalize.functional import memory_of
 from moe_fx.shapes import Dim, known_equal, same_expression, shape_of, tensor_of
 
 __all__ = ["copied"]

@@ -10,11 +10,11 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from moe_fx.passes.normalize.cut_rows import cut_like, in_range, whole_of
+from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Graph, Node
 
 from moe_fx.matcher import Match, arguments, match, op_name
-from moe_fx.passes.normalize.cut_rows import cut_like, in_range, whole_of
-from moe_fx.passes.normalize.functional import memory_of
 from moe_fx.pattern import As, Var, aten, either
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
 from moe_fx.shapes import known_equal, same_expression, shape_of

@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
+from moe_fx.passes.normalize.functional import memory_of
+from moe_fx.passes.normalize.wide_sizes import only_wide
 from torch.fx import Graph, Node
 
 from moe_fx.matcher import arguments, op_name
-from moe_fx.passes.normalize.functional import memory_of
-from moe_fx.passes.normalize.wide_sizes import only_wide
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
 from moe_fx.shapes import known_equal, same_shape, shape_of, tensor_of
 

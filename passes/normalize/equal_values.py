@@ -14,10 +14,10 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Graph, Node
 
 from moe_fx.matcher import is_pointwise, op_name
-from moe_fx.passes.normalize.functional import memory_of
 from moe_fx.rewrite import replace
 from moe_fx.shapes import same_shape, shape_of, tensor_of
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 import torch
+from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Graph, Node
 
 from moe_fx.matcher import Match, arguments, match, op_name
-from moe_fx.passes.normalize.functional import memory_of
 from moe_fx.pattern import ANY, WHOLE, Last, Var, aten, either
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
 from moe_fx.shapes import shape_of, tensor_of

@@ -39,6 +39,7 @@ from moe_fx.passes.normalize.whole_rows import spell_whole_rows
 from moe_fx.passes.normalize.wide_linears import spell_wide_linears
 from moe_fx.passes.normalize.written_out import spell_contraries, write_out
 from moe_fx.passes.normalize.zeros_computed import drop_computed_zeros
+
 from moe_fx.pipeline import Work
 
 __all__ = ["normalize"]

@@ -12,10 +12,10 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Graph, Node
 
 from moe_fx.matcher import arguments, op_name
-from moe_fx.passes.normalize.functional import memory_of
 from moe_fx.rewrite import Emitter, FakeValues, after, erase_dead, respell
 from moe_fx.shapes import known_equal, same_shape, shape_of, tensor_of
 

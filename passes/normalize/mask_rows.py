@@ -23,11 +23,11 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from moe_fx.passes.normalize.functional import memory_of
+from moe_fx.passes.normalize.masks import columns_of
 from torch.fx import Graph, Node
 
 from moe_fx.matcher import Match, arguments, match, op_name
-from moe_fx.passes.normalize.functional import memory_of
-from moe_fx.passes.normalize.masks import columns_of
 from moe_fx.pattern import Var, aten, either
 from moe_fx.rewrite import Emitter, FakeValues, after, erase_dead, replace, respell
 from moe_fx.shapes import depends_on_values, known_equal, same_shape, shape_of, tensor_of

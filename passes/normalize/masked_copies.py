@@ -14,11 +14,11 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
+from moe_fx.passes.normalize.functional import memory_of
+from moe_fx.passes.normalize.rows_put import mask_of
 from torch.fx import Graph, Node
 
 from moe_fx.matcher import arguments, op_name
-from moe_fx.passes.normalize.functional import memory_of
-from moe_fx.passes.normalize.rows_put import mask_of
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead
 from moe_fx.shapes import same_shape, shape_of, tensor_of
 

@@ -24,11 +24,11 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Graph, Node
 
 from moe_fx.constants import reads_shapes
 from moe_fx.matcher import arguments, op_name
-from moe_fx.passes.normalize.functional import memory_of
 from moe_fx.rewrite import Emitter, FakeValues, after, erase_dead, only_asserted, replace, respell
 from moe_fx.shapes import same_shape, shape_of, tensor_of
 

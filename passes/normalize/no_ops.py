@@ -15,12 +15,12 @@ from __future__ import annotations
 import sys
 
 import torch
+from moe_fx.passes.normalize.copies import copied
+from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Graph, Node
 
 from moe_fx.constants import filled_with
 from moe_fx.matcher import arguments, op_name
-from moe_fx.passes.normalize.copies import copied
-from moe_fx.passes.normalize.functional import memory_of
 from moe_fx.rewrite import erase_dead, replace
 from moe_fx.shapes import depends_on_values, same_shape, shape_of, tensor_of
 

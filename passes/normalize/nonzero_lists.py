@@ -15,10 +15,10 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
+from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Graph, Node
 
 from moe_fx.matcher import Match, arguments, match, op_name
-from moe_fx.passes.normalize.functional import memory_of
 from moe_fx.pattern import ANY, As, Last, OneOfValues, Pattern, Var, aten, call, either, item, optional
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, only_asserted, replace
 from moe_fx.shapes import known_equal, same_shape, shape_of, tensor_of

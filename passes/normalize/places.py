@@ -19,13 +19,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from moe_fx.passes.normalize.functional import memory_of
+from moe_fx.passes.normalize.recompose import Spelling
 from torch._ops import OpOverload
 from torch.fx import Node
 
 from moe_fx.constants import reads_shapes
 from moe_fx.matcher import arguments, op_name
-from moe_fx.passes.normalize.functional import memory_of
-from moe_fx.passes.normalize.recompose import Spelling
 from moe_fx.rewrite import only_asserted
 from moe_fx.shapes import known_equal, same_shape, shape_of, tensor_of
 

@@ -15,11 +15,11 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
+from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Graph, Node
 
 from moe_fx.constants import is_zero
 from moe_fx.matcher import Match, arguments, match, op_name
-from moe_fx.passes.normalize.functional import memory_of
 from moe_fx.pattern import ANY, WHOLE, As, AtLeast, Var, aten, either
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
 from moe_fx.shapes import same_shape, shape_of, tensor_of

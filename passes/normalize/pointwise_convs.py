@@ -22,10 +22,10 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Graph, Node
 
 from moe_fx.matcher import arguments, op_name
-from moe_fx.passes.normalize.functional import memory_of
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
 from moe_fx.shapes import depends_on_values, shape_of, tensor_of
 

@@ -16,13 +16,13 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
-
-from moe_fx.matcher import arguments, op_name
 from moe_fx.passes.normalize.alike import Call, within, write
 from moe_fx.passes.normalize.bins_in_turn import Choices, terms_of
 from moe_fx.passes.normalize.functional import memory_of
 from moe_fx.passes.normalize.spelling import spell
+from torch.fx import Graph, Node
+
+from moe_fx.matcher import arguments, op_name
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
 from moe_fx.shapes import shape_of, tensor_of
 

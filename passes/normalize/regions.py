@@ -13,7 +13,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from moe_fx.matcher import arguments, op_name
+from moe_fx.matcher import arguments, is_pointwise, op_name
 from moe_fx.program import without_guards
 from moe_fx.shapes import tensor_of
 
@@ -109,7 +109,9 @@ def _cast_operands(graph: Graph, node: Node, known: dict[tuple[Node, torch.dtype
     if not isinstance(node.target, torch._ops.OpOverload) or not operands or not yielded or _says_dtype(node):
         return
     given = {tensor_of(each).dtype for each in operands}
-    if given == set(yielded) if op_name(node) in PRODUCTS else _yields(node) == yielded:
+    # What is computed element by element of several dtypes is what autocast computes; what else is, need not be.
+    alike = len(given) == 1 or is_pointwise(node.target) or node.target._schema.is_mutable
+    if given == set(yielded) if op_name(node) in PRODUCTS else alike and _yields(node) == yielded:
         return
     for operand in operands:
         if tensor_of(operand).dtype is yielded[0]:

@@ -20,13 +20,13 @@ from dataclasses import replace as replace_fields
 from typing import Any
 
 import torch
+from moe_fx.passes.normalize.functional import memory_of
+from moe_fx.passes.normalize.masks import in_one
+from moe_fx.passes.normalize.spelling import spell
 from torch.fx import Graph, Node
 
 from moe_fx.constants import is_zero
 from moe_fx.matcher import Match, arguments, match, op_name
-from moe_fx.passes.normalize.functional import memory_of
-from moe_fx.passes.normalize.masks import in_one
-from moe_fx.passes.normalize.spelling import spell
 from moe_fx.pattern import Last, Var, aten, either, item
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
 from moe_fx.shapes import Dim, depends_on_values, known_equal, same_shape, shape_of, tensor_of

@@ -11,10 +11,10 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
+from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Graph, Node
 
 from moe_fx.matcher import arguments
-from moe_fx.passes.normalize.functional import memory_of
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
 from moe_fx.shapes import same_shape, shape_of
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
+from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Graph, Node
 
 from moe_fx.constants import is_zero
 from moe_fx.matcher import Match, match, op_name
-from moe_fx.passes.normalize.functional import memory_of
 from moe_fx.pattern import ANY, WHOLE, As, Last, OneOfValues, Pattern, Var, aten, either, optional
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
 from moe_fx.shapes import Dim, known_equal, shape_of, tensor_of

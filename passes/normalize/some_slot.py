@@ -12,11 +12,11 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Graph, Node
 
 from moe_fx.constants import moved
 from moe_fx.matcher import arguments, op_name
-from moe_fx.passes.normalize.functional import memory_of
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace, respell
 from moe_fx.shapes import shape_of, tensor_of
 

@@ -27,11 +27,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from moe_fx.passes.normalize import equations, places, recompose, synonyms, wide_sizes
+from moe_fx.passes.normalize.recompose import Spelling
 from torch.fx import Graph, Node
 
 from moe_fx.matcher import arguments, op_name
-from moe_fx.passes.normalize import equations, places, recompose, synonyms, wide_sizes
-from moe_fx.passes.normalize.recompose import Spelling
 from moe_fx.rewrite import ASSERTS, respell
 from moe_fx.shapes import known_equal, same_shape, shape_of, tensor_of
 

@@ -19,9 +19,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from moe_fx.passes.normalize.recompose import Spelling
 from torch.fx import Node
 
-from moe_fx.passes.normalize.recompose import Spelling
 from moe_fx.shapes import same_shape, shape_of, tensor_of
 
 __all__ = ["RULES"]

@@ -19,12 +19,12 @@ from itertools import product as product_of
 from typing import Any
 
 import torch
+from moe_fx.passes.normalize.functional import memory_of
+from moe_fx.passes.normalize.merged_dims import MERGED, Group, Seen, is_end, regrouped, sights, step_of
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from moe_fx.matcher import op_name
-from moe_fx.passes.normalize.functional import memory_of
-from moe_fx.passes.normalize.merged_dims import MERGED, Group, Seen, is_end, regrouped, sights, step_of
 from moe_fx.rewrite import PROVENANCE, Emitter, FakeValues, erase_dead, respell
 from moe_fx.shapes import Dim, known_equal, same_shape, shape_of
 

@@ -14,11 +14,11 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from moe_fx.passes.normalize.functional import memory_of
+from moe_fx.passes.normalize.merged_dims import seen_through
 from torch.fx import Graph, Node
 
 from moe_fx.matcher import Match, match, op_name
-from moe_fx.passes.normalize.functional import memory_of
-from moe_fx.passes.normalize.merged_dims import seen_through
 from moe_fx.pattern import ANY, Last, Var, aten, either, optional
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace, respell
 from moe_fx.shapes import known_equal, same_shape, shape_of, tensor_of

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from moe_fx.passes.normalize.recompose import Spelling
 from torch.fx import Node
 
-from moe_fx.passes.normalize.recompose import Spelling
 from moe_fx.shapes import Dim, known_equal, shape_of
 
 __all__ = ["RULES", "only_wide"]

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from moe_fx.passes.normalize.functional import memory_of
 from torch.fx import Graph, Node
 
 from moe_fx.constants import is_zero, moved
 from moe_fx.matcher import arguments, op_name
-from moe_fx.passes.normalize.functional import memory_of
 from moe_fx.rewrite import erase_dead, replace
 from moe_fx.shapes import same_shape, shape_of, tensor_of
 

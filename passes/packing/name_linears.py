@@ -7,12 +7,12 @@ linear = aten.linear(x, transpose)
 from __future__ import annotations
 
 import torch
+from moe_fx.passes.packing.parameters import parameters, settle_parameters
 from torch.fx import Node
 
 from moe_fx.experts import expert_linear
 from moe_fx.formats import Unquantized
 from moe_fx.matcher import op_name
-from moe_fx.passes.packing.parameters import parameters, settle_parameters
 from moe_fx.pipeline import Layer, Work
 
 __all__ = ["name_linears"]

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from moe_fx.passes.packing.cut_parameters import join_cut_linears, slice_cuts
 from torch.fx import Node
 
 from moe_fx.matcher import arguments, op_name
-from moe_fx.passes.packing.cut_parameters import join_cut_linears, slice_cuts
 from moe_fx.pipeline import Layer
 from moe_fx.program import Program
 from moe_fx.rewrite import Emitter, FakeValues

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from moe_fx.passes.packing.parameters import parameters
 from torch.fx import Node
 
 from moe_fx.config import Config, FormatRules
@@ -18,7 +19,6 @@ from moe_fx.formats import (
 from moe_fx.kernels import grouped_amx
 from moe_fx.kernels.triton_or_none import unavailable
 from moe_fx.matcher import op_name
-from moe_fx.passes.packing.parameters import parameters
 from moe_fx.pipeline import Layer, Work
 from moe_fx.report import short_name
 from moe_fx.shapes import Dim, shape_of, tensor_of, upper_bound

@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from moe_fx.passes.quantizing.store import Store
 from torch.fx import Node
 
 from moe_fx.config import FormatRules
 from moe_fx.errors import ProgramError
 from moe_fx.experts import expert_linear
 from moe_fx.formats import Torchao, WeightFormat, stored_form
-from moe_fx.passes.quantizing.store import Store
 from moe_fx.pipeline import Layer, Work
 from moe_fx.program import Program
 from moe_fx.shapes import tensor_of

@@ -11,13 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from moe_fx.passes.quantizing.store import Store
 from torch.fx import Node
 
 from moe_fx.config import FormatRules
 from moe_fx.experts import expert_linear
 from moe_fx.formats import Torchao, WeightFormat, stored_form
 from moe_fx.matcher import op_name
-from moe_fx.passes.quantizing.store import Store
 from moe_fx.pipeline import OtherLinear, Work
 from moe_fx.report import module_of
 from moe_fx.weights import Weight

@@ -12,10 +12,6 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
-from torch.fx import Node
-
-from moe_fx.constants import is_zero
-from moe_fx.matcher import Miss, arguments, op_name
 from moe_fx.passes.raising import each_expert as each_expert_loop
 from moe_fx.passes.raising.axes import EXPERT, SLOT, SORTED_ROW, Place, axes_of, features, size_of
 from moe_fx.passes.raising.each_expert import terms
@@ -27,6 +23,10 @@ from moe_fx.passes.raising.slot_by_slot import merge_slots, slot_number
 from moe_fx.passes.raising.steps import merge_steps
 from moe_fx.passes.raising.walk import NO_EXPERT, Walk
 from moe_fx.passes.raising.writer import Value
+from torch.fx import Node
+
+from moe_fx.constants import is_zero
+from moe_fx.matcher import Miss, arguments, op_name
 from moe_fx.shapes import depends_on_values, shape_of, tensor_of
 
 __all__ = ["stacked", "sum_of_terms"]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import operator
 
-from torch.fx import Node
-
-from moe_fx.constants import reads_shapes
-from moe_fx.matcher import arguments, is_pointwise, op_name
 from moe_fx.passes.raising.ancestors import MIXING, ancestors
 from moe_fx.passes.raising.contraction import contraction
 from moe_fx.passes.raising.routing import CHOOSING
 from moe_fx.passes.raising.where_chains import is_where_chain
+from torch.fx import Node
+
+from moe_fx.constants import reads_shapes
+from moe_fx.matcher import arguments, is_pointwise, op_name
 from moe_fx.report import module_of
 from moe_fx.rewrite import GIVEN
 from moe_fx.shapes import depends_on_values, known_equal, shape_of

@@ -13,10 +13,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.fx import Node
-
-from moe_fx.constants import filled_with
-from moe_fx.matcher import Miss, arguments, op_name
 from moe_fx.passes.raising.anchors import leads_to_experts
 from moe_fx.passes.raising.axes import EXPERT, PLACE, SLOT, SORTED_ROW, Place, axes_of, features, size_of
 from moe_fx.passes.raising.outside import Outside
@@ -24,6 +20,10 @@ from moe_fx.passes.raising.rank import Rank, slot_places
 from moe_fx.passes.raising.ranks import Ranks
 from moe_fx.passes.raising.through import is_view, through
 from moe_fx.passes.raising.writer import Value
+from torch.fx import Node
+
+from moe_fx.constants import filled_with
+from moe_fx.matcher import Miss, arguments, op_name
 from moe_fx.shapes import known_equal, same_shape, shape_of, tensor_of
 
 __all__ = ["READS", "WRITES", "binned"]

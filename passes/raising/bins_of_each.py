@@ -11,15 +11,15 @@ from __future__ import annotations
 import dataclasses
 import operator
 
-from torch.fx import Node
-
-from moe_fx.matcher import Miss, arguments, op_name
 from moe_fx.passes.raising.axes import EXPERT, ONE, PLACE, Place, axes_of, is_row_dim
 from moe_fx.passes.raising.each_expert import OWN, specific
 from moe_fx.passes.raising.region import Region
 from moe_fx.passes.raising.steps import merge_steps
 from moe_fx.passes.raising.walk import Walk
 from moe_fx.passes.raising.writer import Value
+from torch.fx import Node
+
+from moe_fx.matcher import Miss, arguments, op_name
 from moe_fx.shapes import known_equal, same_shape, shape_of
 
 __all__ = ["bins_of_each"]

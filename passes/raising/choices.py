@@ -18,8 +18,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch.fx import Node
-
 from moe_fx.passes.raising.axes import EXPERT, PLACE, SLOT, Axis, Place, features
 from moe_fx.passes.raising.contraction import Contraction
 from moe_fx.passes.raising.factors import Hot, Term, between, factors, one_hot_of
@@ -28,6 +26,8 @@ from moe_fx.passes.raising.products import Factor
 from moe_fx.passes.raising.rank import Rank
 from moe_fx.passes.raising.ranks import Ranks
 from moe_fx.passes.raising.writer import Writer
+from torch.fx import Node
+
 from moe_fx.shapes import Dim, known_equal
 
 __all__ = ["Choice", "chosen", "summed_slots"]

@@ -11,13 +11,13 @@ import operator
 from collections.abc import Collection, Iterator, Sequence
 from itertools import takewhile
 
+from moe_fx.passes.raising import routing
+from moe_fx.passes.raising.ancestors import MIXING, ancestors
+from moe_fx.passes.raising.single_token import chosen_for_one_token, with_remedy
 from torch.fx import Graph, Node
 
 from moe_fx.experts import experts
 from moe_fx.matcher import Miss, arguments, op_name
-from moe_fx.passes.raising import routing
-from moe_fx.passes.raising.ancestors import MIXING, ancestors
-from moe_fx.passes.raising.single_token import chosen_for_one_token, with_remedy
 from moe_fx.shapes import depends_on_values, known_equal, shape_of, tensor_of
 
 __all__ = ["choices_left"]

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.fx import Node
-
-from moe_fx.matcher import arguments, op_name
 from moe_fx.passes.raising.axes import SLOT, SORTED_ROW, Place, axes_of
 from moe_fx.passes.raising.bins import READS, WRITES
 from moe_fx.passes.raising.outside import Outside
 from moe_fx.passes.raising.rank import Rank, slot_places
 from moe_fx.passes.raising.ranks import Ranks
+from torch.fx import Node
+
+from moe_fx.matcher import arguments, op_name
 from moe_fx.shapes import same_shape, shape_of
 
 __all__ = ["Source", "counted_rows"]

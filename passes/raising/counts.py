@@ -11,11 +11,11 @@ import operator
 from typing import Any
 
 import torch
+from moe_fx.passes.raising import grouped
 from torch.fx import Graph, Node
 
 from moe_fx.constants import filled_with, moved
 from moe_fx.matcher import Match, arguments, match, op_name
-from moe_fx.passes.raising import grouped
 from moe_fx.pattern import ANY, As, AtLeast, Last, Var, aten, either, optional
 from moe_fx.shapes import same_expression, same_shape, shape_of, tensor_of
 

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch.fx import Node
-
-from moe_fx.constants import filled_with
-from moe_fx.kernels import each_expert
-from moe_fx.matcher import Match, Miss, arguments, match, op_name
 from moe_fx.passes.raising import grouped, loops, routing_map, slot_major
 from moe_fx.passes.raising.added_terms import stacked, sum_of_terms
 from moe_fx.passes.raising.anchors import anchors_behind, is_cut_linear, leads_to_experts
@@ -28,6 +23,11 @@ from moe_fx.passes.raising.slot_by_slot import slot_number
 from moe_fx.passes.raising.walk import Walk
 from moe_fx.passes.raising.writer import ROWS, Value
 from moe_fx.passes.raising.written import ids_written, written
+from torch.fx import Node
+
+from moe_fx.constants import filled_with
+from moe_fx.kernels import each_expert
+from moe_fx.matcher import Match, Miss, arguments, match, op_name
 from moe_fx.pattern import either
 from moe_fx.rewrite import GIVEN
 from moe_fx.shapes import depends_on_values, known_equal, shape_of

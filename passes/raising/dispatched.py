@@ -6,11 +6,11 @@ dispatch = combine.bool()            # body(x * (s != 0)) * s    =>    body(x) *
 from __future__ import annotations
 
 import torch
+from moe_fx.passes.raising.tables import counts_zero
+from moe_fx.passes.raising.writer import Writer
 from torch.fx import Node
 
 from moe_fx.matcher import Match, match
-from moe_fx.passes.raising.tables import counts_zero
-from moe_fx.passes.raising.writer import Writer
 from moe_fx.pattern import ANY, Var, aten, either, optional
 from moe_fx.shapes import tensor_of
 

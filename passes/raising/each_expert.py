@@ -14,10 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch.fx import Node
-
-from moe_fx.constants import filled_with
-from moe_fx.matcher import Match, match, op_name
 from moe_fx.passes.raising.loops import (
     all_places,
     any_slots_of,
@@ -33,6 +29,10 @@ from moe_fx.passes.raising.loops import (
     zero,
 )
 from moe_fx.passes.raising.pieces import FLAT_TOKENS, TOKENS, Column, Mask, Piece, Put, Slot
+from torch.fx import Node
+
+from moe_fx.constants import filled_with
+from moe_fx.matcher import Match, match, op_name
 from moe_fx.pattern import ANY, As, Last, Pattern, Var, aten, either
 from moe_fx.shapes import known_equal, same_shape, shape_of
 

@@ -13,14 +13,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from torch.fx import Node
-
-from moe_fx.constants import filled_with
-from moe_fx.matcher import Match, arguments, match, op_name
 from moe_fx.passes.raising import every_token
 from moe_fx.passes.raising.axes import EXPERT, ONE, SLOT, SORTED_ROW, TOKEN, Axis, Place, size_of
 from moe_fx.passes.raising.choices import summed_slots
 from moe_fx.passes.raising.contraction import Contraction, contraction
+from torch.fx import Node
+
+from moe_fx.constants import filled_with
+from moe_fx.matcher import Match, arguments, match, op_name
 from moe_fx.shapes import Dim, known_equal, shape_of
 
 __all__ = ["Ending", "endings", "token_axes"]

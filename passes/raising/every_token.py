@@ -8,6 +8,7 @@ out = torch.zeros_like(x).scatter_add(0, at, body(rows.view(E, T, H), weight).vi
 from __future__ import annotations
 
 from moe_fx.passes.raising.pieces import EXPERT_MAJOR, Dispatch, Piece, arange
+
 from moe_fx.pattern import ANY, Var, aten, either, optional
 
 __all__ = ["ADDED", "PIECES"]

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from moe_fx.passes.raising.axes import EXPERT, Place, size_of
 from torch.fx import Graph, Node
 
-from moe_fx.passes.raising.axes import EXPERT, Place, size_of
 from moe_fx.rewrite import EXPERTS_FIRST, Emitter, FakeValues, erase_dead
 from moe_fx.shapes import Dim
 

@@ -13,13 +13,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch.fx import Node
-
-from moe_fx.matcher import arguments, op_name
 from moe_fx.passes.raising.anchors import reads_stack
 from moe_fx.passes.raising.contraction import Contraction, contraction
 from moe_fx.passes.raising.one_hot import is_arange
 from moe_fx.passes.raising.through import is_view
+from torch.fx import Node
+
+from moe_fx.matcher import arguments, op_name
 from moe_fx.shapes import Dim, known_equal, shape_of, tensor_of
 
 __all__ = ["Hot", "Term", "between", "factors", "one_hot_of"]

@@ -8,6 +8,7 @@ out = (body(y) * s.reshape(-1, 1)).view(T, K, H).sum(1)
 from __future__ import annotations
 
 from moe_fx.passes.raising.pieces import TOKEN_MAJOR, Dispatch, Piece, arange, spread, widened_arange
+
 from moe_fx.pattern import ANY, Var, aten, either, optional
 
 tokens, top_k = Var("tokens"), Var("top_k")

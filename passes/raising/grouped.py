@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-
 from moe_fx.passes.raising.pieces import (
     SORTED,
     TOKEN_MAJOR,
@@ -25,6 +24,7 @@ from moe_fx.passes.raising.pieces import (
     arange,
     widened_arange,
 )  # fmt: skip
+
 from moe_fx.pattern import ANY, WHOLE, As, Last, OneOfValues, Pattern, Var, aten, call, either, item, optional
 
 only_dim = OneOfValues(0, -1)

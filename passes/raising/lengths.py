@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
-
-from moe_fx.matcher import Match, arguments, match, op_name
 from moe_fx.passes.raising.counts import Counts, Total
 from moe_fx.passes.raising.parts import Cut, cut
 from moe_fx.passes.raising.routing import selection_of
 from moe_fx.passes.raising.routing_map import MAP_PLACES
+from torch.fx import Graph, Node
+
+from moe_fx.matcher import Match, arguments, match, op_name
 from moe_fx.shapes import Dim, depends_on_values, known_equal, same_expression, shape_of
 
 __all__ = ["joined_lengths", "settle_features"]

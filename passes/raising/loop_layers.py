@@ -6,10 +6,6 @@ import dataclasses
 import math
 
 import torch
-from torch.fx import Node
-
-from moe_fx.constants import is_zero
-from moe_fx.matcher import Match, Miss, chain
 from moe_fx.passes.raising import loops
 from moe_fx.passes.raising.axes import HIT, ONE, SLOT, TOKEN
 from moe_fx.passes.raising.not_negative import is_not_negative
@@ -19,6 +15,10 @@ from moe_fx.passes.raising.slot_by_slot import merge_slots
 from moe_fx.passes.raising.steps import in_order, merge_steps
 from moe_fx.passes.raising.tables import Slots, counts_zero, ids_of_mask, read_table
 from moe_fx.passes.raising.walk import Walk
+from torch.fx import Node
+
+from moe_fx.constants import is_zero
+from moe_fx.matcher import Match, Miss, chain
 from moe_fx.shapes import shape_of, tensor_of
 
 __all__ = ["loop_of_steps"]

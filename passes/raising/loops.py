@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
 from moe_fx.passes.raising.pieces import HITS, Column, Dispatch, Piece, Slot, arange, widened_arange
+
 from moe_fx.pattern import ANY, WHOLE, As, AtLeast, Last, OneOfValues, Pattern, Var, aten, call, either, item, optional
 
 

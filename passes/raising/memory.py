@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from torch.fx import Node
-
-from moe_fx.matcher import Miss
 from moe_fx.passes.normalize.functional import memory_of
 from moe_fx.passes.raising.ancestors import ancestors
 from moe_fx.passes.raising.region import Region
+from torch.fx import Node
+
+from moe_fx.matcher import Miss
 
 __all__ = ["written_in_place"]
 

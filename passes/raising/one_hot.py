@@ -11,16 +11,16 @@ import math
 from typing import Any
 
 import torch
-from torch.fx import Node
-
-from moe_fx.constants import filled_with
-from moe_fx.matcher import Match, Miss, arguments, match, op_name
 from moe_fx.passes.raising.axes import EXPERT, ONE, PLACE, SLOT, Place, aligned, axes_of, size_of
 from moe_fx.passes.raising.counts import EXACT, largest_count
 from moe_fx.passes.raising.outside import Outside
 from moe_fx.passes.raising.pieces import arange
 from moe_fx.passes.raising.routing import selection_of
 from moe_fx.passes.raising.through import is_view, through
+from torch.fx import Node
+
+from moe_fx.constants import filled_with
+from moe_fx.matcher import Match, Miss, arguments, match, op_name
 from moe_fx.shapes import Dim, known_at_least, known_equal, shape_of, tensor_of
 
 __all__ = ["OneHotRows", "is_arange"]

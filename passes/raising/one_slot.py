@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from torch.fx import Graph, Node
-
-from moe_fx.matcher import arguments, op_name
 from moe_fx.passes.raising.anchors import leads_to_experts, reads_chosen_stack
 from moe_fx.passes.raising.contraction import contraction
 from moe_fx.passes.raising.routing import CHOOSING
 from moe_fx.passes.raising.through import is_elementwise, is_view
+from torch.fx import Graph, Node
+
+from moe_fx.matcher import arguments, op_name
 from moe_fx.shapes import shape_of
 
 __all__ = ["ends_of_one_slot"]

@@ -7,9 +7,6 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch.fx import Node
-
-from moe_fx.matcher import Match, Miss, arguments, match, op_name
 from moe_fx.passes.raising import pieces as kinds
 from moe_fx.passes.raising.anchors import leads_to_experts
 from moe_fx.passes.raising.axes import (
@@ -28,6 +25,9 @@ from moe_fx.passes.raising.routes import Routes
 from moe_fx.passes.raising.through import is_view, through
 from moe_fx.passes.raising.whole import cut_from
 from moe_fx.passes.raising.writer import EXPERTS_OWN, ROWS, SHARED, Value
+from torch.fx import Node
+
+from moe_fx.matcher import Match, Miss, arguments, match, op_name
 from moe_fx.pattern import Last, Var, either
 from moe_fx.pattern import aten as aten_
 from moe_fx.shapes import known_equal, shape_of

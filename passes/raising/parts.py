@@ -14,9 +14,6 @@ import operator
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from torch.fx import Node
-
-from moe_fx.matcher import Miss, arguments, op_name
 from moe_fx.passes.raising.axes import HIT, ONE, SORTED_ROW, Place, features
 from moe_fx.passes.raising.counts import Counts, Total
 from moe_fx.passes.raising.each_expert import OWN, specific
@@ -25,6 +22,9 @@ from moe_fx.passes.raising.steps import merge_steps
 from moe_fx.passes.raising.walk import Walk
 from moe_fx.passes.raising.whole import cut_from
 from moe_fx.passes.raising.writer import Value
+from torch.fx import Node
+
+from moe_fx.matcher import Miss, arguments, op_name
 from moe_fx.shapes import known_equal, same_shape, shape_of
 
 __all__ = ["FAR", "Cut", "Joined", "cut", "join", "joined", "part_of_one"]

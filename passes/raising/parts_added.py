@@ -10,10 +10,6 @@ Added part by part, these are the rows of one sorted whole, as in `parts.py`, ad
 
 from __future__ import annotations
 
-from torch.fx import Node
-
-from moe_fx.constants import is_zero
-from moe_fx.matcher import Match, Miss, chain, match
 from moe_fx.passes.raising import grouped, slot_major
 from moe_fx.passes.raising.axes import SLOT, SORTED_ROW
 from moe_fx.passes.raising.endings import token_axes
@@ -23,6 +19,10 @@ from moe_fx.passes.raising.region import Region, misfit, read_outside
 from moe_fx.passes.raising.registry import known_pieces
 from moe_fx.passes.raising.walk import Walk
 from moe_fx.passes.raising.whole import cut_from
+from torch.fx import Node
+
+from moe_fx.constants import is_zero
+from moe_fx.matcher import Match, Miss, chain, match
 from moe_fx.pattern import Var, either
 from moe_fx.shapes import shape_of
 

@@ -11,9 +11,6 @@ Written part by part, these are the rows of one sorted whole, as in `parts.py`, 
 
 from __future__ import annotations
 
-from torch.fx import Node
-
-from moe_fx.matcher import Match, Miss, chain, match
 from moe_fx.passes.raising import grouped, slot_major
 from moe_fx.passes.raising.axes import SORTED_ROW, Place
 from moe_fx.passes.raising.parts import Joined, join
@@ -21,6 +18,9 @@ from moe_fx.passes.raising.pieces import SLOT_MAJOR, TOKEN_MAJOR
 from moe_fx.passes.raising.walk import Walk
 from moe_fx.passes.raising.whole import cut_from
 from moe_fx.passes.raising.writer import Value
+from torch.fx import Node
+
+from moe_fx.matcher import Match, Miss, chain, match
 from moe_fx.pattern import Var, aten
 
 __all__ = ["parts_put"]

@@ -6,14 +6,14 @@ import math
 from typing import Any
 
 import torch
-from torch.fx import Node
-
-from moe_fx.constants import is_zero
-from moe_fx.matcher import Match, Miss, arguments, match, op_name
 from moe_fx.passes.raising import pieces as kinds
 from moe_fx.passes.raising.axes import HIT, SLOT, Place, axes_of, features
 from moe_fx.passes.raising.outside import Outside
 from moe_fx.passes.raising.writer import EXPERTS_OWN, Value
+from torch.fx import Node
+
+from moe_fx.constants import is_zero
+from moe_fx.matcher import Match, Miss, arguments, match, op_name
 from moe_fx.shapes import known_equal, same_shape, shape_of
 
 __all__ = ["Taking", "writes_whole_rows"]

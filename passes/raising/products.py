@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-
 from moe_fx.passes.raising.axes import Axis, Place, features, is_row_dim
 from moe_fx.passes.raising.contraction import Contraction
 from moe_fx.passes.raising.writer import ROWS, Value, Writer

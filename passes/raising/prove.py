@@ -9,10 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Node
-
-from moe_fx.check import CheckResult, check_layer
-from moe_fx.matcher import Miss, arguments, op_name
 from moe_fx.passes.raising.ancestors import ancestors
 from moe_fx.passes.raising.memory import written_in_place
 from moe_fx.passes.raising.negatives import may_be_negative
@@ -20,6 +16,10 @@ from moe_fx.passes.raising.region import Region
 from moe_fx.passes.raising.router import foreign_slot
 from moe_fx.passes.raising.routing import CHOOSING, Selection, selection_of
 from moe_fx.passes.raising.rows_of_linears import several_rows_at_once
+from torch.fx import Node
+
+from moe_fx.check import CheckResult, check_layer
+from moe_fx.matcher import Miss, arguments, op_name
 from moe_fx.pipeline import Work
 from moe_fx.program import Program
 from moe_fx.shapes import same_shape, shape_of, tensor_of

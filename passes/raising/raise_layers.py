@@ -11,10 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import Node
-
-from moe_fx.experts import experts
-from moe_fx.matcher import Miss, op_name
 from moe_fx.passes.normalize.unmerge_products import merge_products
 from moe_fx.passes.raising.anchors import anchors_behind, anchors_near, is_anchor
 from moe_fx.passes.raising.choices_left import choices_left
@@ -28,6 +24,10 @@ from moe_fx.passes.raising.router import describe_router
 from moe_fx.passes.raising.single_token import with_remedy
 from moe_fx.passes.raising.taken import flatten, stack_and_shorten
 from moe_fx.passes.raising.without_parameters import write_terms
+from torch.fx import Node
+
+from moe_fx.experts import experts
+from moe_fx.matcher import Miss, op_name
 from moe_fx.pipeline import Layer, Work
 from moe_fx.program import Program, assuming
 from moe_fx.report import describe_miss, module_of

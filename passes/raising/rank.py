@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from moe_fx.passes.raising.axes import SLOT, SORTED_ROW, Place
 from moe_fx.passes.raising.routes import Routes
+
 from moe_fx.shapes import Dim, known_equal
 
 __all__ = ["HOT", "Rank", "slot_places"]

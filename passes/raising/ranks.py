@@ -19,9 +19,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.fx import Node
-
-from moe_fx.matcher import Match, arguments, match, op_name
 from moe_fx.passes.raising import grouped
 from moe_fx.passes.raising.axes import EXPERT, SLOT, SORTED_ROW, Place, axes_of
 from moe_fx.passes.raising.counts import EXACT, Counts
@@ -29,6 +26,9 @@ from moe_fx.passes.raising.one_hot import OneHotRows
 from moe_fx.passes.raising.pieces import arange
 from moe_fx.passes.raising.rank import HOT, Rank, slot_places
 from moe_fx.passes.raising.through import is_view, through
+from torch.fx import Node
+
+from moe_fx.matcher import Match, arguments, match, op_name
 from moe_fx.pattern import aten
 from moe_fx.shapes import Dim, is_number, known_at_least, shape_of, tensor_of
 

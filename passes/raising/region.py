@@ -7,11 +7,11 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moe_fx.passes.raising.routing import chosen_once, selection_of
 from torch.fx import GraphModule, Node
 
 from moe_fx.constants import reads_shapes
 from moe_fx.matcher import Miss, op_name
-from moe_fx.passes.raising.routing import chosen_once, selection_of
 from moe_fx.rewrite import GIVEN, only_asserted
 from moe_fx.shapes import Dim, known_equal, shape_of, tensor_of
 

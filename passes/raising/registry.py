@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from moe_fx.errors import ConfigError
 from moe_fx.passes.raising import every_token, gathered, grouped, routing_map, slot_major
 from moe_fx.passes.raising.pieces import Piece
+
+from moe_fx.errors import ConfigError
 
 __all__ = ["known_pieces", "register"]
 

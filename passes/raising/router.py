@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from moe_fx.passes.raising.ancestors import ancestors
+from moe_fx.passes.raising.routing import CHOOSING, Selection
 from torch.fx import Node
 
 from moe_fx.matcher import arguments, op_name
-from moe_fx.passes.raising.ancestors import ancestors
-from moe_fx.passes.raising.routing import CHOOSING, Selection
 from moe_fx.shapes import shape_of, tensor_of
 
 __all__ = ["describe_router", "foreign_slot"]

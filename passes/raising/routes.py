@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch.fx import Node
-
-from moe_fx.matcher import Miss, arguments, op_name
 from moe_fx.passes.raising.anchors import leads_to_experts
 from moe_fx.passes.raising.axes import (
     EXPERT,
@@ -21,6 +18,9 @@ from moe_fx.passes.raising.state import State
 from moe_fx.passes.raising.tables import Slots, is_step, read_table
 from moe_fx.passes.raising.through import is_view, through
 from moe_fx.passes.raising.writer import ROWS, Value
+from torch.fx import Node
+
+from moe_fx.matcher import Miss, arguments, op_name
 from moe_fx.shapes import known_equal, same_shape, shape_of
 
 __all__ = ["Routes"]

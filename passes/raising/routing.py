@@ -8,11 +8,11 @@ import operator
 from typing import Any
 
 import torch
+from moe_fx.passes.raising.ancestors import ancestors
 from torch.fx import Node
 
 from moe_fx.constants import filled_with
 from moe_fx.matcher import Match, arguments, match, op_name
-from moe_fx.passes.raising.ancestors import ancestors
 from moe_fx.pattern import ANY, WHOLE, Last, Var, aten, either, optional
 from moe_fx.shapes import known_equal, shape_of, tensor_of
 

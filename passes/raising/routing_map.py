@@ -9,9 +9,9 @@ out = zeros.index_add(0, token, y)                   # from there to here as in 
 from __future__ import annotations
 
 import torch
-
 from moe_fx.passes.raising import grouped
 from moe_fx.passes.raising.pieces import SORTED, Column, Dispatch, ExpertRow, Piece
+
 from moe_fx.pattern import As, Last, Pattern, Var, aten, either, item, optional
 
 __all__ = ["MAP_PLACES", "PIECES", "token_of_row"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from moe_fx.passes.raising.region import Region
 from torch.fx import Interpreter, Node
 
 from moe_fx.matcher import Miss, op_name
-from moe_fx.passes.raising.region import Region
 from moe_fx.shapes import is_number, tensor_of
 
 __all__ = ["several_rows_at_once"]

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 
-from torch.fx import Node
-
-from moe_fx.matcher import Miss
 from moe_fx.passes.raising.added_terms import each_expert_on
 from moe_fx.passes.raising.axes import Place, aligned
 from moe_fx.passes.raising.walk import Walk
 from moe_fx.passes.raising.where_chains import is_where_chain, starts_with_zeros, where_chain
 from moe_fx.passes.raising.writer import Value
+from torch.fx import Node
+
+from moe_fx.matcher import Miss
 from moe_fx.shapes import shape_of
 
 __all__ = ["ids_selected", "selected"]

@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from moe_fx.passes.raising.routing import CHOOSING
 from torch.fx import Node
 
 from moe_fx.matcher import Miss, op_name
-from moe_fx.passes.raising.routing import CHOOSING
 from moe_fx.shapes import known_equal, shape_of, tensor_of
 
 __all__ = ["chosen_for_one_token", "with_remedy"]

@@ -15,11 +15,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from moe_fx.passes.raising.region import Region, told_of_ids
 from torch.fx import Node
 
 from moe_fx.matcher import Match, Miss, match, op_name
 from moe_fx.outline import same_graph
-from moe_fx.passes.raising.region import Region, told_of_ids
 from moe_fx.pattern import ANY, As, AtLeast, Last, Var, aten, either
 from moe_fx.shapes import known_equal, shape_of, tensor_of
 

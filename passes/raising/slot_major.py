@@ -11,6 +11,7 @@ from __future__ import annotations
 from moe_fx.passes.raising import grouped
 from moe_fx.passes.raising.grouped import top_k
 from moe_fx.passes.raising.pieces import SLOT_MAJOR, SORTED, Dispatch, Piece, View, arange
+
 from moe_fx.pattern import Var, aten, either
 
 perm = grouped.places_of(grouped.by_slot)

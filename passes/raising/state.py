@@ -6,9 +6,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from torch.fx import Node
-
-from moe_fx.matcher import Match, Miss, op_name
 from moe_fx.passes.raising import pieces as kinds
 from moe_fx.passes.raising.axes import (
     EXPERT,
@@ -23,6 +20,9 @@ from moe_fx.passes.raising.axes import (
 from moe_fx.passes.raising.pieces import LOCAL
 from moe_fx.passes.raising.through import Through
 from moe_fx.passes.raising.writer import ROWS, Value, Writer
+from torch.fx import Node
+
+from moe_fx.matcher import Match, Miss, op_name
 from moe_fx.pattern import Pattern
 from moe_fx.shapes import Dim, known_equal, shape_of
 

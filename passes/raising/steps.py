@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from moe_fx.passes.raising.region import Region
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from moe_fx.experts import per_row
 from moe_fx.matcher import Miss, is_pointwise, op_name
 from moe_fx.outline import same_graph
-from moe_fx.passes.raising.region import Region
 from moe_fx.shapes import same_shape, shape_of, tensor_of
 
 __all__ = ["in_order", "merge_steps"]

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from moe_fx.passes.raising.contraction import contraction
+from moe_fx.passes.raising.pieces import arange
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from moe_fx.constants import filled_with
 from moe_fx.matcher import Match, Miss, is_pointwise, match, op_name
-from moe_fx.passes.raising.contraction import contraction
-from moe_fx.passes.raising.pieces import arange
 from moe_fx.pattern import ANY, As, AtLeast, Last, Pattern, Var, aten, either, optional
 from moe_fx.shapes import known_equal, shape_of, tensor_of
 

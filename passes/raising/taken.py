@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from moe_fx.passes.raising.region import Region
 from torch.fx import Node
 
-from moe_fx.passes.raising.region import Region
 from moe_fx.program import Program
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead
 from moe_fx.shapes import known_equal, same_shape, shape_of

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Node
-
-from moe_fx.matcher import arguments, is_pointwise, op_name
 from moe_fx.passes.raising.anchors import reads_chosen_stack
 from moe_fx.passes.raising.axes import Place, aligned, axes_of, feature_dim, features, is_row_dim, regrouped
 from moe_fx.passes.raising.whole import whole_of
+from torch.fx import Node
+
+from moe_fx.matcher import arguments, is_pointwise, op_name
 from moe_fx.shapes import Dim, is_number, known_equal, shape_of
 
 __all__ = ["Through", "is_elementwise", "is_view", "through"]

@@ -12,11 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
-
-from moe_fx.experts import per_row
-from moe_fx.matcher import Miss, op_name
 from moe_fx.passes.raising.anchors import reads_stack
 from moe_fx.passes.raising.axes import EXPERT, HIT, PLACE, SLOT, SORTED_ROW, Place, aligned, axes_of, features, size_of
 from moe_fx.passes.raising.bins import binned
@@ -29,6 +24,11 @@ from moe_fx.passes.raising.region import Region, computed_with, read_outside
 from moe_fx.passes.raising.tables import counts_zero, is_multiple
 from moe_fx.passes.raising.through import Through, is_elementwise, through
 from moe_fx.passes.raising.writer import EXPERTS_OWN, ROWS, SHARED, Value
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from moe_fx.experts import per_row
+from moe_fx.matcher import Miss, op_name
 from moe_fx.shapes import is_number, known_equal, same_shape, shape_of
 
 __all__ = ["NO_EXPERT", "Walk"]

@@ -12,13 +12,13 @@ import dataclasses
 from collections.abc import Callable, Collection
 
 import torch
+from moe_fx.passes.raising.memory import written_in_place
+from moe_fx.passes.raising.region import Region
 from torch.fx import Node
 from torch.fx.node import map_arg
 
 from moe_fx.matcher import op_name
 from moe_fx.outline import WITHOUT_PARAMETERS
-from moe_fx.passes.raising.memory import written_in_place
-from moe_fx.passes.raising.region import Region
 from moe_fx.program import Program
 from moe_fx.rewrite import Emitter, FakeValues, erase_dead, replace
 from moe_fx.shapes import same_shape, shape_of

@@ -21,10 +21,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from torch.fx import Node
-
-from moe_fx.constants import is_zero
-from moe_fx.matcher import Match, Miss, chain, match
 from moe_fx.passes.raising.axes import SORTED_ROW, Place
 from moe_fx.passes.raising.each_expert import specific
 from moe_fx.passes.raising.grouped import sorted_ids
@@ -35,6 +31,10 @@ from moe_fx.passes.raising.region import Region
 from moe_fx.passes.raising.steps import in_order, merge_steps
 from moe_fx.passes.raising.walk import Walk
 from moe_fx.passes.raising.writer import Value
+from torch.fx import Node
+
+from moe_fx.constants import is_zero
+from moe_fx.matcher import Match, Miss, chain, match
 from moe_fx.pattern import ANY, As, AtLeast, Last, Var, aten, either, optional
 from moe_fx.shapes import known_equal, same_shape, shape_of
 
