@@ -142,6 +142,37 @@ class ListedByToken(MapOf):
         return reversed(routing_map.nonzero(as_tuple=True))
 
 
+class TwoOrders(PlacesGrouped):
+    """Rows as the map lists them, and weights as a sort of the slots does."""
+
+    def slots(self, values):
+        return values.t().reshape(-1)
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        routing_map = torch.zeros(x.shape[0], self.E, dtype=torch.bool).scatter(1, ids, True)
+        _, token = routing_map.t().nonzero(as_tuple=True)
+        order = self.slots(ids).argsort(stable=True)
+        rows = self.experts(x[token], routing_map) * self.slots(weights)[order, None]
+        return torch.zeros_like(x).index_add(0, token, rows)
+
+
+lookalike("routing_map_grouped_mm_weights_sorted_slot_by_slot", "weights are those of an expert's other rows")(
+    TwoOrders
+)
+
+
+@lookalike("routing_map_grouped_mm_rows_of_one_order_added_in_another", "rows are added to an expert's other tokens")
+class AddedInAnotherOrder(TwoOrders):
+    def forward(self, x):
+        ids, weights = self.router(x)
+        routing_map = torch.zeros(x.shape[0], self.E, dtype=torch.bool).scatter(1, ids, True)
+        _, token = routing_map.t().nonzero(as_tuple=True)
+        order = self.slots(ids).argsort(stable=True)
+        rows = self.experts(x[order % x.shape[0]] * self.slots(weights)[order, None], routing_map)
+        return torch.zeros_like(x).index_add(0, token, rows)
+
+
 @lookalike("routing_map_grouped_mm_ends_of_the_mirrored_experts", "rows end where other experts' would")
 class MirroredEnds(MapOf):
     def ends_of(self, routing_map):

@@ -89,7 +89,6 @@ def test_a_style_is_raised(name):
 
 #: not raised where a single token is exported: dimensions of size 1 are taken for one another
 NOT_OF_ONE_TOKEN = (
-    "all_experts_added_to_the_shared_one_llama4",
     "bins_chunked_by_module_deepspeed",
     "bins_read_by_module_and_stacked",
     "bins_unbound_by_module",

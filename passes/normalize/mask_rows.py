@@ -209,6 +209,25 @@ def _write_by(mask: Node, places: Node) -> None:
         given = arguments(user) if op_name(user) == "aten::index_put" else {}
         if given and given["indices"] == [places] and as_many(given["values"]):
             user.update_arg(1, [mask])
+        for added in _added_at(user):
+            given = arguments(added)
+            if as_many(given["src"]) and same_shape((shape_of(given["src"]) or ())[1:], added.meta["val"].shape[1:]):
+                respell(added, _aten.index_put.default, (given["self"], [mask], given["src"], True), {})
+
+
+def _added_at(column: Node) -> list[Node]:
+    """The sums of rows whose elements are added at such places, each as wide as a row."""
+    if op_name(column) != "aten::unsqueeze" or (shape_of(column) or ())[1:] != (1,):
+        return []
+    wide = [user for user in column.users if op_name(user) == "aten::expand"]
+    sums = [user for index in wide for user in index.users if op_name(user) == "aten::scatter_add"]
+    return [
+        each
+        for each in sums
+        if arguments(each)["dim"] in (0, -2)
+        and arguments(each)["index"] in wide
+        and same_shape(tensor_of(arguments(each)["index"]).shape[1:], each.meta["val"].shape[1:])
+    ]
 
 
 def _repeat_rows(places: Node, repeated: dict[tuple[Node, int], Node], written: Collection[Node]) -> None:

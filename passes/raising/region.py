@@ -204,6 +204,10 @@ def misfit(region: Region) -> Miss | None:
 
     if (value := tensor_of(ids)) is not None and value.is_floating_point():
         return miss("ids that are whole numbers", ids, f"{ids.name} of {value.dtype}")
+    if {"perm", "listed_once"} <= found.keys():  # of the rows of one expert, each has another first
+        return miss(
+            "rows in one order", found["perm"], f"{found['perm'].name} beside that of {found['listed_once'].name}"
+        )
     for wanted, node, expected in (
         (f"expert ids for each of {num_tokens} x {top_k} slots", ids, num_tokens * top_k),
         (f"{num_tokens} token rows", tokens, num_tokens * math.prod(region.features.get(tokens, ()))),
