@@ -122,10 +122,16 @@ SAME = {
 }  # fmt: skip
 
 
+#: of as many places as there are rows, which torch.export of 2.11 cannot trace
+OF_PLACES = ("rows as a sequence", "rows without a batch", "rows without a bias", "one channel")
+
+
 @pytest.mark.parametrize("decomposed", [False, True])
 @pytest.mark.parametrize("name", SAME)
 @torch.no_grad()
 def test_the_product_is_the_convolution(name, decomposed):
+    if name in OF_PLACES and torch.__version__ < "2.13":
+        pytest.skip("torch.export of 2.13 or later")
     function, *shapes = SAME[name]
     args = given(*shapes)
     program = exported(function, *args)

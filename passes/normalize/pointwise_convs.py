@@ -51,7 +51,13 @@ def spell_pointwise_convs(graph: Graph, written: Collection[Node]) -> None:
             continue
         emit, count = Emitter(graph, node, FakeValues(node.meta["val"].fake_mode)), given["groups"]
         if count == 1 and any(map(depends_on_values, shape_of(given["input"]) or ())):
-            made = _linear(emit, given)
+            before = node.prev
+            try:
+                made = _linear(emit, given)
+            except RuntimeError:  # torch 2.11 cannot tell such a product's shape: the convolution stays
+                while node.prev is not before:
+                    graph.erase_node(node.prev)
+                continue
         elif count > 1 and count in chosen_from:
             made = _product_of_groups(emit, given)
             groups[made] = count, shape_of(given["weight"])[0] // count

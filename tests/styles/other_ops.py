@@ -40,7 +40,7 @@ class UnbatchedExpert(ConvExpert):
         return nn.Sequential.forward(self, rows.t()).t()
 
 
-@style("modulelist_conv1d_masked_scatter_slot_after_slot", **BATCHED)
+@style("modulelist_conv1d_masked_scatter_slot_after_slot", torch="2.13", **BATCHED)
 class PutBack(Listed):
     """The rows of a slot are put where its mask is true."""
 
@@ -75,7 +75,7 @@ class Images(Listed):
         return out
 
 
-@style("modulelist_conv1d_of_sequences_continue_index_add", **ASKS)
+@style("modulelist_conv1d_of_sequences_continue_index_add", torch="2.13", **ASKS)
 class Sequences(Listed):
     kind = SequenceExpert
 
@@ -90,7 +90,7 @@ class Sequences(Listed):
         return out
 
 
-@style("modulelist_conv1d_unbatched_continue_index_add", **ASKS)
+@style("modulelist_conv1d_unbatched_continue_index_add", torch="2.13", **ASKS)
 class Unbatched(Sequences):
     kind = UnbatchedExpert
 
